@@ -1,0 +1,999 @@
+"""Data, masks, metrics and files for the notebook hw1p2_starter.ipynb (frame-level phoneme classification).
+
+From top to bottom: constants, errors, reading, windows and loaders, masks, metrics, checkpoint, submission,
+practice corpus. The network, the training loop and the config are in the notebook.
+"""
+
+import _ctypes
+import contextlib
+import csv
+import ctypes
+import functools
+import hashlib
+import itertools
+import math
+import netrc
+import os
+import re
+import shutil
+import subprocess
+import sys
+import types
+import zipfile
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+import torchaudio
+from filelock import FileLock, Timeout
+from torch.utils.data import DataLoader, Dataset, Sampler
+from tqdm.auto import tqdm
+
+# ---- Constants ---------------------------------------------------------------------------------------------
+
+PHONEMES = ("[SIL] AA AE AH AO AW AY B CH D DH EH ER EY F G HH IH IY JH K L M N NG OW OY P R S SH T TH UH UW V W Y "
+            "Z ZH [SOS] [EOS]").split()
+MANNERS = {  # manner of articulation -> phonemes, the order of the rows in the confusion matrix
+    "silence": "[SIL]".split(),
+    "vowels": "IY IH EH AE AH ER UW UH AO AA OW EY AY OY AW".split(),
+    "glides, liquids": "Y W R L".split(),
+    "nasals": "M N NG".split(),
+    "stops": "P B T D K G".split(),
+    "affricates": "CH JH".split(),
+    "fricatives": "F V TH DH S Z SH ZH HH".split(),
+}
+COEFFICIENTS = 28  # MFCCs a frame; a frame every 10 ms
+COMPETITION = "11785-spring-25-hw-1-p-2"
+KAGGLE_FOLDER = "11785-s25-hw1p2"
+PARAMETER_LIMIT = 20_000_000  # of the homework
+
+_INITIALIZATIONS = ("kaiming_normal", "kaiming_uniform", "uniform", "xavier_normal", "xavier_uniform", None)
+OPTIONS = {  # config key -> the values it may take, or (type, lowest, highest)
+    "Name": (str, 1, 100), "subset": (float, 1e-9, 1), "context": (int, 0, 1000),
+    "archetype": ["pencil", "cylinder", "pyramid", "inverse-pyramid", "diamond"],
+    "activations": ["gelu", "relu", "leakyrelu", "softplus", "tanh", "sigmoid"],
+    "batch_norm": [True, False], "batchnorm_alternate": [True, False],
+    "learning_rate": (float, 0, 100), "dropout": (float, 0, 0.99), "dropout_alternate": [True, False],
+    "num_layers": (int, 2, 8), "optimizers": ["sgd", "nesterov", "adam", "adamw", "rmsprop"],
+    "scheduler": ["steplr", "reducelronplateau", "exponential", "cosineanneal"],
+    "epochs": (int, 1, 10**6), "batch_size": (int, 2, 10**7), "weight_decay": (float, 0, 100),
+    "weight_initialization": list(_INITIALIZATIONS),
+    "augmentations": ["FreqMask", "TimeMask", "Both", None],
+    "freq_mask_param": (int, 0, COEFFICIENTS), "time_mask_param": (int, 0, 2001),
+    "shorten": [True, False], "wandb": ["auto", "online", "offline", "disabled"], "artifacts": [True, False],
+    "compile": [True, False], "drive": [True, False], "kaggle_download": [True, False], "kaggle_submit": [True, False],
+    "ablations": [True, False],
+}
+
+
+def check_config(config):
+    """Raise a ValueError that lists every unknown or missing key and every value that is not allowed."""
+    faults = [f"unknown key {key!r}; the keys are {', '.join(OPTIONS)}" for key in config if key not in OPTIONS]
+    for key, allowed in OPTIONS.items():
+        if key not in config:
+            faults.append(f"the key {key!r} is missing")
+        elif isinstance(allowed, list):
+            if not any(config[key] is option or (type(config[key]) is type(option) and config[key] == option)
+                       for option in allowed):
+                faults.append(f"{key!r} is {config[key]!r}; allowed: {', '.join(map(repr, allowed))}")
+        else:
+            kind, low, high = allowed
+            value = len(config[key]) if kind is str and isinstance(config[key], str) else config[key]
+            number = int if kind is str else (int, float) if kind is float else int
+            if isinstance(value, bool) or not isinstance(value, number) or not low <= value <= high:
+                what = {str: "characters", int: "(a whole number)", float: "(a number)"}[kind]
+                faults.append(f"{key!r} is {config[key]!r}; allowed: {low} to {high} {what}")
+    if faults:
+        raise ValueError("config: " + "\n        ".join(faults))
+
+
+def have_keys(*names):
+    """Are all these keys in the environment? Colab's secrets of these names are put there first."""
+    for name in names:
+        if name not in os.environ and "google.colab" in sys.modules:
+            with contextlib.suppress(Exception):  # no such secret, or no access to it
+                os.environ[name] = sys.modules["google.colab"].userdata.get(name)
+    return all(os.environ.get(name) for name in names)
+
+
+def have_netrc(host):
+    """Does ~/.netrc hold a key for this host?"""
+    try:
+        return netrc.netrc().authenticators(host) is not None
+    except (OSError, netrc.NetrcParseError):
+        return False
+
+
+def git_commit():
+    """The commit of the code, or None outside a repository."""
+    command = ["git", "-C", Path(__file__).parent, "rev-parse", "HEAD"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+# ---- Errors ------------------------------------------------------------------------------------------------
+
+class DataError(ValueError):
+    """Bad input data. The message names the file, what is wrong with it, and what was expected."""
+
+
+class RunError(RuntimeError):
+    """A run that cannot go on. The message says what happened and what to do."""
+
+
+@contextlib.contextmanager
+def replacing(path, size=0):
+    """Give a temporary path beside `path`; flush it and move it into place only if the block succeeds.
+
+    A reader sees the old file or the new one, never a part. `size` is what is to be written, in bytes.
+
+    Raises:
+        RunError: the disk is full or cannot be written; the old file is untouched.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        # torch.save reports a full disk as a RuntimeError of its own
+        if isinstance(error, OSError) or (isinstance(error, RuntimeError) and "PytorchStreamWriter" in str(error)):
+            free = shutil.disk_usage(path.parent).free if path.parent.exists() else 0
+            needed = f"{size / 1e6:.1f} MB are needed there, " if size else ""
+            raise RunError(f"{path} could not be written ({error}): {needed}{free / 1e6:.1f} MB are free. "
+                           "What was there before is unchanged. Free some space and run again.") from error
+        raise
+
+
+# ---- Reading: a folder of .npy files -> one packed array ---------------------------------------------------
+
+GAP = 50  # zero rows between utterances, at least; contexts up to this share one cache file
+_SORTED_PHONEMES = np.array(sorted(PHONEMES))
+_INDEX_OF_SORTED = np.array([PHONEMES.index(name) for name in _SORTED_PHONEMES], np.uint8)
+
+
+def find_data(practice_folder):
+    """The data folder: $HW1P2_DATA, else the Kaggle folder beside the notebook, else `practice_folder`."""
+    if os.environ.get("HW1P2_DATA"):
+        return Path(os.environ["HW1P2_DATA"])
+    return Path(KAGGLE_FOLDER) if Path(KAGGLE_FOLDER).is_dir() else Path(practice_folder)
+
+
+def _list_folder(folder):
+    """Sorted names of the .npy files in a folder, and the names of the other (ignored) entries."""
+    if not folder.is_dir():
+        raise DataError(f"{folder}: there is no such folder; expected ROOT/{{train-clean-100,dev-clean}}/"
+                        "{mfcc,transcript}/*.npy and ROOT/test-clean/mfcc/*.npy")
+    names = sorted(os.listdir(folder))
+    wanted = [name for name in names if name.endswith(".npy") and not name.startswith(".")]
+    return wanted, [name for name in names if not (name.endswith(".npy") and not name.startswith("."))]
+
+
+def _read_header(path):
+    """(shape, dtype, offset of the data in bytes, order "C" or "F") of a .npy file whose size matches its header."""
+    with open(path, "rb") as file:
+        version = np.lib.format.read_magic(file)
+        if version not in ((1, 0), (2, 0)):
+            raise DataError(f"version {version} of the .npy format; expected 1.0 or 2.0")
+        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        shape, fortran_order, dtype = read(file)
+        if dtype.hasobject:
+            raise DataError("a pickled object array; expected plain numbers or text")
+        missing = file.tell() + dtype.itemsize * int(np.prod(shape, dtype=object)) - os.fstat(file.fileno()).st_size
+        if missing > 0:
+            raise DataError(f"truncated: {missing:,} bytes are missing at the end")
+        if missing < 0:
+            raise DataError(f"{-missing:,} bytes too many at the end")
+        return shape, dtype, file.tell(), "F" if fortran_order else "C"
+
+
+def _check_mfcc(path):
+    shape, dtype, *place = _read_header(path)
+    if dtype.kind != "f" or dtype.itemsize > 8:
+        raise DataError(f"dtype {dtype}; expected float32")
+    if len(shape) != 2 or shape[0] < 1 or shape[1] != COEFFICIENTS:
+        raise DataError(f"shape {shape}; expected (frames, {COEFFICIENTS}) with at least one frame")
+    return shape[0], shape, dtype, *place
+
+
+def _check_transcript(path):
+    shape, dtype, *place = _read_header(path)
+    if dtype.kind != "U":
+        raise DataError(f"dtype {dtype}; expected text, <U5")
+    if len(shape) != 1 or shape[0] < 3:
+        raise DataError(f"shape {shape}; expected (frames + 2,) for [SOS], one phoneme a frame, [EOS]")
+    return shape[0] - 2, shape, dtype, *place
+
+
+def _read_array(path, header):
+    """The data behind a header that was checked before, in the machine's byte order; one read, no pickle."""
+    _, shape, dtype, offset, order = header
+    data = np.fromfile(path, dtype, offset=offset).reshape(shape, order=order)
+    return data.astype(dtype.newbyteorder("="), copy=False)
+
+
+def _normalise(mfcc):
+    """Cepstral mean and variance normalisation, (x - mean) / (std + 1e-8) over time; (T, 28) -> float64 (T, 28).
+
+    In float64, because the float32 mean of a constant coefficient is off by a rounding error that dividing by a
+    tiny deviation would blow up.
+    """
+    with np.errstate(all="ignore"):  # NaN and infinity are reported below, with the name of the file
+        mfcc = mfcc.astype(np.float64)
+        mfcc -= mfcc.mean(axis=0)
+        mfcc /= mfcc.std(axis=0) + 1e-8
+    if not np.isfinite(mfcc).all():
+        raise DataError("NaN or infinite values; expected finite MFCCs")
+    return mfcc
+
+
+def _label_indexes(transcript):
+    """Text (T+2,) -> uint8 indexes into PHONEMES (T,); a lookup per phone, not per frame: labels come in runs."""
+    first, *_, last = transcript
+    if first != "[SOS]" or last != "[EOS]":
+        raise DataError(f"it starts with {_text(first)} and ends with {_text(last)}; expected [SOS] and [EOS]")
+    labels = transcript[1:-1]
+    starts = np.flatnonzero(np.concatenate(([True], labels[1:] != labels[:-1])))
+    names = labels[starts]
+    found = np.searchsorted(_SORTED_PHONEMES, names).clip(max=len(PHONEMES) - 1)
+    unknown = np.flatnonzero((_SORTED_PHONEMES[found] != names) | (names == "[SOS]") | (names == "[EOS]"))
+    if len(unknown):
+        raise DataError(f"{_text(names[unknown[0]])} at frame {starts[unknown[0]]} is not a phoneme; expected one of "
+                        f"{' '.join(PHONEMES[:-2])}")
+    return np.repeat(_INDEX_OF_SORTED[found], np.diff(starts, append=len(labels)))
+
+
+def _text(value):
+    try:
+        return repr(str(value))
+    except ValueError:  # bytes that are no Unicode characters
+        return "text that cannot be shown"
+
+
+def _for_each(pool, function, items, describe, folder):
+    """[function(item)] by a thread pool; every fault of every item ends up in one DataError."""
+    def attempt(item):
+        try:
+            return function(item)
+        except MemoryError:
+            raise
+        except Exception as error:  # whatever a damaged file provokes, it is that file's fault
+            return DataError(f"{folder / describe(item)}: {error or type(error).__name__}")
+
+    # a bar only where it is worth one: reading the whole of the real data from a slow disk
+    bar = tqdm(pool.map(attempt, items), desc=f"reading {folder.name}", total=len(items), leave=False, delay=10)
+    results = list(bar)
+    _raise_faults(folder, [str(result) for result in results if isinstance(result, DataError)])
+    return results
+
+
+def _raise_faults(folder, faults):
+    if faults:
+        more = [f"... and {len(faults) - 10:,} more"] if len(faults) > 10 else []
+        raise DataError("\n".join([f"{folder}: {len(faults):,} fault(s) in the data", *faults[:10], *more]))
+
+
+def read_partition(root, partition, subset=1, gap=GAP, cache=None):
+    """Read, check, normalise and pack one partition.
+
+    Args:
+        root: data folder in the course's layout.
+        partition: "train-clean-100", "dev-clean", or "test-clean" (which has no transcripts and is always whole).
+        subset: the first int(subset * n) utterances of the n, in sorted order.
+        gap: rows of zeros before, between and after the utterances.
+        cache: folder in which a packed copy is kept; the next call maps it into memory instead of reading.
+
+    Returns:
+        dict of CPU tensors: "frames" float16 (rows, 28), normalised per utterance, in zero rows of `gap`;
+        "labels" uint8 (n frames,), empty for test; "starts" int64 (utterances + 1,), the first frame of each utterance
+        and the number of all, counted without the gaps.
+
+    Raises:
+        DataError: names the faulty files, all of them (the first ten by name).
+    """
+    folder = Path(root) / partition
+    labelled = partition != "test-clean"
+    names, ignored = _list_folder(folder / "mfcc")
+    if not names:
+        raise DataError(f"{folder / 'mfcc'}: there are no .npy files in it; expected one for each utterance")
+    if labelled:
+        transcripts, more_ignored = _list_folder(folder / "transcript")
+        ignored += more_ignored
+        faults = [f"{folder / 'mfcc' / name}: no transcript of the same name in {folder / 'transcript'}"
+                  for name in sorted(set(names) - set(transcripts))]
+        faults += [f"{folder / 'transcript' / name}: no MFCC file of the same name in {folder / 'mfcc'}"
+                   for name in sorted(set(transcripts) - set(names))]
+        _raise_faults(folder, faults)
+        total = len(names)
+        names = names[:int(subset * total)]
+        if not names:
+            raise DataError(f"{folder}: subset {subset} of its {total} utterances is none; expected at least one")
+    if ignored:
+        print(f"{partition}: ignored {len(ignored)} file(s) that are not utterances: {', '.join(ignored[:5])}")
+
+    # many threads, because small files on a slow disk (Drive) are waited for more than they are worked on
+    with ThreadPoolExecutor(2 * (os.cpu_count() or 1) + 2) as pool:
+        if cache is None:
+            return _read_files(folder, names, labelled, gap, pool)
+        key = _cache_key(folder, names, labelled, gap, pool)
+        path = Path(cache) / f"{partition}-{key[:16]}.pt"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(path.with_suffix(".lock")):  # of two runs that start together, one reads the files
+            packed = _open_cache(path, key)
+            if packed is None:
+                packed = _read_files(folder, names, labelled, gap, pool)
+                try:
+                    with replacing(path, size=packed["frames"].nbytes) as temporary:
+                        torch.save({"key": key, **packed}, temporary)
+                except RunError as error:  # the cache is a convenience
+                    print(f"going on without a cache: {error}")
+        return packed
+
+
+def _read_files(folder, names, labelled, gap, pool):
+    # first all headers: sizes for one exact allocation, and most faults, before any content is read
+    mfcc = _for_each(pool, lambda name: _check_mfcc(folder / "mfcc" / name), names, str, folder / "mfcc")
+    lengths = np.array([header[0] for header in mfcc], np.int64)
+    if labelled:
+        transcript = _for_each(pool, lambda name: _check_transcript(folder / "transcript" / name), names, str,
+                               folder / "transcript")
+        _raise_faults(folder, [f"{folder / 'transcript' / name}: {text[0]} phonemes; expected {length}, one a frame"
+                               for name, length, text in zip(names, lengths, transcript) if text[0] != length])
+    starts = np.concatenate(([0], lengths.cumsum()))
+    frames = np.zeros((starts[-1] + gap * (len(names) + 1), COEFFICIENTS), np.float16)
+    labels = np.zeros(starts[-1] if labelled else 0, np.uint8)
+
+    def read_mfcc(i):
+        first = starts[i] + gap * (i + 1)
+        frames[first:first + lengths[i]] = _normalise(_read_array(folder / "mfcc" / names[i], mfcc[i]))
+
+    def read_transcript(i):
+        labels[starts[i]:starts[i + 1]] = _label_indexes(_read_array(folder / "transcript" / names[i], transcript[i]))
+
+    _for_each(pool, read_mfcc, range(len(names)), lambda i: names[i], folder / "mfcc")
+    if labelled:
+        _for_each(pool, read_transcript, range(len(names)), lambda i: names[i], folder / "transcript")
+    return {"frames": torch.from_numpy(frames), "labels": torch.from_numpy(labels), "starts": torch.from_numpy(starts)}
+
+
+def _cache_key(folder, names, labelled, gap, pool):
+    """A digest of all that changes what the cache holds: format, gap, and each file's name, size and time."""
+    def stamp(name):
+        stats = [(folder / kind / name).stat() for kind in (("mfcc", "transcript") if labelled else ("mfcc",))]
+        return name, *((stat.st_size, stat.st_mtime_ns) for stat in stats)
+
+    return hashlib.sha256(repr(("packed 1", folder.name, gap, *pool.map(stamp, names))).encode()).hexdigest()
+
+
+def _open_cache(path, key):
+    """The packed arrays of a cache file, mapped into memory; None where it is missing, partial or of other data."""
+    try:
+        packed = torch.load(path, mmap=True, weights_only=True)
+        return packed if packed.pop("key") == key else None
+    except Exception:  # whatever is wrong with it, it is made anew
+        return None
+
+
+# ---- Windows and loaders -----------------------------------------------------------------------------------
+
+class AudioDataset(Dataset):
+    """Frames of one partition, each with `context` frames on either side; zeros beyond the ends of its utterance.
+
+    All utterances lie in one array on the device, zero rows between them. A window is a stretch of that array: the
+    strided view `windows` shows every window without copying one, and a batch is one gather from it.
+
+    Args:
+        root, partition, subset, cache: see `read_partition`.
+        context: frames on either side, c.
+        device: where the array lies and the batches are made.
+
+    Example:
+        data = AudioDataset(root, "dev-clean", context=50)
+        frames, phoneme = data[0]                      # float16 (101, 28), int64 ()
+        frames, phonemes = data[torch.tensor([0, 7])]  # float16 (2, 101, 28), int64 (2,)
+        For the partition "test-clean" there are no phonemes: data[0] is the frames alone.
+
+    Raises:
+        DataError: a fault in the files.
+    """
+
+    def __init__(self, root, partition="train-clean-100", context=50, subset=1, device="cpu", cache=None):
+        self.partition, self.context, self.gap = partition, context, max(GAP, context)
+        packed = read_partition(root, partition, subset, self.gap, cache)
+        self.frames = packed["frames"].to(device)
+        self.starts = packed["starts"].to(device)
+        self.labels = packed["labels"].to(device) if len(packed["labels"]) else None
+        self.length, self.utterances = int(packed["starts"][-1]), len(packed["starts"]) - 1
+        width = 2 * context + 1
+        # row i of the view is rows i ... i + 2c of the array, end to end: both strides step through the same memory
+        self.windows = self.frames.as_strided((len(self.frames) - width + 1, width * COEFFICIENTS), (COEFFICIENTS, 1))
+
+    def __len__(self):
+        return self.length
+
+    def __getitem__(self, index):
+        if isinstance(index, torch.Tensor) and index.dim() == 1:
+            return self._batch(index)
+        index = range(self.length)[int(index)]  # an IndexError where it is out of range; negative ones from the end
+        batch = self._batch(torch.tensor([index], device=self.frames.device))
+        return batch[0] if self.labels is None else (batch[0][0], batch[1][0])
+
+    def _batch(self, index):
+        # the k-th utterance (counted from 1) has k gaps before it
+        rows = index + self.gap * torch.searchsorted(self.starts, index, right=True)
+        frames = torch.index_select(self.windows, 0, rows - self.context).unflatten(1, (-1, COEFFICIENTS))
+        return frames if self.labels is None else (frames, self.labels[index].long())
+
+    def utterance(self, i):
+        """(MFCCs float16 (T, 28), phoneme indexes uint8 (T,) or None for test) of the i-th utterance."""
+        first, last = self.starts[i].item(), self.starts[i + 1].item()
+        shift = self.gap * (i + 1)
+        return self.frames[first + shift:last + shift], None if self.labels is None else self.labels[first:last]
+
+
+class Batches(Sampler):
+    """Batches of frame indexes: int64 tensors on the device, shuffled by `seed` and the epoch, or in order.
+
+    torch's RandomSampler makes a Python list of all indexes, a gigabyte for 36 million frames.
+    """
+
+    def __init__(self, length, batch_size, shuffle=False, seed=23, device="cpu"):
+        self.length, self.batch_size, self.shuffle, self.seed, self.device = length, batch_size, shuffle, seed, device
+        self.epoch = 0
+
+    def set_epoch(self, epoch):
+        """As in torch's DistributedSampler: the order depends on the epoch alone, so a resumed run repeats it."""
+        self.epoch = epoch
+
+    def __iter__(self):
+        if self.shuffle:
+            generator = torch.Generator(self.device).manual_seed(self.seed + self.epoch)
+            order = torch.randperm(self.length, generator=generator, device=self.device)
+        else:
+            order = torch.arange(self.length, device=self.device)
+        return iter(order.split(self.batch_size)[:len(self)])
+
+    def __len__(self):
+        # BatchNorm cannot train on a single frame: where shuffling leaves one over, it waits for the next epoch
+        one_over = self.shuffle and self.length % self.batch_size == 1
+        return -(-self.length // self.batch_size) - one_over
+
+
+def make_loader(dataset, batch_size, shuffle=False, seed=23):
+    """A DataLoader over whole batches (`batch_size=None`: the sampler gives the indexes of a batch at once).
+
+    It yields float16 (B, 2c+1, 28) and int64 (B,), or the frames alone for test, on the dataset's device. No workers:
+    a batch is one gather, which is quicker than passing it between processes.
+    """
+    sampler = Batches(len(dataset), batch_size, shuffle, seed, dataset.frames.device)
+    return DataLoader(dataset, sampler=sampler, batch_size=None)
+
+
+# ---- Masks -------------------------------------------------------------------------------------------------
+
+def mask_frames(frames, augmentations="Both", freq_mask_param=4, time_mask_param=8):
+    """SpecAugment's masks: a stretch of coefficients and/or of frames set to zero, drawn anew for every window.
+
+    The width is uniform over 0 ... param and the position over all that fit (Park et al., "SpecAugment", 2019).
+    torchaudio's masks differ: one for the whole batch unless `iid_masks=True`, never as wide as param, and never over
+    the last row. Zero is the mean after normalisation.
+
+    Args:
+        frames: (B, 2c+1, 28), changed in place.
+        augmentations: "FreqMask", "TimeMask", "Both" or None.
+
+    Returns:
+        frames.
+    """
+    # a mask of whole bits: on a CPU, AND is several times as fast as float16's masked_fill
+    bits = frames.view({2: torch.int16, 4: torch.int32}[frames.element_size()])
+    for name, dim, param in (("FreqMask", 2, freq_mask_param), ("TimeMask", 1, time_mask_param)):
+        if augmentations in (name, "Both"):
+            size = frames.shape[dim]
+            u, v = torch.rand(2, len(frames), 1, device=frames.device)
+            width = (u * (min(param, size) + 1)).long()
+            start = (v * (size - width + 1)).long()
+            position = torch.arange(size, device=frames.device)
+            keep = (position < start) | (position >= start + width)
+            bits &= -keep.to(bits.dtype).unsqueeze(3 - dim)
+    return frames
+
+
+# ---- Metrics -----------------------------------------------------------------------------------------------
+
+def confusion_matrix(labels, predictions):
+    """Counts, int64 (42, 42): row = true phoneme, column = predicted; both arguments integer (n,)."""
+    n = len(PHONEMES)
+    return np.bincount(np.asarray(labels, np.int64) * n + np.asarray(predictions), minlength=n * n).reshape(n, n)
+
+
+def border_distance(labels, starts):
+    """Frames from each frame to the nearest phone border of its utterance, int64 (n,); 0 beside the border.
+
+    labels: integer (n,). starts: (utterances + 1,), the first frame of each utterance and n; its ends are borders too.
+    """
+    labels, starts = np.asarray(labels), np.asarray(starts)
+    new = np.concatenate(([True], labels[1:] != labels[:-1]))
+    new[starts[:-1]] = True
+    borders = np.append(np.flatnonzero(new), len(labels))
+    phone = np.searchsorted(borders, np.arange(len(labels)), side="right")
+    frame = np.arange(len(labels))
+    return np.minimum(frame - borders[phone - 1], borders[phone] - 1 - frame)
+
+
+def calibration(confidences, correct, bins=10):
+    """Is a confidence of 80% right 80% of the time? Equal bins of (0, 1] (Guo et al., "On Calibration", 2017).
+
+    Args:
+        confidences: float (n,), probability of the predicted phoneme; correct: bool (n,).
+
+    Returns:
+        (mean confidence, accuracy, count: (bins,) each, NaN where a bin is empty; expected calibration error).
+    """
+    which = np.clip(np.ceil(np.asarray(confidences, np.float64) * bins).astype(int) - 1, 0, bins - 1)
+    count = np.bincount(which, minlength=bins)
+    with np.errstate(invalid="ignore"):
+        confidence = np.bincount(which, confidences, bins) / count
+        accuracy = np.bincount(which, correct, bins) / count
+    return confidence, accuracy, count, float(np.nansum(np.abs(confidence - accuracy) * count) / count.sum())
+
+
+# ---- Checkpoint --------------------------------------------------------------------------------------------
+
+# what may change between two runs in one folder without making the trained weights something else
+FREE_KEYS = ("Name", "shorten", "wandb", "artifacts", "compile", "drive", "kaggle_download", "kaggle_submit",
+             "ablations")
+
+
+def lock_run(folder):
+    """Take the run folder for this process until it ends; repeated calls from the same notebook are fine.
+
+    Raises:
+        RunError: another process is running in it.
+    """
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    lock = FileLock(Path(folder) / ".lock", timeout=0, is_singleton=True)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise RunError(f"{folder}: another notebook is training in this folder. Stop it (Kernel > Shut Down), or give "
+                       "this run another config['Name'].") from None
+    return lock
+
+
+def _size(state):
+    if isinstance(state, torch.Tensor):
+        return state.nbytes
+    parts = state.values() if isinstance(state, dict) else state if isinstance(state, (list, tuple)) else ()
+    return sum(map(_size, parts))
+
+
+def save_checkpoint(path, state):
+    """Write a dict of tensors, numbers and text atomically (torch.save, flushed, moved into place).
+
+    Raises:
+        RunError: it could not be written; the previous checkpoint is untouched.
+    """
+    with replacing(path, size=_size(state)) as temporary, open(temporary, "wb") as file:
+        torch.save(state, file)
+
+
+def load_checkpoint(path, config=None):
+    """The dict of `save_checkpoint`, on the CPU; None where there is no such file.
+
+    Args:
+        config: where given, the checkpoint's own "config" must agree with it in all but FREE_KEYS, and "epochs" where
+            the schedule does not depend on it.
+
+    Raises:
+        RunError: the file is damaged or foreign, or was written with another config.
+    """
+    path = Path(path)
+    if not path.exists():
+        return None
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        saved = state["config"]
+    except Exception as error:  # torch and pickle raise a dozen kinds, none of them readable
+        raise RunError(f"{path}: damaged, or not a checkpoint of this notebook ({type(error).__name__}). Restore a "
+                       "copy of it, or delete it to start afresh.") from None
+    if config is not None:
+        free = [*FREE_KEYS, *(["epochs"] if config["scheduler"] != "cosineanneal" else [])]
+        differences = [f"{key}: {saved.get(key)!r} there, {config.get(key)!r} now" for key in {**saved, **config}
+                       if key not in free and saved.get(key) != config.get(key)]
+        if differences:
+            raise RunError(f"{path}: this run was started with another config:\n  " + "\n  ".join(differences) +
+                           "\nSet these back to carry on with it, or choose another config['Name'] for a fresh run."
+                           + (" (Cosine annealing is planned for a fixed number of epochs: they cannot change later.)"
+                              if any(line.startswith("epochs") for line in differences) else ""))
+    return state
+
+
+def snapshot(parts):
+    """The states of the model, optimizer, scheduler and scaler in a dict of these, and torch's random states."""
+    state = {name: part.state_dict() for name, part in parts.items()}
+    state["random"] = torch.get_rng_state()
+    state["random_cuda"] = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    return state
+
+
+def restore(state, parts):
+    """Put a `snapshot` back, on whatever device the parts are."""
+    for name, part in parts.items():
+        if state[name]:  # the scaler's is empty where it was not needed
+            part.load_state_dict(state[name])
+    torch.set_rng_state(state["random"])
+    if torch.cuda.is_available() and len(state["random_cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(state["random_cuda"])
+
+
+# ---- Submission --------------------------------------------------------------------------------------------
+
+def write_submission(path, predictions):
+    """Write Kaggle's CSV: header `id,label`, ids from 0, one row a test frame, labels as phoneme names.
+
+    predictions: phoneme names (n,), in the order of the test partition.
+    """
+    with replacing(path, size=12 * len(predictions)) as temporary:
+        pd.DataFrame({"label": predictions}).to_csv(temporary, index_label="id", lineterminator="\n")
+
+
+def read_submission(path, rows=None, sample=None):
+    """The labels of a CSV as Kaggle takes it, str array (n,).
+
+    Args:
+        rows: how many there must be. sample: the competition's sample submission, whose ids must be the same.
+
+    Raises:
+        DataError: header, ids, a label or the number of rows is not as expected.
+    """
+    try:
+        table = pd.read_csv(path, dtype=str, keep_default_na=False)
+    except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: not a CSV file ({error}); expected lines of id,label") from None
+    if list(table) != ["id", "label"]:
+        raise DataError(f"{path}: the header is {','.join(table)}; expected id,label")
+    if sample is not None:
+        rows = len(pd.read_csv(sample))
+    if rows is not None and len(table) != rows:
+        raise DataError(f"{path}: {len(table):,} rows; expected {rows:,}, one for each frame of test-clean")
+    for column, good in (("id", table["id"] == pd.Series(range(len(table))).astype(str)),
+                         ("label", table["label"].isin(PHONEMES))):
+        if not good.all():
+            i = int(good.argmin())
+            raise DataError(f"{path}: line {i + 2} has the {column} {table[column][i]!r}; expected "
+                            + (str(i) if column == "id" else "a phoneme name such as AA or [SIL]"))
+    return table["label"].to_numpy(str)
+
+
+def score_submission(path, answers):
+    """Accuracy (0-1 of all frames) of a CSV against the practice corpus's hidden labels, as Kaggle would score it."""
+    truth = read_submission(answers)
+    return float((read_submission(path, rows=len(truth)) == truth).mean())
+
+
+def kaggle(*arguments):
+    """Run the official `kaggle` command; a RunError says what to do where it is refused."""
+    folders = [Path(os.path.expanduser(folder))
+               for folder in (os.environ.get("KAGGLE_CONFIG_DIR", "~/.kaggle"), "~/.config/kaggle")]
+    if not (have_keys("KAGGLE_API_TOKEN") or have_keys("KAGGLE_USERNAME", "KAGGLE_KEY")
+            or any((folder / name).exists() for folder in folders for name in ("kaggle.json", "access_token"))):
+        raise RunError("no Kaggle credentials: create an API token in your account's settings on kaggle.com, and put "
+                       "it into ~/.kaggle/, the environment (KAGGLE_API_TOKEN) or Colab's secrets; never into a cell")
+    if shutil.which("kaggle") is None:
+        raise RunError("the kaggle command is not installed: pip install kaggle")
+    result = subprocess.run(["kaggle", *map(str, arguments)], capture_output=True, text=True)
+    output = (result.stdout + result.stderr).strip()
+    if re.search(r"\b40[13]\b", output):
+        raise RunError(f"Kaggle refused: {output[-300:]}\nThe two usual causes: the rules are not accepted yet (press "
+                       f"Join on kaggle.com/competitions/{COMPETITION}), or the token has expired: create a new one.")
+    if result.returncode:
+        raise RunError(f"kaggle {' '.join(map(str, arguments))} failed: {output[-300:]}")
+    return output
+
+
+def download_data(folder=KAGGLE_FOLDER):
+    """Download and unpack the competition's data (about 4 GB) unless they are there; what was interrupted is resumed.
+
+    Raises:
+        RunError: no credentials, refused, too little space, a damaged archive, or files missing from it.
+    """
+    folder = Path(folder)
+    if folder.is_dir():
+        return
+    archive, partial = folder.with_name(f"{COMPETITION}.zip"), folder.with_name(folder.name + ".partial")
+    kaggle("competitions", "download", "-c", COMPETITION, "-p", folder.absolute().parent)
+    try:
+        with zipfile.ZipFile(archive) as file:
+            members = [member for member in file.infolist() if not member.is_dir()
+                       and not ((partial / member.filename).is_file()
+                                and (partial / member.filename).stat().st_size == member.file_size)]
+            needed, free = sum(member.file_size for member in members), shutil.disk_usage(folder.absolute().parent).free
+            if needed > free:
+                raise RunError(f"unpacking to {folder} needs {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free")
+            for member in tqdm(members, desc="unpacking", leave=False):
+                file.extract(member, partial)  # compares its checksum
+    except (zipfile.BadZipFile, FileNotFoundError) as error:
+        raise RunError(f"{archive}: damaged or missing ({error}). Delete it and run again.") from None
+    unpacked = partial / folder.name if (partial / folder.name).is_dir() else partial
+    for partition in ("train-clean-100", "dev-clean"):
+        count = {kind: len(_list_folder(unpacked / partition / kind)[0]) for kind in ("mfcc", "transcript")}
+        if count["mfcc"] != count["transcript"]:
+            raise RunError(f"{archive}: {partition} has {count}; expected as many of both. Delete it and run again.")
+    unpacked.rename(folder)
+    shutil.rmtree(partial, ignore_errors=True)
+    archive.unlink()  # only now: until here it was what an interrupted run resumed from
+
+
+# ---- Practice corpus ---------------------------------------------------------------------------------------
+# In the course's layout, spoken by a synthesiser, for those without the Kaggle data.
+
+# Who / did what / where / when: one entry of each makes a sentence (40 x 40 x 40 x 40, our own words).
+WHO = """the baker, my youngest cousin, our new neighbor, a cheerful farmer, the quiet teacher, both sailors,
+    an honest lawyer, the village doctor, my grandmother, a famous painter, the tired driver, some clever
+    students, the orchestra, your older brother, a young engineer, the mayor, three noisy boys, the gardener,
+    every visitor, the shy girl in yellow, her uncle George, a patient nurse, the museum guide, two royal
+    guards, the chess club, an author from Asia, the captain, my roommate, a curious child, the librarian, one
+    lucky tourist, the choir, a wise judge, the plumber, a dozen hikers, the girl next door, his favorite
+    poet, the whole team, that charming couple, the astronomer"""
+DID = """mended a wooden chair, cooked a huge pot of soup, sang about the ocean, counted eleven white sheep,
+    found a valuable coin, watched a long television show, painted the garage blue, chose the cheapest
+    bicycle, measured the depth of the pool, drew a map of the island, enjoyed a cup of green tea, fed the
+    hungry goats, wrote a short letter, pushed the heavy cart, built a tower of smooth stones, looked at an
+    ancient book, took forty photographs, shared a warm blanket, played the violin, caught a silver fish, lost
+    a leather glove, planted purple flowers, solved a difficult puzzle, laughed at every joke, boiled six
+    fresh eggs, washed the muddy boots, learned a foreign language, practiced for the big game, hung a bright
+    picture, carried a basket of oranges, told a story with a happy ending, baked an apple pie, threw the ball
+    too far, heard a strange noise, poured cold milk for the kitten, fixed the broken engine, wore an unusual
+    hat, sketched a pair of eagles, shook hands with the king, gave a speech on ethics"""
+WHERE = """in the kitchen, near the old bridge, by the river, at the railway station, under a maple tree,
+    behind the red barn, on the beach, beside the church, across the street, in front of the bank, at school,
+    around the corner, below the castle, on a sunny balcony, in the middle of town, outside the bakery, along
+    the northern path, at the edge of the forest, on the third floor, in a tiny studio, over the bay, above
+    the valley, at the county fair, next to the fountain, inside the tent, on the roof, in a narrow alley, at
+    the airport, between two hedges, on board the ferry, in the laboratory, among the rose bushes, down by the
+    harbor, in a crowded market, at home, beyond the hill, opposite the theater, on the tennis court, close to
+    the volcano, in our backyard"""
+WHEN = """before breakfast, after the storm had passed, while the moon was rising, on Thursday afternoon,
+    because the bus was late, when the bell rang, during the vacation, as soon as the snow melted, just for
+    fun, although it was raining, until midnight, without any help, in less than an hour, for the second time,
+    as the crowd cheered, once the guests had gone, since nobody was there, with great pleasure, in early
+    March, while the dog slept, even though the shop was closed, to everyone's surprise, before the judges
+    could vote, at exactly five o'clock, on the way to work, in spite of the heat, with a smile, as usual,
+    because the weather was mild, during a power failure, after an argument over money, when the sun came out,
+    in a rush, with both eyes shut, almost every weekend, while the others chatted, long before sunrise, on a
+    foggy winter morning, after changing trains twice, in perfect silence"""
+GRAMMAR = [[" ".join(entry.split()) for entry in entries.split(",")] for entries in (WHO, DID, WHERE, WHEN)]
+PARTITIONS = ("train-clean-100", "dev-clean", "test-clean")
+# The first utterance of each partition has all 39 phones: no class is missing, however small the corpus is.
+PANGRAMS = """They knew that noisy young boy very well: he put his hot yellow jacket on the chair, then sang
+    both songs about measuring fish, while I paused for a good word with her father. My father thought the
+    usual choice was good: wash the huge brown jar, take each thing out, then enjoy a bowl of very hot yams
+    with sugar and pears. Our loyal judge took a vision of the yacht shop to church; there both birds sang,
+    you gave them all a clean white hat, and I heard my father laugh out loud at the zoo."""
+PANGRAMS = [" ".join(sentence.split()) + "." for sentence in PANGRAMS.split(".")[:3]]
+
+# eSpeak NG's mnemonics of American English as ARPAbet. Two phones share the interval half and half: an
+# r-coloured vowel is the vowel and R. T is also the flap of "city" (t#) and the glottal stop of "button" (?),
+# as in CMUdict; ";" is the glide that links a high vowel to the next vowel and belongs to the first.
+ARPABET = """0=AA A:=AA O=AO O2=AO O:=AO a=AE aa=AE V=AH @=AH @2=AH @-=AH a#=AH E=EH I=IH I2=IH I#=IH i=IY
+    i:=IY ;=IY U=UH u:=UW 3=ER 3:=ER aI=AY aU=AW eI=EY oU=OW OI=OY A@=AA+R O@=AO+R o@=AO+R e@=EH+R i@3=IH+R
+    U@=UH+R i@=IY+AH aI@=AY+AH aI3=AY+ER aU@=AW+ER @L=AH+L n-=N m-=M r-=R b=B tS=CH d=D D=DH f=F g=G h=HH
+    dZ=JH k=K l=L m=M n=N N=NG p=P r=R s=S S=SH t=T t2=T t#=T ?=T T=TH v=V w=W j=Y z=Z Z=ZH"""
+ARPABET = dict(pair.split("=") for pair in ARPABET.split())
+
+# Variants left out, as people do not sound like that: robots, loud echoes, croaks, chipmunks, mere settings.
+UNNATURAL = ("robo", "ricishay", "marco", "alicia", "announcer", "croak", "zac", "tweaky", "mr serious",
+             "fast", "kaukovalta")
+ESPEAK_RATE = 22050  # Hz
+
+
+class _EventId(ctypes.Union):  # the union and the struct espeak_EVENT of eSpeak NG's speak_lib.h
+    _fields_ = [("number", ctypes.c_int), ("name", ctypes.c_char_p), ("string", ctypes.c_char * 8)]
+
+
+class _Event(ctypes.Structure):
+    _fields_ = [("type", ctypes.c_int), ("unique_identifier", ctypes.c_uint), ("text_position", ctypes.c_int),
+                ("length", ctypes.c_int), ("audio_position", ctypes.c_int), ("sample", ctypes.c_int),
+                ("user_data", ctypes.c_void_p), ("id", _EventId)]
+
+
+_SynthCallback = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(ctypes.c_short), ctypes.c_int,
+                                  ctypes.POINTER(_Event))
+
+
+def _espeak_paths():
+    try:
+        import espeakng_loader  # here, because only this section needs it
+        return espeakng_loader.get_library_path(), espeakng_loader.get_data_path()
+    except (ImportError, RuntimeError) as error:
+        raise ImportError("the practice corpus needs eSpeak NG: pip install espeakng-loader") from error
+
+
+def speak(text, voice="", rate=175, pitch=50):
+    """Speaks a text with eSpeak NG: `voice` is a variant of en-us, `rate` in words a minute, `pitch` 0 to 99.
+
+    Returns (audio, events): int16 samples at 22,050 Hz, and a list of (first sample, mnemonic without stress
+    mark), in order. Raises ImportError where eSpeak NG does not load, DataError where it refuses the voice.
+    """
+    library_path, data_path = _espeak_paths()
+    if voice and not Path(data_path, "voices", "!v", voice).is_file():  # eSpeak would take its plain voice
+        raise DataError(f"eSpeak NG has no voice en-us+{voice}: expected a variant in {data_path}/voices/!v")
+    try:
+        espeak = ctypes.CDLL(library_path)
+    except OSError as error:
+        raise ImportError(f"eSpeak NG does not load ({error}): reinstall espeakng-loader with pip") from error
+    audio, events = [], []
+
+    @_SynthCallback  # this name keeps the callback alive as long as eSpeak may call it
+    def callback(samples, count, event):
+        if samples and count > 0:
+            audio.append(np.ctypeslib.as_array(samples, (count,)).copy())
+        for i in itertools.count():
+            if event[i].type == 0:  # espeakEVENT_LIST_TERMINATED
+                return 0  # go on
+            if event[i].type == 7:  # espeakEVENT_PHONEME
+                events.append((event[i].sample, event[i].id.string.decode().lstrip("',%=")))
+
+    try:
+        # 2: AUDIO_OUTPUT_SYNCHRONOUS; 1: PHONEME_EVENTS; 0x8000: DONT_EXIT, return an error instead
+        if espeak.espeak_Initialize(2, 0, os.fsencode(data_path), 1 | 0x8000) != ESPEAK_RATE:
+            raise ImportError(f"eSpeak NG has no data in {data_path}: reinstall espeakng-loader with pip")
+        espeak.espeak_SetSynthCallback(callback)
+        if espeak.espeak_SetVoiceByName(f"en-us+{voice}".rstrip("+").encode()) != 0:
+            raise DataError("eSpeak NG has no voice en-us")
+        espeak.espeak_SetParameter(1, int(rate), 0)  # espeakRATE
+        espeak.espeak_SetParameter(3, int(pitch), 0)  # espeakPITCH
+        encoded = text.encode()  # flags 1: espeakCHARS_UTF8
+        espeak.espeak_Synth(encoded, ctypes.c_size_t(len(encoded) + 1), 0, 0, 0, 1, None, None)
+    finally:
+        # eSpeak's noise and flutter go on from call to call, in variables that no function resets. Unloading
+        # the library does: the sound of an utterance must not depend on what the process said before.
+        espeak.espeak_Terminate()
+        (_ctypes.FreeLibrary if os.name == "nt" else _ctypes.dlclose)(espeak._handle)
+    return np.concatenate(audio), events
+
+
+def practice_voices():
+    """Names of eSpeak NG's variants that sound like people, sorted."""
+    variants = sorted(Path(_espeak_paths()[1], "voices", "!v").iterdir())
+    # breath and whisper are noise that comes out different each time, even from a freshly loaded library
+    return [path.name for path in variants if "\nbreath " not in path.read_text("utf-8", errors="replace")
+            and not any(word in path.name.lower() for word in UNNATURAL)]
+
+
+@functools.lru_cache(maxsize=1)
+def _practice_shares(seed):
+    """Cuts one shuffle of the voices, and one of the sentence numbers, into a share for each partition."""
+    rng = np.random.default_rng(seed)
+    voices = rng.permutation(practice_voices()).tolist()
+    held_out = len(voices) // 7
+    voices = voices[2 * held_out:], voices[:held_out], voices[held_out:2 * held_out]
+    return voices, np.array_split(rng.permutation(math.prod(map(len, GRAMMAR))), 3)
+
+
+def practice_script(partition, index, sentences=1, seed=23):
+    """What utterance `index` of `partition` (0 train, 1 dev, 2 test) says, and how; from the arguments only.
+
+    Returns a dict: `sentences` (list of str, `sentences` of them on average), `voice`, `rate` (words a
+    minute), `pitch` (0 to 99), `snr` (dB). Raises DataError for sentences below 1, or beyond what there is.
+    """
+    rng = np.random.default_rng((seed, partition, index))
+    voices, numbers = _practice_shares(seed)
+    most = math.ceil(2 * sentences)  # count is below this: every utterance has sentence numbers of its own
+    if sentences < 1 or (index + 1) * most > len(numbers[partition]):
+        raise DataError(f"{sentences} sentences for utterance {index}: expected at least 1, and no more in "
+                        f"all than the {len(numbers[partition]):,} different ones of a partition")
+    count = int(rng.uniform(1, 2 * sentences - 1) + rng.random())  # rounded at random: exact mean
+    spoken = []
+    for number in numbers[partition][index * most:index * most + count]:
+        who, did, where, when = (GRAMMAR[i][digit] for i, digit in
+                                 enumerate(np.unravel_index(number, [len(entries) for entries in GRAMMAR])))
+        text = f"{when}, {who} {did} {where}." if number % 3 == 0 else f"{who} {did} {where} {when}."
+        spoken.append(text[0].upper() + text[1:])
+    if index == 0:
+        spoken[0] = PANGRAMS[partition]
+    return {"sentences": spoken, "voice": voices[partition][index % len(voices[partition])],
+            "rate": int(rng.integers(140, 200)), "pitch": int(rng.integers(35, 66)),
+            "snr": float(rng.uniform(20, 40))}
+
+
+@functools.lru_cache(maxsize=1)
+def _practice_features():
+    # LibriSpeech's 16 kHz, windows of 25 ms every 10 ms. Without center, frame t is samples 160 t to
+    # 160 t + 511, and the window lies in their middle, at 160 t + 256. log_mels adds 1e-6: no log of zero.
+    return torch.nn.Sequential(
+        torchaudio.transforms.Resample(ESPEAK_RATE, 16000),
+        torchaudio.transforms.MFCC(16000, n_mfcc=28, log_mels=True, melkwargs={
+            "n_fft": 512, "win_length": 400, "hop_length": 160, "n_mels": 40, "center": False}))
+
+
+def frame_labels(events, frames):
+    """The phoneme at the centre of each frame's window: a list of `frames` names, from `speak`'s events.
+
+    Raises DataError for a mnemonic without an entry in ARPABET.
+    """
+    starts, phonemes = [-1], ["[SIL]"]  # before the first event there is silence
+    for (start, mnemonic), (end, _) in zip(events, [*events[1:], events[-1]]):
+        if not mnemonic.startswith("_") and mnemonic not in ARPABET:
+            raise DataError(f"eSpeak NG's phoneme {mnemonic!r} has no ARPAbet phone; known: {list(ARPABET)}")
+        # pauses are _ : _! and so on in eSpeak
+        phones = ["[SIL]"] if mnemonic.startswith("_") else ARPABET[mnemonic].split("+")
+        starts += [start + i * (end - start) // len(phones) for i in range(len(phones))]
+        phonemes += phones
+    centres = (np.arange(frames) * 160 + 256) * ESPEAK_RATE / 16000
+    return [phonemes[i] for i in np.searchsorted(starts, centres, side="right") - 1]
+
+
+def _make_utterance(root, partition, index, sentences, seed):
+    """Writes one utterance; returns the labels of a test utterance (they have no file), else none."""
+    script = practice_script(partition, index, sentences, seed)
+    samples, events = speak(" ".join(script["sentences"]), script["voice"], script["rate"], script["pitch"])
+    rng = np.random.default_rng((seed, partition, index, 1))
+    before, after = rng.integers(ESPEAK_RATE // 8, ESPEAK_RATE // 2, 2)  # of silence; eSpeak alone starts at once
+    events = [(start + before, mnemonic) for start, mnemonic in [*events, (len(samples), "_")]]
+    audio = np.pad(samples.astype(np.float32) / 2**15, (before, after))
+    noise = rng.standard_normal(len(audio), dtype=np.float32)
+    audio += noise * np.float32(audio.std() * 10 ** (-script["snr"] / 20))
+    mfcc = np.ascontiguousarray(_practice_features()(torch.from_numpy(audio)).T.numpy())
+    labels = frame_labels(events, len(mfcc))
+    np.save(root / PARTITIONS[partition] / "mfcc" / f"{index:06d}.npy", mfcc)
+    if partition == 2:
+        return labels
+    np.save(root / PARTITIONS[partition] / "transcript" / f"{index:06d}.npy",
+            np.array(["[SOS]", *labels, "[EOS]"], dtype="<U5"))
+    return []
+
+
+def make_practice_corpus(root, utterances=(370, 52, 52), sentences=(1, 1, 1), seed=23, processes=None):
+    """Makes a corpus in the course's layout under `root`, spoken by eSpeak NG: the same seed, the same bytes.
+
+    `utterances`, and `sentences` (their mean number in an utterance, at least 1), are for train, dev and
+    test; the defaults make some 179,000 / 25,000 / 26,000 frames. Partitions share neither sentences nor
+    voices. ROOT/PARTITION/mfcc/*.npy: float32 (T, 28), a frame every 10 ms;
+    ROOT/PARTITION/transcript/*.npy (train, dev): '<U5' (T+2,); ROOT/answers.csv (`id,label`): the test
+    frames' phonemes, for marking a submission. `root` appears when everything is written, never before.
+    The work is done in `processes` processes (default: one a core). Raises FileExistsError where `root` exists,
+    DataError for numbers it cannot serve, ImportError without eSpeak NG.
+    """
+    root = Path(root)
+    if root.exists():
+        raise FileExistsError(f"{root} exists already: delete it to have it made again")
+    if len(utterances) != 3 or len(sentences) != 3 or min(utterances) < 1:
+        raise DataError(f"utterances {utterances}, sentences {sentences}: expected three numbers each, >= 1")
+    for partition in range(3):  # fail now rather than in the middle of the work
+        practice_script(partition, utterances[partition] - 1, sentences[partition], seed)
+    partial = root.with_name(root.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)  # of a build that was killed
+    for name in PARTITIONS:
+        for folder in ("mfcc",) if name == "test-clean" else ("mfcc", "transcript"):
+            (partial / name / folder).mkdir(parents=True)
+    jobs = [(partial, p, i, sentences[p], seed) for p in range(3) for i in range(utterances[p])]
+    # spawn, as fork is unsafe once torch has started threads; one thread each, as every core has its process
+    pool = ProcessPoolExecutor(
+        processes, get_context("spawn"), initializer=torch.set_num_threads, initargs=(1,))
+    with pool, open(partial / "answers.csv", "w", newline="") as file:
+        answers = csv.writer(file, lineterminator="\n")
+        answers.writerow(["id", "label"])
+        frame = 0
+        # a spawned process runs the main script again, which would start everything anew; it is shown an empty one
+        main = sys.modules["__main__"]
+        sys.modules["__main__"] = types.ModuleType("__main__")
+        try:
+            results = pool.map(_make_utterance, *zip(*jobs), chunksize=8)
+        finally:
+            sys.modules["__main__"] = main
+        for labels in tqdm(results, total=len(jobs), desc="practice corpus", leave=False, delay=30):
+            answers.writerows(enumerate(labels, start=frame))  # map keeps the order of jobs, so of files
+            frame += len(labels)
+    partial.rename(root)

@@ -1,0 +1,23 @@
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path[:0] = [str(Path(__file__).resolve().parents[1])]
+
+import helpers  # noqa: E402
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory):
+    """A tiny practice corpus, read only: 12, 4 and 3 utterances."""
+    root = tmp_path_factory.mktemp("practice") / "corpus"
+    helpers.make_practice_corpus(root, (12, 4, 3), (2, 1, 1), processes=2)
+    return root
+
+
+@pytest.fixture
+def own_corpus(corpus, tmp_path):
+    """A copy of the tiny practice corpus that a test may damage."""
+    return shutil.copytree(corpus, tmp_path / "corpus")

@@ -1,0 +1,68 @@
+"""The notebook's own code for the tests: its cells in a namespace, or the whole of it executed in a kernel."""
+
+import ast
+import os
+import sys
+from pathlib import Path
+from unittest import mock
+
+import nbformat
+from nbclient import NotebookClient
+
+ROOT = Path(__file__).resolve().parents[1]
+NOTEBOOK = ROOT / "hw1p2_starter.ipynb"
+TINY = {"archetype": "pyramid", "num_layers": 2, "context": 5, "batch_size": 256, "epochs": 2}  # seconds on a CPU
+
+
+def read():
+    return nbformat.read(NOTEBOOK, as_version=4)
+
+
+def code_cells(changes=None):
+    """The sources of the code cells, with `config.update(changes)` in a cell behind the one tagged `parameters`."""
+    sources = []
+    for cell in read().cells:
+        if cell.cell_type == "code":
+            sources.append(cell.source)
+            if "parameters" in cell.metadata.get("tags", []) and changes:
+                sources.append(f"config.update({changes!r})")
+    return sources
+
+
+def run_cells(changes=None, until=None, runs="runs", data=None):
+    """Execute the code cells in this process, up to the one that contains `until`. Returns the namespace."""
+    environment = {"HW1P2_RUNS": str(runs), "MPLBACKEND": "Agg", "TQDM_DISABLE": "1", "WANDB_MODE": "disabled"}
+    environment |= {"HW1P2_DATA": str(data)} if data else {}
+    namespace = {"__name__": "notebook"}
+    with mock.patch.dict(os.environ, environment), mock.patch.object(sys, "path", [str(ROOT), *sys.path]):
+        for source in code_cells(changes):
+            if until is not None and until in source:
+                break
+            exec(compile(source, "<notebook>", "exec"), namespace)
+    return namespace
+
+
+def definitions():
+    """A namespace with the notebook's imports, `config`, and its functions and classes; nothing is run."""
+    namespace = {"__name__": "notebook"}
+    with mock.patch.dict(os.environ, {"MPLBACKEND": "Agg"}), mock.patch.object(sys, "path", [str(ROOT), *sys.path]):
+        for source in code_cells():
+            wanted = [node for node in ast.parse(source).body
+                      if isinstance(node, (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.ClassDef))
+                      or (isinstance(node, ast.Assign) and node.targets[0].id in ("device", "device_name", "config", "amp_dtype",
+                                                                                  "ACTIVATIONS", "criterion"))]
+            exec(compile(ast.Module(wanted, []), "<notebook>", "exec"), namespace)
+    import torch
+    namespace.setdefault("amp_dtype", torch.float32)
+    return namespace
+
+
+def execute(changes, runs, data=None, folder=ROOT, timeout=600):
+    """Execute the notebook in a kernel of its own, as `jupyter nbconvert --execute` does. Returns it with its outputs."""
+    notebook = read()
+    index = next(i for i, cell in enumerate(notebook.cells) if "parameters" in cell.metadata.get("tags", []))
+    notebook.cells.insert(index + 1, nbformat.v4.new_code_cell(f"config.update({changes!r})"))
+    environment = {key: value for key, value in os.environ.items() if not key.startswith(("WANDB", "HW1P2"))}
+    environment |= {"HW1P2_RUNS": str(runs), "HOME": str(runs)} | ({"HW1P2_DATA": str(data)} if data else {})
+    client = NotebookClient(notebook, timeout=timeout, kernel_name="python3", resources={"metadata": {"path": str(folder)}})
+    return client.execute(env=environment)
