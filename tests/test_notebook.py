@@ -1,0 +1,112 @@
+"""The notebook executed whole, in a kernel of its own, on a tiny practice corpus; and what wandb has of it."""
+
+import json
+import re
+import shutil
+import struct
+
+import nbformat
+import pandas as pd
+import pytest
+from notebook import NOTEBOOK, TINY, execute
+from wandb.proto import wandb_internal_pb2
+
+CHANGES = {**TINY, "epochs": 3, "learning_rate": 0.003}
+
+
+@pytest.fixture(scope="module")
+def runs(corpus, tmp_path_factory):
+    """A runs folder whose practice corpus is the tiny one, so that the notebook does not make the big one."""
+    runs = tmp_path_factory.mktemp("runs")
+    shutil.copytree(corpus, runs / "cache" / "practice-corpus")
+    return runs
+
+
+@pytest.fixture(scope="module")
+def executed(runs):
+    return execute(CHANGES, runs)
+
+
+def outputs(notebook, kind=None):
+    return [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs
+            if kind is None or output.output_type == kind]
+
+
+def text(notebook):
+    return "".join(output.text for output in outputs(notebook, "stream"))
+
+
+def wandb_records(folder):
+    """The records of the newest offline run: LevelDB's log format (32 KiB blocks, 7-byte headers) behind 7 bytes."""
+    [*_, path] = sorted(folder.glob("wandb/offline-run-*/*.wandb"))
+    data, position, whole = path.read_bytes(), 7, b""
+    while position + 7 <= len(data):
+        if 32768 - position % 32768 < 7:  # too little room for a header: the next block
+            position += 32768 - position % 32768
+            continue
+        length, kind = struct.unpack("<HB", data[position + 4:position + 7])
+        whole += data[position + 7:position + 7 + length]
+        position += 7 + length
+        if kind in (1, 4):  # a full record, or its last part
+            yield wandb_internal_pb2.Record.FromString(whole)
+            whole = b""
+
+
+def test_it_runs_to_a_checked_and_scored_csv(executed, runs, corpus):
+    assert "PRACTICE CORPUS" in text(executed)
+    rows = pd.read_csv(runs / "pencil" / "submission.csv")
+    answers = pd.read_csv(corpus / "answers.csv")
+    assert list(rows) == ["id", "label"] and list(rows["id"]) == list(range(len(answers)))
+    accuracy = (rows["label"] == answers["label"]).mean()
+    assert f"{accuracy:.2%} of the test frames right" in text(executed)
+    assert accuracy > 1.5 * answers["label"].value_counts(normalize=True).max()  # it has learned something
+
+
+def test_it_leaves_one_line_an_epoch_one_figure_and_no_trail_of_a_bar(executed):
+    assert [int(n) for n in re.findall(r"^epoch +(\d+)/3 \| train", text(executed), re.M)] == [1, 2, 3]
+    assert not [output for output in outputs(executed) if "widget" in json.dumps(output)]
+    assert not [output for output in outputs(executed, "stream") if output.name == "stderr"]
+    [training] = [cell for cell in executed.cells if cell.source.rstrip().endswith("run_folder, run)")]
+    assert sum("image/png" in output.get("data", {}) for output in training.outputs) == 1
+    assert len(nbformat.writes(executed)) < 1e6
+
+
+def test_offline_wandb_has_every_metric_of_every_epoch(executed, runs):
+    history, summary, config = {}, {}, {}
+    for record in wandb_records(runs / "pencil"):
+        if record.WhichOneof("record_type") == "history":
+            row = {item.key or item.nested_key[0]: json.loads(item.value_json) for item in record.history.item}
+            if "val_acc" in row:
+                history[row["epoch"]] = row
+        elif record.WhichOneof("record_type") == "summary":
+            summary.update({item.key or item.nested_key[0]: json.loads(item.value_json) for item in record.summary.update})
+        elif record.WhichOneof("record_type") == "run":
+            config.update({item.key: json.loads(item.value_json) for item in record.run.config.update})
+    assert sorted(history) == [1, 2, 3]
+    printed = re.findall(r"train +([\d.]+)% loss ([\d.]+) \| val +([\d.]+)% loss ([\d.]+) \| lr ([\d.]+)", text(executed))
+    for row, numbers in zip(map(history.get, (1, 2, 3)), printed):
+        assert row["train_acc"] * 100 == pytest.approx(float(numbers[0]), abs=0.01)
+        assert row["train_loss"] == pytest.approx(float(numbers[1]), abs=1e-4)
+        assert row["val_acc"] * 100 == pytest.approx(float(numbers[2]), abs=0.01)
+        assert row["val_loss"] == pytest.approx(float(numbers[3]), abs=1e-4)
+        assert row["learning_rate"] == pytest.approx(float(numbers[4]), abs=1e-7)
+        assert row["seconds"] > 0 and row["frames_per_second"] > 0
+    assert summary["best_val_acc"] == max(row["val_acc"] for row in history.values())
+    assert {key: config[key] for key in CHANGES} == CHANGES and config["device"] and config["torch"]
+
+
+def test_again_it_trains_nothing_and_gives_the_same(executed, runs):
+    before = (runs / "pencil" / "submission.csv").read_bytes()
+    again = execute(CHANGES, runs)
+    assert "nothing left to train" in text(again)
+    assert re.findall("^epoch.*", text(again), re.M) == re.findall("^epoch.*", text(executed), re.M)
+    assert (runs / "pencil" / "submission.csv").read_bytes() == before
+
+
+def test_the_committed_notebook_is_one_honest_run():
+    notebook = nbformat.read(NOTEBOOK, as_version=4)
+    cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
+    assert not outputs(notebook, "error")
+    assert NOTEBOOK.stat().st_size < 1e6
+    assert max(len(cell.source.splitlines()) for cell in cells) <= 40
