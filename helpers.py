@@ -19,7 +19,9 @@ import shutil
 import subprocess
 import sys
 import types
+import warnings
 import zipfile
+import zlib
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
@@ -52,7 +54,7 @@ PARAMETER_LIMIT = 20_000_000  # of the homework
 
 _INITIALIZATIONS = ("kaiming_normal", "kaiming_uniform", "uniform", "xavier_normal", "xavier_uniform", None)
 OPTIONS = {  # config key -> the values it may take, or (type, lowest, highest)
-    "Name": (str, 1, 100), "subset": (float, 1e-9, 1), "context": (int, 0, 1000),
+    "Name": (str, 1, 200), "subset": (float, 1e-9, 1), "context": (int, 0, 1000),
     "archetype": ["pencil", "cylinder", "pyramid", "inverse-pyramid", "diamond"],
     "activations": ["gelu", "relu", "leakyrelu", "softplus", "tanh", "sigmoid"],
     "batch_norm": [True, False], "batchnorm_alternate": [True, False],
@@ -81,9 +83,9 @@ def check_config(config):
                 faults.append(f"{key!r} is {config[key]!r}; allowed: {', '.join(map(repr, allowed))}")
         else:
             kind, low, high = allowed
-            value = len(config[key]) if kind is str and isinstance(config[key], str) else config[key]
-            number = int if kind is str else (int, float) if kind is float else int
-            if isinstance(value, bool) or not isinstance(value, number) or not low <= value <= high:
+            right = isinstance(config[key], (int, float) if kind is float else kind)
+            if isinstance(config[key], bool) or not right or not (
+                    low <= (len(config[key]) if kind is str else config[key]) <= high):
                 what = {str: "characters", int: "(a whole number)", float: "(a number)"}[kind]
                 faults.append(f"{key!r} is {config[key]!r}; allowed: {low} to {high} {what}")
     if faults:
@@ -146,7 +148,9 @@ def replacing(path, size=0):
     except BaseException as error:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
-        # torch.save reports a full disk as a RuntimeError of its own
+        # torch.save buries a full disk's OSError under a RuntimeError of its own, or loses it
+        if isinstance(error, RuntimeError) and isinstance(error.__context__, OSError):
+            error = error.__context__
         if isinstance(error, OSError) or (isinstance(error, RuntimeError) and "PytorchStreamWriter" in str(error)):
             free = shutil.disk_usage(path.parent).free if path.parent.exists() else 0
             needed = f"{size / 1e6:.1f} MB are needed there, " if size else ""
@@ -186,7 +190,10 @@ def _read_header(path):
         if version not in ((1, 0), (2, 0)):
             raise DataError(f"version {version} of the .npy format; expected 1.0 or 2.0")
         read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-        shape, fortran_order, dtype = read(file)
+        try:
+            shape, fortran_order, dtype = read(file)
+        except Exception as error:  # from numpy's parser, Python's, and Python's tokenizer
+            raise DataError(f"unreadable header ({error})") from None
         if dtype.hasobject:
             raise DataError("a pickled object array; expected plain numbers or text")
         missing = file.tell() + dtype.itemsize * int(np.prod(shape, dtype=object)) - os.fstat(file.fileno()).st_size
@@ -229,17 +236,18 @@ def _normalise(mfcc):
     tiny deviation would blow up.
     """
     with np.errstate(all="ignore"):  # NaN and infinity are reported below, with the name of the file
-        mfcc = mfcc.astype(np.float64)
+        mfcc = np.subtract(mfcc, mfcc[0], dtype=np.float64)  # a constant coefficient is now exactly zero
         mfcc -= mfcc.mean(axis=0)
-        mfcc /= mfcc.std(axis=0) + 1e-8
-    if not np.isfinite(mfcc).all():
-        raise DataError("NaN or infinite values; expected finite MFCCs")
+        deviation = mfcc.std(axis=0)  # infinite too where the values are so large that their squares overflow
+        mfcc /= deviation + 1e-8
+    if not (np.isfinite(mfcc).all() and np.isfinite(deviation).all()):
+        raise DataError("NaN, infinite or absurdly large values; expected finite MFCCs")
     return mfcc
 
 
 def _label_indexes(transcript):
     """Text (T+2,) -> uint8 indexes into PHONEMES (T,); a lookup per phone, not per frame: labels come in runs."""
-    first, *_, last = transcript
+    first, last = transcript[0], transcript[-1]
     if first != "[SOS]" or last != "[EOS]":
         raise DataError(f"it starts with {_text(first)} and ends with {_text(last)}; expected [SOS] and [EOS]")
     labels = transcript[1:-1]
@@ -253,6 +261,11 @@ def _label_indexes(transcript):
     return np.repeat(_INDEX_OF_SORTED[found], np.diff(starts, append=len(labels)))
 
 
+def _printable(name):
+    """Text with file names as it can be printed: their bytes that are no text are escaped."""
+    return name.encode(errors="backslashreplace").decode()
+
+
 def _text(value):
     try:
         return repr(str(value))
@@ -260,8 +273,8 @@ def _text(value):
         return "text that cannot be shown"
 
 
-def _for_each(pool, function, items, describe, folder):
-    """[function(item)] by a thread pool; every fault of every item ends up in one DataError."""
+def _for_each(pool, function, items, describe, folder, faults):
+    """[function(item)] by a thread pool; what is wrong with an item is appended to `faults`, its result is None."""
     def attempt(item):
         try:
             return function(item)
@@ -271,16 +284,18 @@ def _for_each(pool, function, items, describe, folder):
             return DataError(f"{folder / describe(item)}: {error or type(error).__name__}")
 
     # a bar only where it is worth one: reading the whole of the real data from a slow disk
-    bar = tqdm(pool.map(attempt, items), desc=f"reading {folder.name}", total=len(items), leave=False, delay=10)
-    results = list(bar)
-    _raise_faults(folder, [str(result) for result in results if isinstance(result, DataError)])
-    return results
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # numpy's and Python's, about what stands in a damaged header
+        results = list(tqdm(pool.map(attempt, items), desc=f"reading {folder.name}", total=len(items), leave=False,
+                            delay=10))
+    faults += [str(result) for result in results if isinstance(result, DataError)]
+    return [None if isinstance(result, DataError) else result for result in results]
 
 
 def _raise_faults(folder, faults):
     if faults:
         more = [f"... and {len(faults) - 10:,} more"] if len(faults) > 10 else []
-        raise DataError("\n".join([f"{folder}: {len(faults):,} fault(s) in the data", *faults[:10], *more]))
+        raise DataError(_printable("\n".join([f"{folder}: {len(faults):,} fault(s) in the data", *faults[:10], *more])))
 
 
 def read_partition(root, partition, subset=1, gap=GAP, cache=None):
@@ -319,7 +334,8 @@ def read_partition(root, partition, subset=1, gap=GAP, cache=None):
         if not names:
             raise DataError(f"{folder}: subset {subset} of its {total} utterances is none; expected at least one")
     if ignored:
-        print(f"{partition}: ignored {len(ignored)} file(s) that are not utterances: {', '.join(ignored[:5])}")
+        print(f"{partition}: ignored {len(ignored)} file(s) that are not utterances: "
+              + ", ".join(map(_printable, ignored[:5])))
 
     # many threads, because small files on a slow disk (Drive) are waited for more than they are worked on
     with ThreadPoolExecutor(2 * (os.cpu_count() or 1) + 2) as pool:
@@ -327,8 +343,13 @@ def read_partition(root, partition, subset=1, gap=GAP, cache=None):
             return _read_files(folder, names, labelled, gap, pool)
         key = _cache_key(folder, names, labelled, gap, pool)
         path = Path(cache) / f"{partition}-{key[:16]}.pt"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(path.with_suffix(".lock")):  # of two runs that start together, one reads the files
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            lock = FileLock(path.with_suffix(".lock")).acquire()
+        except (OSError, NotImplementedError) as error:  # it cannot be written, or knows no locks
+            print(f"going on without a cache: {error}")
+            return _read_files(folder, names, labelled, gap, pool)
+        with lock:  # of two runs that start together, one reads the files
             packed = _open_cache(path, key)
             if packed is None:
                 packed = _read_files(folder, names, labelled, gap, pool)
@@ -342,13 +363,15 @@ def read_partition(root, partition, subset=1, gap=GAP, cache=None):
 
 def _read_files(folder, names, labelled, gap, pool):
     # first all headers: sizes for one exact allocation, and most faults, before any content is read
-    mfcc = _for_each(pool, lambda name: _check_mfcc(folder / "mfcc" / name), names, str, folder / "mfcc")
-    lengths = np.array([header[0] for header in mfcc], np.int64)
+    faults = []
+    mfcc = _for_each(pool, lambda name: _check_mfcc(folder / "mfcc" / name), names, str, folder / "mfcc", faults)
     if labelled:
         transcript = _for_each(pool, lambda name: _check_transcript(folder / "transcript" / name), names, str,
-                               folder / "transcript")
-        _raise_faults(folder, [f"{folder / 'transcript' / name}: {text[0]} phonemes; expected {length}, one a frame"
-                               for name, length, text in zip(names, lengths, transcript) if text[0] != length])
+                               folder / "transcript", faults)
+        faults += [f"{folder / 'transcript' / name}: {text[0]} phonemes; expected {header[0]}, one a frame"
+                   for name, header, text in zip(names, mfcc, transcript) if header and text and text[0] != header[0]]
+    _raise_faults(folder, faults)
+    lengths = np.array([header[0] for header in mfcc], np.int64)
     starts = np.concatenate(([0], lengths.cumsum()))
     frames = np.zeros((starts[-1] + gap * (len(names) + 1), COEFFICIENTS), np.float16)
     labels = np.zeros(starts[-1] if labelled else 0, np.uint8)
@@ -360,16 +383,20 @@ def _read_files(folder, names, labelled, gap, pool):
     def read_transcript(i):
         labels[starts[i]:starts[i + 1]] = _label_indexes(_read_array(folder / "transcript" / names[i], transcript[i]))
 
-    _for_each(pool, read_mfcc, range(len(names)), lambda i: names[i], folder / "mfcc")
+    _for_each(pool, read_mfcc, range(len(names)), lambda i: names[i], folder / "mfcc", faults)
     if labelled:
-        _for_each(pool, read_transcript, range(len(names)), lambda i: names[i], folder / "transcript")
+        _for_each(pool, read_transcript, range(len(names)), lambda i: names[i], folder / "transcript", faults)
+    _raise_faults(folder, faults)
     return {"frames": torch.from_numpy(frames), "labels": torch.from_numpy(labels), "starts": torch.from_numpy(starts)}
 
 
 def _cache_key(folder, names, labelled, gap, pool):
     """A digest of all that changes what the cache holds: format, gap, and each file's name, size and time."""
     def stamp(name):
-        stats = [(folder / kind / name).stat() for kind in (("mfcc", "transcript") if labelled else ("mfcc",))]
+        try:
+            stats = [(folder / kind / name).stat() for kind in (("mfcc", "transcript") if labelled else ("mfcc",))]
+        except OSError:  # a link to nowhere: reading it tells
+            return name, None
         return name, *((stat.st_size, stat.st_mtime_ns) for stat in stats)
 
     return hashlib.sha256(repr(("packed 1", folder.name, gap, *pool.map(stamp, names))).encode()).hexdigest()
@@ -602,8 +629,13 @@ def load_checkpoint(path, config=None):
     if not path.exists():
         return None
     try:
+        with zipfile.ZipFile(path) as file:  # torch.load does not compare the checksums
+            if file.testzip() is not None:
+                raise ValueError("checksum")
         state = torch.load(path, map_location="cpu", weights_only=True)
-        saved = state["config"]
+        saved = dict(state["config"])
+        if config is not None:
+            state["history"]  # best.pt has none: nothing to carry on with
     except Exception as error:  # torch and pickle raise a dozen kinds, none of them readable
         raise RunError(f"{path}: damaged, or not a checkpoint of this notebook ({type(error).__name__}). Restore a "
                        "copy of it, or delete it to start afresh.") from None
@@ -662,17 +694,23 @@ def read_submission(path, rows=None, sample=None):
     except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: not a CSV file ({error}); expected lines of id,label") from None
     if list(table) != ["id", "label"]:
-        raise DataError(f"{path}: the header is {','.join(table)}; expected id,label")
+        raise DataError(f"{path}: the header is {','.join(table)[:200]!r}; expected id,label")
+    if not isinstance(table.index, pd.RangeIndex):  # pandas takes the first of three values for an index
+        raise DataError(f"{path}: rows with more than two values; expected id,label")
+    ids = None
     if sample is not None:
-        rows = len(pd.read_csv(sample))
+        ids = pd.read_csv(sample, dtype=str, keep_default_na=False).iloc[:, 0]
+        rows = len(ids)
     if rows is not None and len(table) != rows:
         raise DataError(f"{path}: {len(table):,} rows; expected {rows:,}, one for each frame of test-clean")
-    for column, good in (("id", table["id"] == pd.Series(range(len(table))).astype(str)),
+    if ids is None:
+        ids = pd.Series(range(len(table))).astype(str)
+    for column, good in (("id", table["id"] == ids),
                          ("label", table["label"].isin(PHONEMES))):
         if not good.all():
             i = int(good.argmin())
             raise DataError(f"{path}: line {i + 2} has the {column} {table[column][i]!r}; expected "
-                            + (str(i) if column == "id" else "a phoneme name such as AA or [SIL]"))
+                            + (ids[i] if column == "id" else "a phoneme name such as AA or [SIL]"))
     return table["label"].to_numpy(str)
 
 
@@ -723,13 +761,15 @@ def download_data(folder=KAGGLE_FOLDER):
                 raise RunError(f"unpacking to {folder} needs {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free")
             for member in tqdm(members, desc="unpacking", leave=False):
                 file.extract(member, partial)  # compares its checksum
-    except (zipfile.BadZipFile, FileNotFoundError) as error:
+    except (zipfile.BadZipFile, zlib.error, EOFError, FileNotFoundError) as error:
         raise RunError(f"{archive}: damaged or missing ({error}). Delete it and run again.") from None
     unpacked = partial / folder.name if (partial / folder.name).is_dir() else partial
-    for partition in ("train-clean-100", "dev-clean"):
-        count = {kind: len(_list_folder(unpacked / partition / kind)[0]) for kind in ("mfcc", "transcript")}
-        if count["mfcc"] != count["transcript"]:
-            raise RunError(f"{archive}: {partition} has {count}; expected as many of both. Delete it and run again.")
+    for partition, kinds in (("train-clean-100", ("mfcc", "transcript")), ("dev-clean", ("mfcc", "transcript")),
+                             ("test-clean", ("mfcc",))):
+        count = {kind: len(list((unpacked / partition / kind).glob("[!.]*.npy"))) for kind in kinds}
+        if len(set(count.values())) > 1 or not count["mfcc"]:
+            raise RunError(f"{archive}: {partition} has {count}; expected .npy files, as "
+                           "many transcripts as MFCCs. Delete it and run again.")
     unpacked.rename(folder)
     shutil.rmtree(partial, ignore_errors=True)
     archive.unlink()  # only now: until here it was what an interrupted run resumed from

@@ -1,13 +1,12 @@
 """The notebook's own code for the tests: its cells in a namespace, or the whole of it executed in a kernel."""
 
 import ast
+import contextlib
+import json
 import os
 import sys
 from pathlib import Path
 from unittest import mock
-
-import nbformat
-from nbclient import NotebookClient
 
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOK = ROOT / "hw1p2_starter.ipynb"
@@ -15,22 +14,26 @@ TINY = {"archetype": "pyramid", "num_layers": 2, "context": 5, "batch_size": 256
 
 
 def read():
+    import nbformat  # here, as the benchmarks also run on machines without it
     return nbformat.read(NOTEBOOK, as_version=4)
 
 
 def code_cells(changes=None):
     """The sources of the code cells, with `config.update(changes)` in a cell behind the one tagged `parameters`."""
     sources = []
-    for cell in read().cells:
-        if cell.cell_type == "code":
-            sources.append(cell.source)
-            if "parameters" in cell.metadata.get("tags", []) and changes:
+    for cell in json.loads(NOTEBOOK.read_text("utf-8"))["cells"]:
+        if cell["cell_type"] == "code":
+            sources.append("".join(cell["source"]))
+            if "parameters" in cell["metadata"].get("tags", []) and changes:
                 sources.append(f"config.update({changes!r})")
     return sources
 
 
-def run_cells(changes=None, until=None, runs="runs", data=None):
-    """Execute the code cells in this process, up to the one that contains `until`. Returns the namespace."""
+def run_cells(changes=None, until=None, runs="runs", data=None, before_cell=None):
+    """Execute the code cells in this process, up to the one that contains `until`. Returns the namespace.
+
+    before_cell: called with the source of each cell before it is executed.
+    """
     environment = {"HW1P2_RUNS": str(runs), "MPLBACKEND": "Agg", "TQDM_DISABLE": "1", "WANDB_MODE": "disabled"}
     environment |= {"HW1P2_DATA": str(data)} if data else {}
     namespace = {"__name__": "notebook"}
@@ -38,31 +41,43 @@ def run_cells(changes=None, until=None, runs="runs", data=None):
         for source in code_cells(changes):
             if until is not None and until in source:
                 break
+            if before_cell is not None:
+                before_cell(source)
             exec(compile(source, "<notebook>", "exec"), namespace)
     return namespace
 
 
-def definitions():
-    """A namespace with the notebook's imports, `config`, and its functions and classes; nothing is run."""
-    namespace = {"__name__": "notebook"}
-    with mock.patch.dict(os.environ, {"MPLBACKEND": "Agg"}), mock.patch.object(sys, "path", [str(ROOT), *sys.path]):
-        for source in code_cells():
-            wanted = [node for node in ast.parse(source).body
-                      if isinstance(node, (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.ClassDef))
-                      or (isinstance(node, ast.Assign) and node.targets[0].id in ("device", "device_name", "config", "amp_dtype",
-                                                                                  "ACTIVATIONS", "criterion"))]
-            exec(compile(ast.Module(wanted, []), "<notebook>", "exec"), namespace)
+def definitions(mixed=False):
+    """A namespace with the notebook's imports, `config`, and its functions and classes; nothing is run.
+
+    What is not installed is left out. mixed: with the precision that the notebook chooses, else float32.
+    """
     import torch
-    namespace.setdefault("amp_dtype", torch.float32)
+    wanted = {"device", "device_name", "config", "ACTIVATIONS", "criterion"} | ({"amp_dtype"} if mixed else set())
+    namespace = {"__name__": "notebook", "amp_dtype": torch.float32}
+
+    def sets(node):
+        targets = {name.id for name in ast.walk(node) if isinstance(name, ast.Name) and isinstance(name.ctx, ast.Store)}
+        return isinstance(node, (ast.Assign, ast.If)) and bool(targets & wanted)
+
+    with mock.patch.dict(os.environ, {"MPLBACKEND": "Agg"}), mock.patch.object(sys, "path", [str(ROOT), *sys.path]):
+        for node in (node for source in code_cells() for node in ast.parse(source).body):
+            imports = isinstance(node, (ast.Import, ast.ImportFrom))
+            if imports or isinstance(node, (ast.FunctionDef, ast.ClassDef)) or sets(node):
+                with contextlib.suppress(ImportError if imports else ()):
+                    exec(compile(ast.Module([node], []), "<notebook>", "exec"), namespace)
     return namespace
 
 
 def execute(changes, runs, data=None, folder=ROOT, timeout=600):
-    """Execute the notebook in a kernel of its own, as `jupyter nbconvert --execute` does. Returns it with its outputs."""
+    """Execute the notebook in a kernel of its own, as `jupyter nbconvert --execute` does."""
+    import nbformat
+    from nbclient import NotebookClient
     notebook = read()
     index = next(i for i, cell in enumerate(notebook.cells) if "parameters" in cell.metadata.get("tags", []))
     notebook.cells.insert(index + 1, nbformat.v4.new_code_cell(f"config.update({changes!r})"))
     environment = {key: value for key, value in os.environ.items() if not key.startswith(("WANDB", "HW1P2"))}
     environment |= {"HW1P2_RUNS": str(runs), "HOME": str(runs)} | ({"HW1P2_DATA": str(data)} if data else {})
-    client = NotebookClient(notebook, timeout=timeout, kernel_name="python3", resources={"metadata": {"path": str(folder)}})
+    client = NotebookClient(notebook, timeout=timeout, kernel_name="python3",
+                            resources={"metadata": {"path": str(folder)}})
     return client.execute(env=environment)

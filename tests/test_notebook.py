@@ -8,7 +8,7 @@ import struct
 import nbformat
 import pandas as pd
 import pytest
-from notebook import NOTEBOOK, TINY, execute
+from notebook import NOTEBOOK, TINY, code_cells, execute, run_cells
 from wandb.proto import wandb_internal_pb2
 
 CHANGES = {**TINY, "epochs": 3, "learning_rate": 0.003}
@@ -110,3 +110,23 @@ def test_the_committed_notebook_is_one_honest_run():
     assert not outputs(notebook, "error")
     assert NOTEBOOK.stat().st_size < 1e6
     assert max(len(cell.source.splitlines()) for cell in cells) <= 40
+
+
+def test_variants_are_trained_once_compared_and_a_failed_one_is_noted(corpus, tmp_path, capsys):
+    cells = code_cells(TINY)
+    [list_cell] = [i for i, source in enumerate(cells) if "variants = [" in source]
+    namespace = run_cells(TINY, until="variants = [", runs=tmp_path, data=corpus)
+    trained = []
+    namespace["base"] = {**namespace["config"], "epochs": 1}
+    namespace["variants"] = [{"activations": "gelu"}, {"activations": "tanh", "num_layers": 3}, {"activations": "sine"}]
+    namespace["config"]["ablations"] = True
+    for _ in range(2):  # the second time everything is there
+        for source in cells[list_cell + 1:]:
+            exec(source, namespace)
+            if "def run_variant" in source and not trained:
+                train = namespace["train"]
+                namespace["train"] = lambda *arguments: trained.append(arguments[-1]["Name"]) or train(*arguments)
+    assert trained == ["activations=gelu", "activations=tanh,num_layers=3"]
+    table = pd.read_csv(tmp_path / "pencil" / "variants.csv")
+    assert list(table["val_acc"]) == sorted(table["val_acc"], reverse=True) and set(table["num_layers"]) == {2, 3}
+    assert "sine" in capsys.readouterr().out

@@ -1,0 +1,506 @@
+"""Windows, labels, order, batches and the cache of the loader, compared with a slow reference."""
+
+import errno
+import itertools
+import os
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from reference import FLOAT16, read_partition, windows_of, write_partition
+
+import helpers
+from helpers import PHONEMES, AudioDataset, Batches, make_loader
+
+PARTITIONS = helpers.PARTITIONS
+repeatable = settings(derandomize=True, deadline=None, database=None, max_examples=40)
+
+
+def packed_equal(first, second):
+    return all(first[key].dtype == second[key].dtype and torch.equal(first[key], second[key]) for key in first)
+
+
+def check_windows(dataset, utterances, inside=5):
+    """Compare the windows at every border, and some inside, one by one and in one batch."""
+    context = dataset.context
+    assert len(dataset) == sum(len(mfcc) for mfcc, _ in utterances)
+    indexes, windows, labels, first = [], [], [], 0
+    for mfcc, phonemes in utterances:
+        length = len(mfcc)
+        wanted = {*range(min(context + 1, length)), *range(max(length - context - 1, 0), length),
+                  *np.linspace(0, length - 1, inside).astype(int).tolist()}
+        every = windows_of(mfcc, context)
+        for t in sorted(wanted):
+            indexes.append(first + t)
+            windows.append(every[t])
+            labels.append(phonemes and phonemes[t])
+        first += length
+    batch = dataset[torch.tensor(indexes)]
+    if dataset.partition == "test-clean":
+        frames, singles = batch, [dataset[i] for i in indexes]
+    else:
+        frames, phonemes = batch
+        singles, single_labels = zip(*(dataset[i] for i in indexes))
+        assert phonemes.dtype == torch.int64
+        assert phonemes.tolist() == labels == [int(label) for label in single_labels]
+    assert frames.shape == (len(indexes), 2 * context + 1, 28) and frames.dtype == torch.float16
+    np.testing.assert_allclose(frames.numpy().astype(np.float64), np.array(windows), **FLOAT16)
+    assert torch.equal(torch.stack(tuple(singles)), frames)
+
+
+# ---- Windows -----------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("context", [0, 1, 7, 50, 60])
+@pytest.mark.parametrize("partition", PARTITIONS)
+def test_windows_at_every_border_of_the_practice_corpus(corpus, partition, context):
+    check_windows(AudioDataset(corpus, partition, context), read_partition(corpus, partition))
+
+
+@pytest.mark.parametrize("context", [0, 1, 7, 50, 60])
+@pytest.mark.parametrize("partition", PARTITIONS)
+def test_windows_of_utterances_shorter_than_the_context(tmp_path, partition, context):
+    write_partition(tmp_path, partition, [1, 1, 3, 200, 1, 49, 50, 51, 101, 2, 1])
+    check_windows(AudioDataset(tmp_path, partition, context), read_partition(tmp_path, partition))
+
+
+@repeatable
+@given(lengths=st.lists(st.integers(1, 90), min_size=1, max_size=6), context=st.integers(0, 70),
+       partition=st.sampled_from(PARTITIONS), seed=st.integers(0, 99))
+def test_windows_of_any_lengths_and_context(lengths, context, partition, seed):
+    with tempfile.TemporaryDirectory() as folder:
+        write_partition(Path(folder), partition, lengths, seed)
+        check_windows(AudioDataset(folder, partition, context), read_partition(Path(folder), partition), inside=90)
+
+
+def test_utterance_gives_what_the_files_hold(corpus):
+    for partition in PARTITIONS:
+        dataset = AudioDataset(corpus, partition)
+        for i, (mfcc, labels) in enumerate(read_partition(corpus, partition)):
+            frames, phonemes = dataset.utterance(i)
+            np.testing.assert_allclose(frames.double(), mfcc, **FLOAT16)
+            assert phonemes is None if labels is None else phonemes.tolist() == labels
+
+
+def test_what_float16_costs(corpus):
+    largest = largest_error = 0
+    for i, (mfcc, _) in enumerate(read_partition(corpus, "train-clean-100")):
+        error = np.abs(AudioDataset(corpus).utterance(i)[0].double().numpy() - mfcc)
+        normal = np.abs(mfcc) >= 2**-14
+        assert (error[normal] / np.abs(mfcc[normal])).max() <= 2**-11 * 1.001  # 0.05%
+        assert error[~normal].max(initial=0) <= 2**-25 * 1.001
+        largest, largest_error = max(largest, np.abs(mfcc).max()), max(largest_error, error.max())
+    assert largest < 32 and largest_error < 2**-7  # of values with a standard deviation of 1
+
+
+# ---- Reading -----------------------------------------------------------------------------------------------
+
+def test_utterances_come_in_sorted_order(tmp_path, monkeypatch):
+    folder = write_partition(tmp_path, "dev-clean", [3, 5, 7, 11])
+    names = ["b.npy", "10.npy", "2.npy", "B-1.npy"]
+    for kind in ("mfcc", "transcript"):
+        for old, new in zip(sorted((folder / kind).iterdir()), names):
+            old.rename(folder / kind / new)
+    listdir = os.listdir
+    monkeypatch.setattr(helpers.os, "listdir", lambda path: sorted(listdir(path), key=lambda name: name[::-1]))
+    dataset = AudioDataset(tmp_path, "dev-clean", 1)
+    assert dataset.starts.diff().tolist() == [5, 7, 11, 3]  # 10.npy, 2.npy, B-1.npy, b.npy
+    check_windows(dataset, read_partition(tmp_path, "dev-clean"))
+
+
+@pytest.mark.parametrize("subset, expected", [(0.1, 1), (0.19, 1), (0.25, 2), (0.7, 7), (0.999, 9), (1, 10)])
+def test_subset_takes_the_first_utterances(tmp_path, subset, expected):
+    lengths = [3, 1, 4, 1, 5, 9, 2, 6, 5, 3]
+    for partition in PARTITIONS:
+        write_partition(tmp_path, partition, lengths)
+        dataset = AudioDataset(tmp_path, partition, 2, subset)
+        assert dataset.utterances == (10 if partition == "test-clean" else expected)
+        assert len(dataset) == sum(lengths[:dataset.utterances])
+        check_windows(dataset, read_partition(tmp_path, partition, subset))
+
+
+def test_indexes_count_from_either_end_and_end_there(tmp_path):
+    write_partition(tmp_path, "dev-clean", [4, 5])
+    write_partition(tmp_path, "test-clean", [4, 5])
+    dataset, unlabelled = (AudioDataset(tmp_path, name, 3) for name in ("dev-clean", "test-clean"))
+    for i in range(9):
+        assert torch.equal(dataset[i - 9][0], dataset[i][0]) and dataset[i - 9][1] == dataset[i][1]
+        assert torch.equal(unlabelled[i - 9], unlabelled[i])
+        assert torch.equal(dataset[np.int64(i)][0], dataset[torch.tensor(i)][0])
+    for bad in (9, -10, 10**9):
+        for data in (dataset, unlabelled):
+            with pytest.raises(IndexError):
+                data[bad]
+    for bad in ([9], [0, -1], [3, 10**6]):
+        for data in (dataset, unlabelled):
+            with pytest.raises(IndexError):
+                data[torch.tensor(bad)]
+
+
+def test_markers_are_stripped_and_labels_index_the_phonemes(tmp_path):
+    folder = write_partition(tmp_path, "dev-clean", [40, 1])
+    np.save(folder / "transcript" / "0000.npy", np.array(["[SOS]", *PHONEMES[:40], "[EOS]"]))
+    np.save(folder / "transcript" / "0001.npy", np.array(["[SOS]", "ZH", "[EOS]"]))
+    dataset = AudioDataset(tmp_path, "dev-clean", 0)
+    assert dataset[torch.arange(41)][1].tolist() == [*range(40), 39]
+    assert len(PHONEMES) == 42 and PHONEMES[0] == "[SIL]" and PHONEMES[39:] == ["ZH", "[SOS]", "[EOS]"]
+
+
+def test_normalisation_is_over_time(tmp_path):
+    folder = write_partition(tmp_path, "dev-clean", [300])
+    mfcc = np.load(folder / "mfcc" / "0000.npy").astype(np.float64)
+    frames = AudioDataset(tmp_path, "dev-clean").utterance(0)[0].double().numpy()
+    np.testing.assert_allclose(frames.mean(0), 0, atol=1e-3)
+    np.testing.assert_allclose(frames.std(0), 1, atol=1e-3)
+    over_coefficients = (mfcc - mfcc.mean(1, keepdims=True)) / (mfcc.std(1, keepdims=True) + 1e-8)
+    over_both = (mfcc - mfcc.mean()) / mfcc.std()
+    assert np.abs(frames - over_coefficients).max() > 1 and np.abs(frames - over_both).max() > 1
+
+
+@pytest.mark.parametrize("dtype, value", [
+    *itertools.product(["f2", "f4", "f8"], [0, 0.1, -3.3, 12345.678]), ("f4", 1e30), ("f8", 1e9 + 0.1), ("f8", -1e300)])
+def test_a_constant_coefficient_becomes_zero(tmp_path, dtype, value):
+    folder = write_partition(tmp_path, "dev-clean", [1000])
+    mfcc = np.load(folder / "mfcc" / "0000.npy").astype(dtype)
+    mfcc[:, 7] = value
+    np.save(folder / "mfcc" / "0000.npy", mfcc)
+    frames = AudioDataset(tmp_path, "dev-clean").utterance(0)[0]
+    assert not frames[:, 7].any() and frames[:, 6].any()
+
+
+@pytest.mark.parametrize("dtype", ["<f4", ">f4", "<f8", ">f8", "<f2", ">f2"])
+@pytest.mark.parametrize("order", ["C", "F"])
+def test_other_ways_to_store_the_same_numbers(tmp_path, dtype, order):
+    folder = write_partition(tmp_path, "dev-clean", [20])
+    path = folder / "mfcc" / "0000.npy"
+    mfcc = np.load(path).astype(np.float16).astype(np.float32)  # numbers that every dtype here can hold
+    np.save(path, mfcc)
+    expected = AudioDataset(tmp_path, "dev-clean").utterance(0)[0]
+    np.save(path, np.asarray(mfcc, dtype, order=order))
+    with open(path, "rb") as file:
+        np.lib.format.read_magic(file)
+        assert np.lib.format.read_array_header_1_0(file) == ((20, 28), order == "F", np.dtype(dtype))
+    assert torch.equal(AudioDataset(tmp_path, "dev-clean").utterance(0)[0], expected)
+
+
+@pytest.mark.parametrize("dtype", ["<U5", ">U5", "<U20"])
+def test_other_ways_to_store_the_same_text(tmp_path, dtype):
+    folder = write_partition(tmp_path, "dev-clean", [50])
+    expected = AudioDataset(tmp_path, "dev-clean").labels
+    path = folder / "transcript" / "0000.npy"
+    np.save(path, np.load(path).astype(dtype))
+    assert np.load(path).dtype == dtype
+    assert torch.equal(AudioDataset(tmp_path, "dev-clean").labels, expected)
+
+
+def test_version_2_of_the_format_is_read(tmp_path):
+    folder = write_partition(tmp_path, "dev-clean", [5])
+    expected = AudioDataset(tmp_path, "dev-clean").frames
+    mfcc = np.load(folder / "mfcc" / "0000.npy")
+    with open(folder / "mfcc" / "0000.npy", "wb") as file:
+        np.lib.format.write_array(file, mfcc, version=(2, 0))
+    assert torch.equal(AudioDataset(tmp_path, "dev-clean").frames, expected)
+
+
+def test_the_data_folder_is_found(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("HW1P2_DATA", raising=False)
+    assert helpers.find_data("practice") == Path("practice")
+    Path(helpers.KAGGLE_FOLDER).mkdir()
+    assert helpers.find_data("practice") == Path(helpers.KAGGLE_FOLDER)
+    monkeypatch.setenv("HW1P2_DATA", "elsewhere")
+    assert helpers.find_data("practice") == Path("elsewhere")
+
+
+# ---- Batches -----------------------------------------------------------------------------------------------
+
+def order_of(loader):
+    return torch.cat(list(loader.sampler)).tolist()
+
+
+def test_loaders_give_whole_batches(tmp_path):
+    write_partition(tmp_path, "dev-clean", [30, 13, 60])
+    write_partition(tmp_path, "test-clean", [30, 13, 60])
+    for partition in ("dev-clean", "test-clean"):
+        dataset = AudioDataset(tmp_path, partition, 4)
+        for shuffle in (False, True):
+            loader = make_loader(dataset, 20, shuffle)
+            batches = list(loader)
+            assert len(loader) == len(batches) == 6  # 103 frames: the last batch has 3
+            for batch, size in zip(batches, [20] * 5 + [3]):
+                frames, phonemes = (batch, None) if partition == "test-clean" else batch
+                assert frames.shape == (size, 9, 28) and frames.dtype == torch.float16
+                if phonemes is not None:
+                    assert phonemes.shape == (size,) and phonemes.dtype == torch.int64
+
+
+def test_a_batch_is_what_its_indexes_say(tmp_path):
+    write_partition(tmp_path, "dev-clean", [30, 13, 60])
+    dataset = AudioDataset(tmp_path, "dev-clean", 4)
+    for shuffle in (False, True):
+        loader = make_loader(dataset, 20, shuffle)
+        for indexes, (frames, phonemes) in zip(loader.sampler, loader):
+            expected, labels = zip(*(dataset[i] for i in indexes.tolist()))
+            assert torch.equal(frames, torch.stack(expected)) and torch.equal(phonemes, torch.stack(labels))
+
+
+def test_without_shuffling_the_order_is_that_of_the_files(tmp_path):
+    write_partition(tmp_path, "dev-clean", [30, 13, 60])
+    dataset = AudioDataset(tmp_path, "dev-clean", 4)
+    loader = make_loader(dataset, 7)
+    for epoch in range(3):
+        loader.sampler.set_epoch(epoch)
+        assert order_of(loader) == list(range(103))
+    labels = [label for _, labels in read_partition(tmp_path, "dev-clean") for label in labels]
+    assert torch.cat([phonemes for _, phonemes in loader]).tolist() == labels
+
+
+@repeatable
+@given(length=st.integers(1, 300), batch_size=st.integers(2, 40), epoch=st.integers(0, 5), shuffle=st.booleans())
+def test_every_frame_comes_once_an_epoch(length, batch_size, epoch, shuffle):
+    sampler = Batches(length, batch_size, shuffle)
+    sampler.set_epoch(epoch)
+    batches = [batch.tolist() for batch in sampler]
+    one_over = shuffle and length % batch_size == 1  # BatchNorm cannot train on it
+    indexes = [i for batch in batches for i in batch]
+    assert len(batches) == len(sampler) and len(set(indexes)) == len(indexes) == length - one_over
+    assert set(indexes) <= set(range(length))
+    assert all(len(batch) == batch_size for batch in batches[:-1])
+    if not shuffle:
+        assert indexes == list(range(length))
+
+
+def test_a_last_batch_of_one_frame_waits_for_another_epoch():
+    left_out = set()
+    for epoch in range(20):
+        sampler = Batches(41, 8, shuffle=True)
+        sampler.set_epoch(epoch)
+        assert [len(batch) for batch in sampler] == [8] * 5
+        left_out |= set(range(41)) - set(torch.cat(list(sampler)).tolist())
+    assert len(left_out) > 5
+    assert [len(batch) for batch in Batches(41, 8)] == [8] * 5 + [1]
+
+
+def test_the_order_depends_on_seed_and_epoch_only(tmp_path):
+    write_partition(tmp_path, "dev-clean", [30, 13, 60])
+    dataset = AudioDataset(tmp_path, "dev-clean", 4)
+    orders = {}
+    for seed in (23, 24):
+        for epoch in (1, 5, 9):
+            loader = make_loader(dataset, 20, shuffle=True, seed=seed)
+            loader.sampler.set_epoch(epoch)
+            orders[seed, epoch] = order_of(loader)
+    assert len({tuple(order) for order in orders.values()}) == 6
+    assert orders[23, 1] != sorted(orders[23, 1])
+
+    torch.manual_seed(1)  # other random numbers, an unfinished epoch, another sequence of epochs
+    loader = make_loader(dataset, 20, shuffle=True, seed=23)
+    next(iter(loader))
+    for epoch in (9, 5, 1):
+        torch.rand(epoch)
+        loader.sampler.set_epoch(epoch)
+        assert order_of(loader) == orders[23, epoch] == order_of(loader)
+
+
+def test_shuffling_draws_no_global_random_numbers(tmp_path):
+    torch.manual_seed(3)
+    state = torch.get_rng_state()
+    list(Batches(100, 8, shuffle=True))
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+# ---- Cache -------------------------------------------------------------------------------------------------
+
+@pytest.fixture
+def small(tmp_path):
+    for partition in PARTITIONS:
+        write_partition(tmp_path / "data", partition, [20, 5, 1, 9])
+    return tmp_path / "data"
+
+
+def forbid_reading(monkeypatch):
+    def fail(*args):
+        raise AssertionError("the files were read")
+    monkeypatch.setattr(helpers, "_read_files", fail)
+
+
+@pytest.mark.parametrize("partition", PARTITIONS)
+def test_the_second_load_is_the_first_without_reading(small, tmp_path, monkeypatch, partition):
+    plain = helpers.read_partition(small, partition)
+    first = helpers.read_partition(small, partition, cache=tmp_path / "deep" / "cache")
+    forbid_reading(monkeypatch)
+    second = helpers.read_partition(small, partition, cache=tmp_path / "deep" / "cache")
+    assert packed_equal(first, plain) and packed_equal(second, plain)
+    assert {path.suffix for path in (tmp_path / "deep" / "cache").iterdir()} <= {".pt", ".lock"}
+    check_windows(AudioDataset(small, partition, 7, cache=tmp_path / "deep" / "cache"),
+                  read_partition(small, partition))
+
+
+def test_contexts_up_to_the_gap_share_one_cache(small, tmp_path, monkeypatch):
+    AudioDataset(small, "dev-clean", 50, cache=tmp_path)
+    forbid_reading(monkeypatch)
+    for context in (0, 1, 30, 50):
+        check_windows(AudioDataset(small, "dev-clean", context, cache=tmp_path), read_partition(small, "dev-clean"))
+    with pytest.raises(AssertionError, match="were read"):
+        AudioDataset(small, "dev-clean", 51, cache=tmp_path)
+
+
+def rewrite_same_size(small):
+    path = small / "dev-clean" / "mfcc" / "0001.npy"
+    np.save(path, np.load(path)[::-1])
+    os.utime(path, ns=(0, path.stat().st_mtime_ns + 1))
+
+
+def rewrite_other_size_same_time(small):
+    for kind in ("mfcc", "transcript"):
+        path = small / "dev-clean" / kind / "0001.npy"
+        time = path.stat().st_mtime_ns
+        np.save(path, np.delete(np.load(path), 1, axis=0))
+        os.utime(path, ns=(time, time))
+
+
+def rewrite_transcript(small):
+    path = small / "dev-clean" / "transcript" / "0000.npy"
+    np.save(path, np.array(["[SOS]", *["OY"] * 20, "[EOS]"], "<U5"))
+    os.utime(path, ns=(0, path.stat().st_mtime_ns + 1))
+
+
+def add_file(small):
+    for kind in ("mfcc", "transcript"):
+        (small / "dev-clean" / kind / "0000b.npy").write_bytes((small / "dev-clean" / kind / "0003.npy").read_bytes())
+
+
+def remove_file(small):
+    for kind in ("mfcc", "transcript"):
+        (small / "dev-clean" / kind / "0002.npy").unlink()
+
+
+def rename_file(small):
+    for kind in ("mfcc", "transcript"):
+        (small / "dev-clean" / kind / "0002.npy").rename(small / "dev-clean" / kind / "9.npy")
+
+
+@pytest.mark.parametrize("change", [rewrite_same_size, rewrite_other_size_same_time, rewrite_transcript, add_file,
+                                    remove_file, rename_file])
+def test_a_stale_cache_is_made_anew(small, tmp_path, change):
+    old = helpers.read_partition(small, "dev-clean", cache=tmp_path)
+    change(small)
+    new = helpers.read_partition(small, "dev-clean")
+    assert packed_equal(helpers.read_partition(small, "dev-clean", cache=tmp_path), new)
+    assert not packed_equal(old, new)
+
+
+@pytest.mark.parametrize("arguments", [{"subset": 0.5}, {"gap": 60}, {"subset": 0.75, "gap": 1000}])
+def test_other_arguments_have_another_cache(small, tmp_path, arguments):
+    helpers.read_partition(small, "dev-clean", cache=tmp_path)
+    for _ in range(2):
+        assert packed_equal(helpers.read_partition(small, "dev-clean", cache=tmp_path, **arguments),
+                            helpers.read_partition(small, "dev-clean", **arguments))
+
+
+def test_partitions_do_not_mix(small, tmp_path):
+    for _ in range(2):
+        for partition in PARTITIONS:
+            assert packed_equal(helpers.read_partition(small, partition, cache=tmp_path),
+                                helpers.read_partition(small, partition))
+
+
+def test_damage_after_caching_is_seen(small, tmp_path):
+    helpers.read_partition(small, "dev-clean", cache=tmp_path)
+    with open(small / "dev-clean" / "mfcc" / "0002.npy", "ab") as file:
+        file.write(b"!")
+    with pytest.raises(helpers.DataError, match="0002.npy"):
+        helpers.read_partition(small, "dev-clean", cache=tmp_path)
+
+
+def nothing(data):
+    return b""
+
+
+def cut(share):
+    def keep(data):
+        return data[:int(share * len(data))]
+    return keep
+
+
+def random_bytes(data):
+    return np.random.default_rng(0).bytes(len(data))
+
+
+def saved(content):
+    def replace(data):
+        with tempfile.NamedTemporaryFile() as file:
+            torch.save(content, file.name)
+            return Path(file.name).read_bytes()
+    return replace
+
+
+@pytest.mark.parametrize("damage", [
+    nothing, cut(0.001), cut(0.1), cut(0.5), cut(0.9), cut(0.999), lambda data: data[:-1], random_bytes,
+    lambda data: b"\0" * len(data), lambda data: data[:1000] + random_bytes(data)[1000:], saved(torch.zeros(3)),
+    saved({"model": torch.zeros(3)}), saved([]), saved({"key": "another", "frames": torch.zeros(3, 28)})])
+def test_partial_and_foreign_caches_are_made_anew(small, tmp_path, monkeypatch, damage):
+    cache = tmp_path / "cache"
+    expected = helpers.read_partition(small, "dev-clean", cache=cache)
+    [path] = cache.glob("*.pt")
+    path.write_bytes(damage(path.read_bytes()))
+    assert packed_equal(helpers.read_partition(small, "dev-clean", cache=cache), expected)
+    forbid_reading(monkeypatch)  # and it is whole again
+    assert packed_equal(helpers.read_partition(small, "dev-clean", cache=cache), expected)
+
+
+def test_the_cache_of_another_partition_under_this_name_is_not_taken(small, tmp_path):
+    expected = helpers.read_partition(small, "dev-clean", cache=tmp_path)
+    helpers.read_partition(small, "train-clean-100", cache=tmp_path)
+    [dev], [train] = tmp_path.glob("dev-clean*.pt"), tmp_path.glob("train-clean-100*.pt")
+    dev.write_bytes(train.read_bytes())
+    assert packed_equal(helpers.read_partition(small, "dev-clean", cache=tmp_path), expected)
+
+
+@pytest.mark.parametrize("error", [PermissionError(errno.EACCES, "Permission denied"),
+                                   OSError(errno.EROFS, "Read-only file system"),
+                                   NotImplementedError("no locks on this file system")])
+def test_a_cache_folder_that_cannot_be_locked_does_not_stop_loading(small, tmp_path, monkeypatch, capsys, error):
+    def refuse(*args, **kwargs):
+        raise error
+    monkeypatch.setattr(helpers.FileLock, "acquire", refuse)
+    assert packed_equal(helpers.read_partition(small, "dev-clean", cache=tmp_path / "cache"),
+                        helpers.read_partition(small, "dev-clean"))
+    assert "going on without a cache" in capsys.readouterr().out
+
+
+def test_a_cache_folder_that_cannot_be_made_does_not_stop_loading(small, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    for cache in (tmp_path / "file", tmp_path / "file" / "cache"):
+        assert packed_equal(helpers.read_partition(small, "dev-clean", cache=cache),
+                            helpers.read_partition(small, "dev-clean"))
+        assert "going on without a cache" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("function", ["fsync", "replace"])
+def test_a_full_disk_does_not_stop_loading(small, tmp_path, monkeypatch, capsys, function):
+    def full(*args):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    with monkeypatch.context() as patch:
+        patch.setattr(helpers.os, function, full)
+        packed = helpers.read_partition(small, "dev-clean", cache=tmp_path / "cache")
+    assert packed_equal(packed, helpers.read_partition(small, "dev-clean"))
+    assert "going on without a cache" in capsys.readouterr().out
+    assert [path.suffix for path in (tmp_path / "cache").iterdir()] in ([], [".lock"])
+
+
+def test_of_two_loads_at_once_one_reads(small, tmp_path, monkeypatch):
+    read, calls = helpers._read_files, []
+
+    def counted(*args):
+        calls.append(args)
+        return read(*args)
+    monkeypatch.setattr(helpers, "_read_files", counted)
+    with ThreadPoolExecutor(4) as pool:
+        results = list(pool.map(lambda _: helpers.read_partition(small, "dev-clean", cache=tmp_path), range(4)))
+    assert len(calls) == 1
+    assert all(packed_equal(result, results[0]) for result in results)

@@ -1,0 +1,195 @@
+"""The distribution of the masks, beside torchaudio's, and the metrics against slow references."""
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+import torch
+import torchaudio
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from helpers import PHONEMES, border_distance, calibration, confusion_matrix, mask_frames
+
+repeatable = settings(derandomize=True, deadline=None, database=None, max_examples=100)
+WINDOWS, FRAMES, COEFFICIENTS = 20_000, 21, 28
+
+
+def stretches(masked, dim):
+    """(first zero, number of zeros) along `dim` of each window of masked ones; a mask must be one whole stretch."""
+    zeros = masked == 0
+    rows = zeros.any(3 - dim)  # (B, size)
+    assert torch.equal(zeros, rows.unsqueeze(3 - dim).expand_as(zeros))
+    widths = rows.sum(1)
+    starts = rows.int().argmax(1)
+    last = rows.shape[1] - 1 - rows.flip(1).int().argmax(1)
+    assert torch.equal((last - starts + 1)[widths > 0], widths[widths > 0])
+    return starts.numpy(), widths.numpy()
+
+
+def assert_uniform(values, categories):
+    """Chi-square, five standard deviations above its mean."""
+    counts = np.bincount(values, minlength=categories)
+    assert len(counts) == categories
+    expected = len(values) / categories
+    assert ((counts - expected)**2 / expected).sum() < categories - 1 + 5 * math.sqrt(2 * max(categories - 1, 1))
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(23)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+@pytest.mark.parametrize("augmentations, dim, size, param", [
+    ("FreqMask", 2, COEFFICIENTS, 4), ("FreqMask", 2, COEFFICIENTS, 1), ("FreqMask", 2, COEFFICIENTS, 28),
+    ("TimeMask", 1, FRAMES, 8), ("TimeMask", 1, FRAMES, 500)])
+def test_widths_and_positions_are_uniform(augmentations, dim, size, param, dtype):
+    frames = torch.ones(WINDOWS, FRAMES, COEFFICIENTS, dtype=dtype)
+    assert mask_frames(frames, augmentations, param, param) is frames  # in place
+    starts, widths = stretches(frames, dim)
+    widest = min(param, size)
+    assert_uniform(widths, widest + 1)
+    for width in range(1, widest + 1):
+        assert_uniform(starts[widths == width], size - width + 1)  # any that fits, the last row included
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+@pytest.mark.parametrize("augmentations", ["FreqMask", "TimeMask", "Both", None])
+def test_only_zeros_are_added(augmentations, dtype):
+    original = torch.randn(200, FRAMES, COEFFICIENTS).to(dtype)
+    original[0, 0, :3] = torch.tensor([torch.finfo(dtype).max, torch.finfo(dtype).tiny, -0.0])
+    masked = mask_frames(original.clone(), augmentations, 10, 10)
+    assert masked.dtype == dtype and masked.shape == original.shape
+    assert ((masked == original) | (masked == 0)).all()
+    assert not torch.signbit(masked)[(masked == 0) & (original != 0)].any()
+    assert torch.equal(masked, original) == (augmentations is None)
+
+
+def test_both_is_one_of_each():
+    frames = mask_frames(torch.ones(WINDOWS, FRAMES, COEFFICIENTS), "Both", 4, 8)
+    columns, rows = (frames == 0).all(1), (frames == 0).all(2)
+    assert torch.equal(frames == 0, columns.unsqueeze(1) | rows.unsqueeze(2))
+    freq_widths = columns.sum(1)[~rows.all(1)]
+    time_widths = rows.sum(1)[~columns.all(1)]
+    assert_uniform(freq_widths.numpy(), 5)
+    assert_uniform(time_widths.numpy(), 9)
+    assert abs(np.corrcoef(freq_widths, time_widths)[0, 1]) < 0.04
+
+
+def test_every_window_has_a_mask_of_its_own():
+    frames = mask_frames(torch.ones(WINDOWS, FRAMES, COEFFICIENTS), "FreqMask", 4)
+    starts, widths = stretches(frames, 2)
+    assert len(set(zip(starts[widths > 0], widths[widths > 0]))) == 28 + 27 + 26 + 25
+    assert 0.7 < (widths[1:] != widths[:-1]).mean() < 0.9  # neighbours differ in 4 of 5 cases
+
+
+@pytest.mark.parametrize("augmentations", ["FreqMask", "TimeMask", "Both"])
+def test_a_width_of_zero_masks_nothing(augmentations):
+    assert mask_frames(torch.ones(500, FRAMES, COEFFICIENTS), augmentations, 0, 0).all()
+
+
+def test_a_single_frame_may_be_masked_whole():
+    frames = mask_frames(torch.ones(1000, 1, COEFFICIENTS), "TimeMask", time_mask_param=8)
+    share = (frames == 0).all(2).float().mean().item()
+    assert share == pytest.approx(0.5, abs=0.08)
+
+
+def test_the_same_seed_gives_the_same_masks():
+    first, second, third = (torch.ones(100, FRAMES, COEFFICIENTS) for _ in range(3))
+    for frames, seed in ((first, 1), (second, 1), (third, 2)):
+        torch.manual_seed(seed)
+        mask_frames(frames, "Both")
+    assert torch.equal(first, second) and not torch.equal(first, third)
+
+
+@pytest.mark.parametrize("augmentations, dim, param", [("FreqMask", 2, 4), ("TimeMask", 1, 8)])
+def test_beside_torchaudios_masks(augmentations, dim, param):
+    """torchaudio's widest mask is one below its parameter, and it leaves the last row out."""
+    ours = mask_frames(torch.ones(WINDOWS, FRAMES, COEFFICIENTS), augmentations, param, param)
+    theirs = torchaudio.functional.mask_along_axis_iid(
+        torch.ones(WINDOWS, 1, FRAMES, COEFFICIENTS), param + 1, 0.0, dim + 1).squeeze(1)
+    (_, our_widths), (_, their_widths) = stretches(ours, dim), stretches(theirs, dim)
+    counts = np.array([np.bincount(widths, minlength=param + 1) for widths in (our_widths, their_widths)])
+    assert counts.shape == (2, param + 1)
+    difference = (counts[0] - counts[1])**2 / counts.sum(0)
+    assert difference.sum() < param + 5 * math.sqrt(2 * param)
+    our_rows, their_rows = (((masked == 0).all(3 - dim)).float().mean(0) for masked in (ours, theirs))
+    inside = slice(param, -param)
+    np.testing.assert_allclose(our_rows[inside], their_rows[inside], rtol=0.16)  # fewer positions: each more likely
+    assert their_rows[-1] < 0.25 * our_rows[-1]
+    assert our_rows[0].item() == pytest.approx(our_rows[-1].item(), rel=0.15)
+
+
+# ---- Metrics -----------------------------------------------------------------------------------------------
+
+@repeatable
+@given(st.lists(st.tuples(st.integers(0, 41), st.integers(0, 41)), max_size=60),
+       st.sampled_from(["uint8", "int32", "int64"]), st.sampled_from(["uint8", "int32", "int64"]))
+def test_confusion_matrix(pairs, label_dtype, prediction_dtype):
+    expected = [[0] * 42 for _ in range(42)]
+    for label, prediction in pairs:
+        expected[label][prediction] += 1
+    labels, predictions = np.array(pairs, int).reshape(-1, 2).T
+    matrix = confusion_matrix(labels.astype(label_dtype), predictions.astype(prediction_dtype))
+    assert matrix.dtype == np.int64 and matrix.tolist() == expected
+    matrix = confusion_matrix(torch.from_numpy(labels.copy()), torch.from_numpy(predictions.copy()))
+    assert matrix.tolist() == expected and len(PHONEMES) == 42
+
+
+def slow_border_distance(utterances):
+    distances = []
+    for labels in utterances:
+        borders = [0, *(t for t in range(1, len(labels)) if labels[t] != labels[t - 1]), len(labels)]
+        for t in range(len(labels)):
+            distances.append(min(min(abs(t - border), abs(t + 1 - border)) for border in borders))
+    return distances
+
+
+@repeatable
+@given(st.lists(st.lists(st.tuples(st.integers(0, 3), st.integers(1, 9)), min_size=1, max_size=6), min_size=1,
+                max_size=5))
+def test_border_distance(phones):
+    utterances = [[label for label, length in runs for _ in range(length)] for runs in phones]
+    starts = [0, *itertools.accumulate(map(len, utterances))]
+    labels = np.array([label for labels in utterances for label in labels], np.uint8)
+    distances = border_distance(labels, starts)
+    assert distances.tolist() == slow_border_distance(utterances)
+    assert border_distance(torch.from_numpy(labels), torch.tensor(starts)).tolist() == distances.tolist()
+
+
+def test_border_distance_by_hand():
+    assert border_distance([1, 1, 1, 1, 1, 2, 2], [0, 7]).tolist() == [0, 1, 2, 1, 0, 0, 0]
+    assert border_distance([1, 1, 1, 1, 1, 1], [0, 2, 6]).tolist() == [0, 0, 0, 1, 1, 0]  # an utterance ends inside
+
+
+def slow_calibration(confidences, correct, bins):
+    rows, error = [], 0
+    for i in range(bins):
+        inside = [j for j, c in enumerate(confidences) if i / bins < c <= (i + 1) / bins or (c == 0 and i == 0)]
+        if inside:
+            confidence = math.fsum(confidences[j] for j in inside) / len(inside)
+            accuracy = sum(correct[j] for j in inside) / len(inside)
+            error += abs(confidence - accuracy) * len(inside) / len(confidences)
+        rows.append((confidence, accuracy, len(inside)) if inside else (np.nan, np.nan, 0))
+    return *np.array(rows).T, error
+
+
+@repeatable
+@given(st.lists(st.tuples(st.one_of(st.integers(0, 999).map(lambda i: (i + 0.5) / 1000), st.sampled_from([0, 0.5, 1])),
+                          st.booleans()), min_size=1, max_size=80), st.sampled_from([1, 2, 10]))
+def test_calibration(answers, bins):
+    confidences, correct = (list(column) for column in zip(*answers))
+    result = calibration(np.array(confidences), np.array(correct), bins)
+    for got, expected in zip(result, slow_calibration(confidences, correct, bins)):
+        np.testing.assert_allclose(got, expected, rtol=1e-9, atol=1e-12)
+    for got, expected in zip(calibration(np.array(confidences, np.float32), np.array(correct), bins), result):
+        np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_calibration_by_hand():
+    confidence, accuracy, count, error = calibration([0.95, 0.95, 0.55, 0.55], [True, True, True, False])
+    assert count.tolist() == [0, 0, 0, 0, 0, 2, 0, 0, 0, 2] and np.isnan(confidence[0]) and np.isnan(accuracy[0])
+    assert (confidence[9], accuracy[9], confidence[5], accuracy[5]) == (0.95, 1, 0.55, 0.5)
+    assert error == pytest.approx(0.05)

@@ -1,0 +1,367 @@
+"""The submission: written, checked, scored and handed in; and the download, with a fake kaggle command."""
+
+import os
+import shutil
+import stat
+import sys
+import textwrap
+import zipfile
+
+import numpy as np
+import pandas as pd
+import pytest
+from reference import write_partition
+
+import helpers
+from helpers import PHONEMES, DataError, RunError, download_data, kaggle, read_submission, score_submission
+from helpers import write_submission as write
+
+NAMES = np.array(PHONEMES)[[0, 1, 5, 39, 0, 0, 22]]
+
+
+# ---- The file ----------------------------------------------------------------------------------------------
+
+def test_the_bytes_that_kaggle_takes(tmp_path):
+    path = tmp_path / "runs" / "a" / "submission.csv"
+    write(path, NAMES)
+    lines = [f"{i},{name}" for i, name in enumerate(NAMES)]
+    assert path.read_bytes() == ("id,label\n" + "\n".join(lines) + "\n").encode("ascii")
+    assert lines[0] == "0,[SIL]"
+    assert [path.name for path in path.parent.iterdir()] == ["submission.csv"]
+    assert read_submission(path, rows=len(NAMES)).tolist() == NAMES.tolist()
+
+
+@pytest.mark.parametrize("rows", [1, 100_000])
+def test_reading_gives_what_was_written(tmp_path, rows):
+    names = np.array(PHONEMES[:40])[np.random.default_rng(0).integers(0, 40, rows)]
+    write(tmp_path / "a.csv", names)
+    assert read_submission(tmp_path / "a.csv", rows).tolist() == names.tolist()
+    table = pd.read_csv(tmp_path / "a.csv")
+    assert table["id"].tolist() == list(range(rows)) and table["label"].tolist() == names.tolist()
+
+
+GOOD = "id,label\n0,AA\n1,[SIL]\n2,ZH\n"
+BAD = {  # what: (content, words of the message)
+    "wrong header": (GOOD.replace("label", "phoneme"), "the header is 'id,phoneme'; expected id,label"),
+    "no header": (GOOD[9:], "the header is '0,AA'; expected id,label"),
+    "swapped columns": ("label,id\nAA,0\n", "the header is 'label,id'"),
+    "three columns": ("id,label,more\n0,AA,1\n", "the header is 'id,label,more'"),
+    "a third value": ("id,label\n0,AA,1\n1,AA,1\n2,AA,1\n", "more than two values"),
+    "a value before": ("id,label\nx,0,AA\nx,1,AA\nx,2,AA\n", "more than two values"),
+    "a third value later": (GOOD + "3,AA,1\n", "not a CSV file"),
+    "missing id": (GOOD.replace("1,[SIL]\n", "") + "3,AA\n", "line 3 has the id '2'; expected 1"),
+    "ids from 1": ("id,label\n1,AA\n2,AA\n3,AA\n", "line 2 has the id '1'; expected 0"),
+    "an id twice": ("id,label\n0,AA\n0,AA\n2,AA\n", "line 3 has the id '0'; expected 1"),
+    "an id with zeros": ("id,label\n0,AA\n01,AA\n2,AA\n", "line 3 has the id '01'; expected 1"),
+    "ids as decimals": ("id,label\n0.0,AA\n1.0,AA\n2.0,AA\n", "line 2 has the id '0.0'; expected 0"),
+    "unknown label": (GOOD.replace("ZH", "ZZ"), "line 4 has the label 'ZZ'; expected a phoneme name such as AA"),
+    "an index for a label": (GOOD.replace("ZH", "39"), "line 4 has the label '39'; expected a phoneme"),
+    "empty label": (GOOD.replace("ZH", ""), "line 4 has the label ''"),
+    "no label": (GOOD.replace(",ZH", ""), "line 4 has the label"),
+    "NaN": (GOOD.replace("ZH", "NaN"), "line 4 has the label 'NaN'"),
+    "blank before the label": (GOOD.replace("ZH", " ZH"), "line 4 has the label ' ZH'"),
+    "too few rows": (GOOD[:-5], "2 rows; expected 3, one for each frame of test-clean"),
+    "too many rows": (GOOD + "3,AA\n", "4 rows; expected 3"),
+    "no rows": ("id,label\n", "0 rows; expected 3"),
+    "empty": ("", "not a CSV file"),
+    "an open quote": (GOOD + '3,"AA\n', "not a CSV file"),
+    "a web page": ("<!DOCTYPE html>\n<html></html>\n", "the header is '<!DOCTYPE html>'"),
+}
+
+
+@pytest.mark.parametrize("content, words", BAD.values(), ids=BAD)
+def test_what_kaggle_would_not_take(tmp_path, content, words):
+    path = tmp_path / "submission.csv"
+    path.write_text(content, newline="")
+    with pytest.raises(DataError) as caught:
+        read_submission(path, rows=3)
+    assert str(path) in str(caught.value) and words in str(caught.value)
+
+
+@pytest.mark.parametrize("content", [np.random.default_rng(0).bytes(9999), b"PK\3\4" + bytes(500), bytes(9999)])
+def test_no_text_at_all(tmp_path, content):
+    (tmp_path / "submission.csv").write_bytes(content)
+    with pytest.raises(DataError, match="submission.csv") as caught:
+        read_submission(tmp_path / "submission.csv")
+    assert len(str(caught.value)) < 2000
+
+
+@pytest.mark.parametrize("content", [GOOD, GOOD.replace("\n", "\r\n"), GOOD.rstrip(), '"id","label"\n' + GOOD[9:]])
+def test_what_kaggle_takes_too(tmp_path, content):
+    (tmp_path / "a.csv").write_text(content, newline="")
+    assert read_submission(tmp_path / "a.csv", rows=3).tolist() == ["AA", "[SIL]", "ZH"]
+
+
+def test_the_sample_submission_decides(tmp_path):
+    path, sample = tmp_path / "submission.csv", tmp_path / "sample_submission.csv"
+    write(path, NAMES)
+    sample.write_text("id,label\n" + "".join(f"{i},[SIL]\n" for i in range(7)))
+    assert len(read_submission(path, rows=7, sample=sample)) == 7
+    sample.write_text("id,label\n" + "".join(f"{i},[SIL]\n" for i in range(8)))
+    with pytest.raises(DataError, match="7 rows; expected 8"):
+        read_submission(path, sample=sample)
+    sample.write_text("id,label\n" + "".join(f"{i},[SIL]\n" for i in range(1, 8)))
+    with pytest.raises(DataError, match="line 2 has the id '0'; expected 1"):
+        read_submission(path, sample=sample)
+
+
+def test_score_is_the_share_of_right_frames(tmp_path, corpus):
+    truth = read_submission(corpus / "answers.csv")
+    assert score_submission(corpus / "answers.csv", corpus / "answers.csv") == 1
+    wrong = truth.copy()
+    wrong[::4] = np.where(wrong[::4] == "AA", "AE", "AA")
+    write(tmp_path / "a.csv", wrong)
+    assert score_submission(tmp_path / "a.csv", corpus / "answers.csv") == pytest.approx(
+        1 - len(wrong[::4]) / len(wrong), abs=1e-12)
+    write(tmp_path / "a.csv", truth[:-1])
+    with pytest.raises(DataError, match="rows; expected"):
+        score_submission(tmp_path / "a.csv", corpus / "answers.csv")
+
+
+@pytest.mark.parametrize("error, raised", [(OSError(28, "No space left on device"), RunError),
+                                           (KeyboardInterrupt(), KeyboardInterrupt), (ValueError("x"), ValueError)])
+@pytest.mark.parametrize("step", ["content", "flush", "move"])
+def test_a_failure_leaves_the_old_file(tmp_path, monkeypatch, step, error, raised):
+    path = tmp_path / "submission.csv"
+    write(path, NAMES)
+    before = path.read_bytes()
+
+    def fail(*args, **kwargs):
+        if step == "content":
+            args[1].write_text("id,la")  # a part is there already
+        raise error
+    target, name = {"content": (pd.DataFrame, "to_csv"), "flush": (os, "fsync"), "move": (os, "replace")}[step]
+    with monkeypatch.context() as patch:
+        patch.setattr(target, name, fail)
+        with pytest.raises(raised) as caught:
+            write(path, NAMES[:3])
+    assert path.read_bytes() == before and os.listdir(tmp_path) == ["submission.csv"]
+    if raised is RunError:
+        assert str(path) in str(caught.value) and "unchanged" in str(caught.value)
+    write(path, NAMES[:3])
+    assert len(read_submission(path)) == 3
+
+
+# ---- The kaggle command ------------------------------------------------------------------------------------
+
+@pytest.fixture
+def account(tmp_path, monkeypatch):
+    """A home without credentials, and a folder of commands that is all there is on the PATH."""
+    for name in ("KAGGLE_API_TOKEN", "KAGGLE_USERNAME", "KAGGLE_KEY", "KAGGLE_CONFIG_DIR"):
+        monkeypatch.delenv(name, raising=False)
+    (tmp_path / "home").mkdir()
+    (tmp_path / "bin").mkdir()
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path / "home"))
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"))
+    return tmp_path
+
+
+def fake(account, monkeypatch, code):
+    """Put a `kaggle` on the PATH that runs this Python code and notes its arguments; with credentials."""
+    command = account / "bin" / "kaggle"
+    command.write_text(f"#!{sys.executable}\nimport pathlib, shutil, sys\n"
+                       f"open({str(account / 'calls')!r}, 'a').write(' '.join(sys.argv[1:]) + '\\n')\n"
+                       + textwrap.dedent(code))
+    command.chmod(command.stat().st_mode | stat.S_IEXEC)
+    monkeypatch.setenv("KAGGLE_API_TOKEN", "not-a-real-one")
+
+
+def calls(account):
+    return (account / "calls").read_text().splitlines()
+
+
+posix = pytest.mark.skipif(os.name == "nt", reason="the fake command is a script with a shebang")
+
+
+def test_without_credentials(account):
+    with pytest.raises(RunError, match="no Kaggle credentials: create an API token.*never into a cell"):
+        kaggle("competitions", "list")
+
+
+@pytest.mark.parametrize("file", [".kaggle/kaggle.json", ".kaggle/access_token", ".config/kaggle/kaggle.json"])
+def test_without_the_command(account, monkeypatch, file):
+    (account / "home" / file).parent.mkdir(parents=True)
+    (account / "home" / file).touch()
+    with pytest.raises(RunError, match="pip install kaggle"):
+        kaggle("competitions", "list")
+
+
+@pytest.mark.parametrize("variables", [{"KAGGLE_API_TOKEN": "x"}, {"KAGGLE_USERNAME": "x", "KAGGLE_KEY": "y"}])
+def test_credentials_in_the_environment(account, monkeypatch, variables):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(RunError, match="pip install kaggle"):
+        kaggle("competitions", "list")
+    monkeypatch.setenv(next(iter(variables)), "")
+    with pytest.raises(RunError, match="no Kaggle credentials"):
+        kaggle("competitions", "list")
+
+
+@posix
+def test_its_output_and_its_arguments(account, monkeypatch):
+    fake(account, monkeypatch, "print('Successfully submitted')")
+    assert kaggle("competitions", "submit", "-f", account / "a.csv", "-m", "two words") == "Successfully submitted"
+    assert calls(account) == [f"competitions submit -f {account / 'a.csv'} -m two words"]
+
+
+@posix
+@pytest.mark.parametrize("code", ["print('401 - Unauthorized'); sys.exit(1)", "print('403 - Forbidden'); sys.exit(1)",
+                                  "sys.exit('403 Client Error: Forbidden for url: https://api.kaggle.com/v1/x')",
+                                  "print('401 Client Error: Unauthorized')"])
+def test_refused(account, monkeypatch, code):
+    fake(account, monkeypatch, code)
+    with pytest.raises(RunError, match="Kaggle refused: 40[13]") as caught:
+        kaggle("competitions", "download")
+    message = str(caught.value)
+    assert "press Join on kaggle.com/competitions/11785" in message and "create a new one" in message
+    assert "not-a-real-one" not in message
+
+
+@posix
+def test_other_failures(account, monkeypatch):
+    fake(account, monkeypatch, "sys.exit('404 - Not Found')")
+    with pytest.raises(RunError, match="kaggle competitions download failed: 404 - Not Found"):
+        kaggle("competitions", "download")
+    fake(account, monkeypatch, "print('x' * 5000); sys.exit(2)")
+    with pytest.raises(RunError, match="failed: x+$") as caught:
+        kaggle("competitions", "download")
+    assert len(str(caught.value)) < 500
+
+
+# ---- The download ------------------------------------------------------------------------------------------
+
+def pack(source, archive, inside=helpers.KAGGLE_FOLDER, compression=zipfile.ZIP_DEFLATED):
+    with zipfile.ZipFile(archive, "w", compression) as file:
+        for path in sorted(source.rglob("*")):
+            file.write(path, f"{inside}/{path.relative_to(source)}" if inside else path.relative_to(source))
+
+
+@pytest.fixture
+def competition(account, monkeypatch):
+    """A fake `kaggle` that copies server.zip to where it is told, as the real one does: not over what is there."""
+    for partition in helpers.PARTITIONS:
+        write_partition(account / "source", partition, [30, 20, 10])
+    pack(account / "source", account / "server.zip")
+    fake(account, monkeypatch, f"""
+        target = pathlib.Path(sys.argv[sys.argv.index("-p") + 1], {helpers.COMPETITION!r} + ".zip")
+        if not target.exists():
+            shutil.copy({str(account / "server.zip")!r}, target)
+    """)
+    (account / "work").mkdir()
+    monkeypatch.chdir(account / "work")
+    return account
+
+
+def contents(folder):
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+ARCHIVE, PARTIAL = f"{helpers.COMPETITION}.zip", f"{helpers.KAGGLE_FOLDER}.partial"
+
+
+@posix
+@pytest.mark.parametrize("inside", [helpers.KAGGLE_FOLDER, ""])
+def test_download_and_unpack(competition, inside):
+    pack(competition / "source", competition / "server.zip", inside)
+    download_data()
+    work = competition / "work"
+    assert os.listdir(work) == [helpers.KAGGLE_FOLDER]  # neither the archive nor a partial folder is left
+    assert contents(work / helpers.KAGGLE_FOLDER) == contents(competition / "source")
+    assert calls(competition) == [f"competitions download -c {helpers.COMPETITION} -p {work}"]
+    download_data()
+    assert len(calls(competition)) == 1  # it is there
+    assert helpers.AudioDataset(helpers.find_data("practice"), "dev-clean").utterances == 3
+
+
+@posix
+def test_an_interrupted_unpacking_is_resumed(competition, monkeypatch):
+    extract, done = zipfile.ZipFile.extract, []
+
+    def interrupted(self, member, path):
+        if len(done) == 5:
+            target = path / member.filename
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_bytes(b"half a fi")
+            raise KeyboardInterrupt
+        done.append(member.filename)
+        return extract(self, member, path)
+    with monkeypatch.context() as patch:
+        patch.setattr(zipfile.ZipFile, "extract", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            download_data()
+    work = competition / "work"
+    assert set(os.listdir(work)) == {ARCHIVE, PARTIAL}
+
+    again = []
+
+    def counted(self, member, path):
+        again.append(member.filename)
+        return extract(self, member, path)
+    monkeypatch.setattr(zipfile.ZipFile, "extract", counted)
+    download_data()
+    assert len(again) == 15 - 5 and not set(again) & set(done)
+    assert contents(work / helpers.KAGGLE_FOLDER) == contents(competition / "source")
+    assert os.listdir(work) == [helpers.KAGGLE_FOLDER]
+
+
+@posix
+def test_damaged_archives_are_told_and_then_replaced(competition):
+    whole = (competition / "server.zip").read_bytes()
+    work = competition / "work"
+    first = 300  # somewhere in the first member's compressed data
+    damaged = [b"", b"not a zip", whole[:len(whole) // 2], whole[:-30], whole[:first] + b"!" + whole[first + 1:],
+               whole[:first] + bytes(400) + whole[first + 400:]]
+    pack(competition / "source", competition / "server.zip", compression=zipfile.ZIP_STORED)
+    stored = (competition / "server.zip").read_bytes()  # one wrong byte shows only when all of the file is written
+    middle = stored.index((competition / "source" / "dev-clean" / "mfcc" / "0001.npy").read_bytes()) + 500
+    damaged.append(stored[:middle] + bytes([stored[middle] ^ 1]) + stored[middle + 1:])
+    for data in damaged:
+        (competition / "server.zip").write_bytes(data)
+        with pytest.raises(RunError, match="damaged or missing.*Delete it and run again") as caught:
+            download_data()
+        assert ARCHIVE in str(caught.value) and not (work / helpers.KAGGLE_FOLDER).exists()
+        (work / ARCHIVE).unlink()
+    (competition / "server.zip").write_bytes(whole)
+    download_data()  # nothing that the damaged ones left is taken for good
+    assert contents(work / helpers.KAGGLE_FOLDER) == contents(competition / "source")
+
+
+@posix
+def test_no_archive_came(competition, monkeypatch):
+    fake(competition, monkeypatch, "print('nothing')")
+    with pytest.raises(RunError, match="damaged or missing"):
+        download_data()
+
+
+@posix
+def test_a_refusal_leaves_nothing(competition, monkeypatch):
+    fake(competition, monkeypatch, "print('403 - Forbidden'); sys.exit(1)")
+    with pytest.raises(RunError, match="Kaggle refused"):
+        download_data()
+    assert os.listdir(competition / "work") == []
+
+
+@posix
+@pytest.mark.parametrize("missing", ["train-clean-100/mfcc/0001.npy", "dev-clean/transcript/0002.npy", "dev-clean",
+                                     "train-clean-100/transcript", "test-clean", "test-clean/mfcc"])
+def test_uneven_or_missing_files(competition, missing):
+    path = competition / "source" / missing
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
+    pack(competition / "source", competition / "server.zip")
+    with pytest.raises(RunError, match="as many transcripts as MFCCs. Delete it and run again") as caught:
+        download_data()
+    assert missing.split("/")[0] in str(caught.value) and ARCHIVE in str(caught.value)
+    assert not (competition / "work" / helpers.KAGGLE_FOLDER).exists()
+
+
+@posix
+def test_too_little_space(competition, monkeypatch):
+    usage = shutil.disk_usage("/")
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=100))
+        with pytest.raises(RunError, match="unpacking to .* needs 0.0 GB, 0.0 GB are free"):
+            download_data()
+    assert os.listdir(competition / "work") == [ARCHIVE]
+    download_data()
+    assert os.listdir(competition / "work") == [helpers.KAGGLE_FOLDER]
