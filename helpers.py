@@ -12,16 +12,13 @@ import functools
 import hashlib
 import itertools
 import math
-import netrc
 import os
-import re
 import shutil
 import subprocess
 import sys
 import types
 import warnings
 import zipfile
-import zlib
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
@@ -47,12 +44,10 @@ MANNERS = {  # manner of articulation -> phonemes, the order of the rows in the 
     "affricates": "CH JH".split(),
     "fricatives": "F V TH DH S Z SH ZH HH".split(),
 }
+PARTITIONS = ("train-clean-100", "dev-clean", "test-clean")
 COEFFICIENTS = 28  # MFCCs a frame; a frame every 10 ms
 COMPETITION = "11785-spring-25-hw-1-p-2"
 KAGGLE_FOLDER = "11785-s25-hw1p2"
-PARAMETER_LIMIT = 20_000_000  # of the homework
-
-_INITIALIZATIONS = ("kaiming_normal", "kaiming_uniform", "uniform", "xavier_normal", "xavier_uniform", None)
 OPTIONS = {  # config key -> the values it may take, or (type, lowest, highest)
     "Name": (str, 1, 200), "subset": (float, 1e-9, 1), "context": (int, 0, 1000),
     "archetype": ["pencil", "cylinder", "pyramid", "inverse-pyramid", "diamond"],
@@ -62,7 +57,7 @@ OPTIONS = {  # config key -> the values it may take, or (type, lowest, highest)
     "num_layers": (int, 2, 8), "optimizers": ["sgd", "nesterov", "adam", "adamw", "rmsprop"],
     "scheduler": ["steplr", "reducelronplateau", "exponential", "cosineanneal"],
     "epochs": (int, 1, 10**6), "batch_size": (int, 2, 10**7), "weight_decay": (float, 0, 100),
-    "weight_initialization": list(_INITIALIZATIONS),
+    "weight_initialization": ["kaiming_normal", "kaiming_uniform", "uniform", "xavier_normal", "xavier_uniform", None],
     "augmentations": ["FreqMask", "TimeMask", "Both", None],
     "freq_mask_param": (int, 0, COEFFICIENTS), "time_mask_param": (int, 0, 2001),
     "shorten": [True, False], "wandb": ["auto", "online", "offline", "disabled"], "artifacts": [True, False],
@@ -101,21 +96,11 @@ def have_keys(*names):
     return all(os.environ.get(name) for name in names)
 
 
-def have_netrc(host):
-    """Does ~/.netrc hold a key for this host?"""
-    try:
-        return netrc.netrc().authenticators(host) is not None
-    except (OSError, netrc.NetrcParseError):
-        return False
-
-
 def git_commit():
-    """The commit of the code, or None outside a repository."""
-    command = ["git", "-C", Path(__file__).parent, "rev-parse", "HEAD"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None
+    """The commit of the code; None or empty outside a repository."""
+    with contextlib.suppress(OSError):
+        command = ["git", "-C", Path(__file__).parent, "rev-parse", "HEAD"]
+        return subprocess.run(command, capture_output=True, text=True).stdout.strip()
 
 
 # ---- Errors ------------------------------------------------------------------------------------------------
@@ -180,7 +165,7 @@ def _list_folder(folder):
                         "{mfcc,transcript}/*.npy and ROOT/test-clean/mfcc/*.npy")
     names = sorted(os.listdir(folder))
     wanted = [name for name in names if name.endswith(".npy") and not name.startswith(".")]
-    return wanted, [name for name in names if not (name.endswith(".npy") and not name.startswith("."))]
+    return wanted, sorted(set(names) - set(wanted))
 
 
 def _read_header(path):
@@ -197,10 +182,9 @@ def _read_header(path):
         if dtype.hasobject:
             raise DataError("a pickled object array; expected plain numbers or text")
         missing = file.tell() + dtype.itemsize * int(np.prod(shape, dtype=object)) - os.fstat(file.fileno()).st_size
-        if missing > 0:
-            raise DataError(f"truncated: {missing:,} bytes are missing at the end")
-        if missing < 0:
-            raise DataError(f"{-missing:,} bytes too many at the end")
+        if missing:
+            raise DataError(f"truncated: {missing:,} bytes are missing at the end" if missing > 0 else
+                            f"{-missing:,} bytes too many at the end")
         return shape, dtype, file.tell(), "F" if fortran_order else "C"
 
 
@@ -503,7 +487,21 @@ def make_loader(dataset, batch_size, shuffle=False, seed=23):
     a batch is one gather, which is quicker than passing it between processes.
     """
     sampler = Batches(len(dataset), batch_size, shuffle, seed, dataset.frames.device)
+    if dataset.frames.device.type == "cpu":
+        _keep_freed_memory()
     return DataLoader(dataset, sampler=sampler, batch_size=None)
+
+
+def _keep_freed_memory():
+    """Let this process keep the memory of one batch for the next, where the C library is glibc.
+
+    glibc gives large blocks back to the system when they are freed, and the page faults of taking them anew cost as
+    much as the gather itself.
+    """
+    with contextlib.suppress(OSError, AttributeError, TypeError):  # another C library
+        libc = ctypes.CDLL(None)
+        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
+        libc.mallopt(-3, 2**30) or libc.mallopt(-3, 2**25)  # M_MMAP_THRESHOLD; older versions allow 32 MiB at most
 
 
 # ---- Masks -------------------------------------------------------------------------------------------------
@@ -632,7 +630,7 @@ def load_checkpoint(path, config=None):
         with zipfile.ZipFile(path) as file:  # torch.load does not compare the checksums
             if file.testzip() is not None:
                 raise ValueError("checksum")
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = dict(torch.load(path, map_location="cpu", weights_only=True))
         saved = dict(state["config"])
         if config is not None:
             state["history"]  # best.pt has none: nothing to carry on with
@@ -660,10 +658,14 @@ def snapshot(parts):
 
 
 def restore(state, parts):
-    """Put a `snapshot` back, on whatever device the parts are."""
-    for name, part in parts.items():
-        if state[name]:  # the scaler's is empty where it was not needed
-            part.load_state_dict(state[name])
+    """Put a `snapshot` back, on whatever device the parts are; a RunError where the code has changed since."""
+    try:
+        for name, part in parts.items():
+            if state[name]:  # the scaler's is empty where it was not needed
+                part.load_state_dict(state[name])
+    except (RuntimeError, ValueError) as error:
+        raise RunError(f"the checkpoint is of another {name} than this code makes ({str(error).splitlines()[0]}) "
+                       "Choose another config['Name'] for a fresh run.") from None
     torch.set_rng_state(state["random"])
     if torch.cuda.is_available() and len(state["random_cuda"]) == torch.cuda.device_count():
         torch.cuda.set_rng_state_all(state["random_cuda"])
@@ -720,101 +722,36 @@ def score_submission(path, answers):
     return float((read_submission(path, rows=len(truth)) == truth).mean())
 
 
-def kaggle(*arguments):
-    """Run the official `kaggle` command; a RunError says what to do where it is refused."""
-    folders = [Path(os.path.expanduser(folder))
-               for folder in (os.environ.get("KAGGLE_CONFIG_DIR", "~/.kaggle"), "~/.config/kaggle")]
-    if not (have_keys("KAGGLE_API_TOKEN") or have_keys("KAGGLE_USERNAME", "KAGGLE_KEY")
-            or any((folder / name).exists() for folder in folders for name in ("kaggle.json", "access_token"))):
-        raise RunError("no Kaggle credentials: create an API token in your account's settings on kaggle.com, and put "
-                       "it into ~/.kaggle/, the environment (KAGGLE_API_TOKEN) or Colab's secrets; never into a cell")
-    if shutil.which("kaggle") is None:
-        raise RunError("the kaggle command is not installed: pip install kaggle")
-    result = subprocess.run(["kaggle", *map(str, arguments)], capture_output=True, text=True)
-    output = (result.stdout + result.stderr).strip()
-    if re.search(r"\b40[13]\b", output):
-        raise RunError(f"Kaggle refused: {output[-300:]}\nThe two usual causes: the rules are not accepted yet (press "
-                       f"Join on kaggle.com/competitions/{COMPETITION}), or the token has expired: create a new one.")
-    if result.returncode:
-        raise RunError(f"kaggle {' '.join(map(str, arguments))} failed: {output[-300:]}")
-    return output
-
-
-def download_data(folder=KAGGLE_FOLDER):
-    """Download and unpack the competition's data (about 4 GB) unless they are there; what was interrupted is resumed.
-
-    Raises:
-        RunError: no credentials, refused, too little space, a damaged archive, or files missing from it.
-    """
-    folder = Path(folder)
-    if folder.is_dir():
-        return
-    archive, partial = folder.with_name(f"{COMPETITION}.zip"), folder.with_name(folder.name + ".partial")
-    kaggle("competitions", "download", "-c", COMPETITION, "-p", folder.absolute().parent)
-    try:
-        with zipfile.ZipFile(archive) as file:
-            members = [member for member in file.infolist() if not member.is_dir()
-                       and not ((partial / member.filename).is_file()
-                                and (partial / member.filename).stat().st_size == member.file_size)]
-            needed, free = sum(member.file_size for member in members), shutil.disk_usage(folder.absolute().parent).free
-            if needed > free:
-                raise RunError(f"unpacking to {folder} needs {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free")
-            for member in tqdm(members, desc="unpacking", leave=False):
-                file.extract(member, partial)  # compares its checksum
-    except (zipfile.BadZipFile, zlib.error, EOFError, FileNotFoundError) as error:
-        raise RunError(f"{archive}: damaged or missing ({error}). Delete it and run again.") from None
-    unpacked = partial / folder.name if (partial / folder.name).is_dir() else partial
-    for partition, kinds in (("train-clean-100", ("mfcc", "transcript")), ("dev-clean", ("mfcc", "transcript")),
-                             ("test-clean", ("mfcc",))):
-        count = {kind: len(list((unpacked / partition / kind).glob("[!.]*.npy"))) for kind in kinds}
-        if len(set(count.values())) > 1 or not count["mfcc"]:
-            raise RunError(f"{archive}: {partition} has {count}; expected .npy files, as "
-                           "many transcripts as MFCCs. Delete it and run again.")
-    unpacked.rename(folder)
-    shutil.rmtree(partial, ignore_errors=True)
-    archive.unlink()  # only now: until here it was what an interrupted run resumed from
-
-
 # ---- Practice corpus ---------------------------------------------------------------------------------------
 # In the course's layout, spoken by a synthesiser, for those without the Kaggle data.
 
-# Who / did what / where / when: one entry of each makes a sentence (40 x 40 x 40 x 40, our own words).
-WHO = """the baker, my youngest cousin, our new neighbor, a cheerful farmer, the quiet teacher, both sailors,
-    an honest lawyer, the village doctor, my grandmother, a famous painter, the tired driver, some clever
-    students, the orchestra, your older brother, a young engineer, the mayor, three noisy boys, the gardener,
-    every visitor, the shy girl in yellow, her uncle George, a patient nurse, the museum guide, two royal
-    guards, the chess club, an author from Asia, the captain, my roommate, a curious child, the librarian, one
-    lucky tourist, the choir, a wise judge, the plumber, a dozen hikers, the girl next door, his favorite
-    poet, the whole team, that charming couple, the astronomer"""
-DID = """mended a wooden chair, cooked a huge pot of soup, sang about the ocean, counted eleven white sheep,
-    found a valuable coin, watched a long television show, painted the garage blue, chose the cheapest
-    bicycle, measured the depth of the pool, drew a map of the island, enjoyed a cup of green tea, fed the
-    hungry goats, wrote a short letter, pushed the heavy cart, built a tower of smooth stones, looked at an
-    ancient book, took forty photographs, shared a warm blanket, played the violin, caught a silver fish, lost
-    a leather glove, planted purple flowers, solved a difficult puzzle, laughed at every joke, boiled six
-    fresh eggs, washed the muddy boots, learned a foreign language, practiced for the big game, hung a bright
-    picture, carried a basket of oranges, told a story with a happy ending, baked an apple pie, threw the ball
-    too far, heard a strange noise, poured cold milk for the kitten, fixed the broken engine, wore an unusual
-    hat, sketched a pair of eagles, shook hands with the king, gave a speech on ethics"""
-WHERE = """in the kitchen, near the old bridge, by the river, at the railway station, under a maple tree,
-    behind the red barn, on the beach, beside the church, across the street, in front of the bank, at school,
-    around the corner, below the castle, on a sunny balcony, in the middle of town, outside the bakery, along
-    the northern path, at the edge of the forest, on the third floor, in a tiny studio, over the bay, above
-    the valley, at the county fair, next to the fountain, inside the tent, on the roof, in a narrow alley, at
-    the airport, between two hedges, on board the ferry, in the laboratory, among the rose bushes, down by the
-    harbor, in a crowded market, at home, beyond the hill, opposite the theater, on the tennis court, close to
-    the volcano, in our backyard"""
-WHEN = """before breakfast, after the storm had passed, while the moon was rising, on Thursday afternoon,
-    because the bus was late, when the bell rang, during the vacation, as soon as the snow melted, just for
-    fun, although it was raining, until midnight, without any help, in less than an hour, for the second time,
-    as the crowd cheered, once the guests had gone, since nobody was there, with great pleasure, in early
-    March, while the dog slept, even though the shop was closed, to everyone's surprise, before the judges
-    could vote, at exactly five o'clock, on the way to work, in spite of the heat, with a smile, as usual,
-    because the weather was mild, during a power failure, after an argument over money, when the sun came out,
-    in a rush, with both eyes shut, almost every weekend, while the others chatted, long before sunrise, on a
-    foggy winter morning, after changing trains twice, in perfect silence"""
+# Who / did what / where / when: one entry of each makes a sentence (30 x 30 x 30 x 30, our own words).
+WHO = """the baker, my youngest cousin, a cheerful farmer, the quiet teacher, both sailors, the village doctor,
+    my grandmother, a famous painter, some clever students, the orchestra, your older brother, the mayor, three
+    noisy boys, the gardener, the shy girl in yellow, her uncle George, a patient nurse, two royal guards, the
+    chess club, an author from Asia, my roommate, a curious child, the librarian, the choir, a wise judge, the
+    plumber, the girl next door, his favorite poet, the whole team, the astronomer"""
+DID = """mended a wooden chair, cooked a huge pot of soup, counted eleven white sheep, found a valuable coin,
+    watched a long television show, chose the cheapest bicycle, measured the depth of the pool, drew a map of the
+    island, fed the hungry goats, wrote a short letter, pushed the heavy cart, looked at an ancient book, took
+    forty photographs, shared a warm blanket, caught a silver fish, lost a leather glove, planted purple flowers,
+    laughed at every joke, boiled six fresh eggs, washed the muddy boots, practiced for the big game, hung a
+    bright picture, carried a basket of oranges, baked an apple pie, threw the ball too far, heard a strange
+    noise, fixed the broken engine, wore an unusual hat, sketched a pair of eagles, gave a speech on ethics"""
+WHERE = """in the kitchen, near the old bridge, at the railway station, under a maple tree, behind the red barn,
+    beside the church, across the street, in front of the bank, around the corner, below the castle, on a sunny
+    balcony, outside the bakery, along the northern path, at the edge of the forest, in a tiny studio, over the
+    bay, above the valley, next to the fountain, inside the tent, on the roof, at the airport, between two
+    hedges, on board the ferry, among the rose bushes, down by the harbor, in a crowded market, beyond the hill,
+    opposite the theater, on the tennis court, in our backyard"""
+WHEN = """before breakfast, after the storm had passed, on Thursday afternoon, because the bus was late, when the
+    bell rang, as soon as the snow melted, just for fun, although it was raining, without any help, in less than
+    an hour, for the second time, once the guests had gone, since nobody was there, with great pleasure, while
+    the dog slept, even though the shop was closed, to everyone's surprise, at exactly five o'clock, on the way
+    to work, in spite of the heat, as usual, because the weather was mild, during a power failure, when the sun
+    came out, in a rush, with both eyes shut, while the others chatted, long before sunrise, on a foggy winter
+    morning, in perfect silence"""
 GRAMMAR = [[" ".join(entry.split()) for entry in entries.split(",")] for entries in (WHO, DID, WHERE, WHEN)]
-PARTITIONS = ("train-clean-100", "dev-clean", "test-clean")
 # The first utterance of each partition has all 39 phones: no class is missing, however small the corpus is.
 PANGRAMS = """They knew that noisy young boy very well: he put his hot yellow jacket on the chair, then sang
     both songs about measuring fish, while I paused for a good word with her father. My father thought the
@@ -861,10 +798,10 @@ def _espeak_paths():
 
 
 def speak(text, voice="", rate=175, pitch=50):
-    """Speaks a text with eSpeak NG: `voice` is a variant of en-us, `rate` in words a minute, `pitch` 0 to 99.
+    """Speak a text with eSpeak NG: `voice` is a variant of en-us, `rate` in words a minute, `pitch` 0 to 99.
 
-    Returns (audio, events): int16 samples at 22,050 Hz, and a list of (first sample, mnemonic without stress
-    mark), in order. Raises ImportError where eSpeak NG does not load, DataError where it refuses the voice.
+    Returns (audio, events): int16 samples at 22,050 Hz, and a list of (first sample, mnemonic without stress mark).
+    Raises ImportError where eSpeak NG does not load, DataError where it has no such voice.
     """
     library_path, data_path = _espeak_paths()
     if voice and not Path(data_path, "voices", "!v", voice).is_file():  # eSpeak would take its plain voice
@@ -925,18 +862,14 @@ def _practice_shares(seed):
 def practice_script(partition, index, sentences=1, seed=23):
     """What utterance `index` of `partition` (0 train, 1 dev, 2 test) says, and how; from the arguments only.
 
-    Returns a dict: `sentences` (list of str, `sentences` of them on average), `voice`, `rate` (words a
-    minute), `pitch` (0 to 99), `snr` (dB). Raises DataError for sentences below 1, or beyond what there is.
+    Returns a dict: `sentences` (list of str), `voice`, `rate` (words a minute), `pitch` (0 to 99), `snr` (dB).
     """
     rng = np.random.default_rng((seed, partition, index))
     voices, numbers = _practice_shares(seed)
     most = math.ceil(2 * sentences)  # count is below this: every utterance has sentence numbers of its own
-    if sentences < 1 or (index + 1) * most > len(numbers[partition]):
-        raise DataError(f"{sentences} sentences for utterance {index}: expected at least 1, and no more in "
-                        f"all than the {len(numbers[partition]):,} different ones of a partition")
     count = int(rng.uniform(1, 2 * sentences - 1) + rng.random())  # rounded at random: exact mean
     spoken = []
-    for number in numbers[partition][index * most:index * most + count]:
+    for number in numbers[partition].take(range(index * most, index * most + count), mode="wrap"):
         who, did, where, when = (GRAMMAR[i][digit] for i, digit in
                                  enumerate(np.unravel_index(number, [len(entries) for entries in GRAMMAR])))
         text = f"{when}, {who} {did} {where}." if number % 3 == 0 else f"{who} {did} {where} {when}."
@@ -990,29 +923,32 @@ def _make_utterance(root, partition, index, sentences, seed):
     np.save(root / PARTITIONS[partition] / "mfcc" / f"{index:06d}.npy", mfcc)
     if partition == 2:
         return labels
-    np.save(root / PARTITIONS[partition] / "transcript" / f"{index:06d}.npy",
-            np.array(["[SOS]", *labels, "[EOS]"], dtype="<U5"))
+    transcript = np.array(["[SOS]", *labels, "[EOS]"], "<U5")
+    np.save(root / PARTITIONS[partition] / "transcript" / f"{index:06d}.npy", transcript)
     return []
 
 
 def make_practice_corpus(root, utterances=(370, 52, 52), sentences=(1, 1, 1), seed=23, processes=None):
-    """Makes a corpus in the course's layout under `root`, spoken by eSpeak NG: the same seed, the same bytes.
+    """Make a corpus in the course's layout under `root`, spoken by eSpeak NG: the same seed, the same bytes.
 
-    `utterances`, and `sentences` (their mean number in an utterance, at least 1), are for train, dev and
-    test; the defaults make some 179,000 / 25,000 / 26,000 frames. Partitions share neither sentences nor
-    voices. ROOT/PARTITION/mfcc/*.npy: float32 (T, 28), a frame every 10 ms;
-    ROOT/PARTITION/transcript/*.npy (train, dev): '<U5' (T+2,); ROOT/answers.csv (`id,label`): the test
-    frames' phonemes, for marking a submission. `root` appears when everything is written, never before.
-    The work is done in `processes` processes (default: one a core). Raises FileExistsError where `root` exists,
-    DataError for numbers it cannot serve, ImportError without eSpeak NG.
+    Partitions share neither sentences nor voices. ROOT/answers.csv (`id,label`) has the test frames' phonemes, for
+    scoring a submission. `root` appears when everything is written, never before.
+
+    Args:
+        utterances, sentences: for train, dev and test: how many, and the mean number of sentences in one, at least 1.
+            The defaults make some 179,000, 25,000 and 26,000 frames; (28539, 2703, 2620) and (2.85, 1.65, 1.7) make
+            as many as the real data have.
+        processes: how many work; None: one a core.
+
+    Raises:
+        FileExistsError: `root` exists. DataError: numbers below 1. ImportError: there is no eSpeak NG.
     """
     root = Path(root)
     if root.exists():
         raise FileExistsError(f"{root} exists already: delete it to have it made again")
-    if len(utterances) != 3 or len(sentences) != 3 or min(utterances) < 1:
+    if len(utterances) != 3 or len(sentences) != 3 or min(*utterances, *sentences) < 1:
         raise DataError(f"utterances {utterances}, sentences {sentences}: expected three numbers each, >= 1")
-    for partition in range(3):  # fail now rather than in the middle of the work
-        practice_script(partition, utterances[partition] - 1, sentences[partition], seed)
+    _espeak_paths()  # fail now rather than in a process
     partial = root.with_name(root.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)  # of a build that was killed
     for name in PARTITIONS:
@@ -1020,8 +956,7 @@ def make_practice_corpus(root, utterances=(370, 52, 52), sentences=(1, 1, 1), se
             (partial / name / folder).mkdir(parents=True)
     jobs = [(partial, p, i, sentences[p], seed) for p in range(3) for i in range(utterances[p])]
     # spawn, as fork is unsafe once torch has started threads; one thread each, as every core has its process
-    pool = ProcessPoolExecutor(
-        processes, get_context("spawn"), initializer=torch.set_num_threads, initargs=(1,))
+    pool = ProcessPoolExecutor(processes, get_context("spawn"), torch.set_num_threads, (1,))
     with pool, open(partial / "answers.csv", "w", newline="") as file:
         answers = csv.writer(file, lineterminator="\n")
         answers.writerow(["id", "label"])

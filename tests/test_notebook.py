@@ -79,11 +79,13 @@ def test_offline_wandb_has_every_metric_of_every_epoch(executed, runs):
             if "val_acc" in row:
                 history[row["epoch"]] = row
         elif record.WhichOneof("record_type") == "summary":
-            summary.update({item.key or item.nested_key[0]: json.loads(item.value_json) for item in record.summary.update})
+            summary.update({item.key or item.nested_key[0]: json.loads(item.value_json)
+                            for item in record.summary.update})
         elif record.WhichOneof("record_type") == "run":
             config.update({item.key: json.loads(item.value_json) for item in record.run.config.update})
     assert sorted(history) == [1, 2, 3]
-    printed = re.findall(r"train +([\d.]+)% loss ([\d.]+) \| val +([\d.]+)% loss ([\d.]+) \| lr ([\d.]+)", text(executed))
+    printed = re.findall(r"train +([\d.]+)% loss ([\d.]+) \| val +([\d.]+)% loss ([\d.]+) \| lr ([\d.]+)",
+                         text(executed))
     for row, numbers in zip(map(history.get, (1, 2, 3)), printed):
         assert row["train_acc"] * 100 == pytest.approx(float(numbers[0]), abs=0.01)
         assert row["train_loss"] == pytest.approx(float(numbers[1]), abs=1e-4)
@@ -116,16 +118,14 @@ def test_variants_are_trained_once_compared_and_a_failed_one_is_noted(corpus, tm
     cells = code_cells(TINY)
     [list_cell] = [i for i, source in enumerate(cells) if "variants = [" in source]
     namespace = run_cells(TINY, until="variants = [", runs=tmp_path, data=corpus)
-    trained = []
     namespace["base"] = {**namespace["config"], "epochs": 1}
     namespace["variants"] = [{"activations": "gelu"}, {"activations": "tanh", "num_layers": 3}, {"activations": "sine"}]
     namespace["config"]["ablations"] = True
+    trained, train = [], namespace["train"]
+    namespace["train"] = lambda *arguments: trained.append(arguments[-1]["Name"]) or train(*arguments)
     for _ in range(2):  # the second time everything is there
         for source in cells[list_cell + 1:]:
             exec(source, namespace)
-            if "def run_variant" in source and not trained:
-                train = namespace["train"]
-                namespace["train"] = lambda *arguments: trained.append(arguments[-1]["Name"]) or train(*arguments)
     assert trained == ["activations=gelu", "activations=tanh,num_layers=3"]
     table = pd.read_csv(tmp_path / "pencil" / "variants.csv")
     assert list(table["val_acc"]) == sorted(table["val_acc"], reverse=True) and set(table["num_layers"]) == {2, 3}

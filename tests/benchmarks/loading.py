@@ -1,0 +1,94 @@
+"""How long does it take to load the data, and in how much memory? The usual way and helpers.AudioDataset.
+
+    python tests/benchmarks/loading.py                                  a small practice corpus, about a minute
+    python tests/benchmarks/loading.py --full --random --runs 1         the size of the real data, on random numbers
+    python tests/benchmarks/loading.py --data 11785-s25-hw1p2 --cold    the real data, not from the page cache (root)
+
+Every measurement has a process of its own. Time: all three partitions, without imports. Peak memory: the process's
+maximum less that of a process that only imports, relative to the packed arrays (float16 frames and uint8 labels).
+Targets: first load at least twice as fast as the usual way; for the full set peak memory at most 1.3 x the packed
+arrays, and the second load within 3 s.
+"""
+
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import common
+import torch
+
+import helpers
+
+PARTITIONS = ("train-clean-100", "dev-clean", "test-clean")
+SIDES = ("usual", "ours, no cache", "ours, first load, writes cache", "ours, second load",
+         "ours, second load, all read")
+
+
+def load(side, data, cache):
+    """In the process that is measured: print the seconds, the peak memory and the packed size as JSON."""
+    packed, start = 0, time.perf_counter()
+    if side == "usual":
+        datasets = [common.UsualDataset(data, partition) for partition in PARTITIONS]
+    elif side != "imports":
+        cache = None if side == "ours, no cache" else cache
+        datasets = [helpers.AudioDataset(data, partition, cache=cache) for partition in PARTITIONS]
+        if side.endswith("all read"):  # a mapped file is read when it is first used
+            sum(torch.count_nonzero(dataset.frames.view(torch.int16)).item() for dataset in datasets)
+        packed = sum(dataset.frames.nbytes + (0 if dataset.labels is None else dataset.labels.nbytes)
+                     for dataset in datasets)
+    seconds = time.perf_counter() - start
+    frames = sum(map(len, datasets)) if side != "imports" else 0
+    print(json.dumps({"seconds": seconds, "peak": common.peak_memory(), "packed": packed, "frames": frames}))
+
+
+def measure(side, data, cache, cold):
+    if side in ("ours, no cache", "ours, first load, writes cache"):
+        shutil.rmtree(cache, ignore_errors=True)
+    if cold:
+        os.sync()
+        Path("/proc/sys/vm/drop_caches").write_text("3")
+    command = [sys.executable, __file__, "--side", side, "--data", data, "--cache", cache]
+    output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+    return json.loads(output.splitlines()[-1])
+
+
+def main():
+    parser = common.parser(__doc__.splitlines()[0], utterances=(400, 60, 60))
+    parser.add_argument("--cold", action="store_true", help="empty the page cache before each measurement (as root)")
+    parser.add_argument("--without-usual", action="store_true", help="leave the usual way out")
+    parser.add_argument("--side", help="for internal use")
+    parser.add_argument("--cache", help="for internal use")
+    arguments = parser.parse_args()
+    if arguments.side:
+        return load(arguments.side, arguments.data, arguments.cache)
+    sides = [side for side in SIDES if not (arguments.without_usual and side == "usual")]
+    with common.corpus(arguments) as (data, description), tempfile.TemporaryDirectory() as temporary:
+        cache = str(arguments.folder / "cache" if arguments.folder else Path(temporary) / "cache")
+        imports = measure("imports", data, cache, False)["peak"]
+        measure("ours, no cache", data, cache, False)  # warm: the files are in the page cache for every side
+        results = {side: [] for side in sides}
+        for _ in range(arguments.runs):
+            for side in sides:
+                results[side].append(measure(side, data, cache, arguments.cold))
+        size = results["ours, no cache"][0]
+        common.report("Loading", data=f"{description}; {size['frames']:,} frames",
+                      packed=f"{size['packed'] / 1e6:,.1f} MB",
+                      runs=f"{arguments.runs} of each side, alternating, each in a fresh process; "
+                           f"page cache {'emptied before each' if arguments.cold else 'warm'}")
+        print("Time to load all three partitions; how many times as fast as the first row")
+        common.print_table({side: [result["seconds"] for result in results[side]] for side in sides}, "s", 3, "low")
+        print(f"Peak memory above that of the imports ({imports / 1e6:.0f} MB); relative to the packed arrays")
+        for side in sides:
+            peaks = [(result["peak"] - imports) / 1e6 for result in results[side]]
+            relative = statistics.median(peaks) * 1e6 / size["packed"]
+            print(f"{side:36} {common.spread(peaks):>38} MB  {relative:.2f} x packed")
+
+
+if __name__ == "__main__":
+    main()

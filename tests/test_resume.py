@@ -1,0 +1,325 @@
+"""Checkpoints: a killed run ends as one that was never killed, and what cannot be resumed is refused in plain words."""
+
+import os
+import pickle
+import random
+import re
+import shutil
+import subprocess
+
+import killing
+import pytest
+import torch
+from notebook import TINY, run_cells
+
+import helpers
+from helpers import RunError
+
+ADAMW = killing.CHANGES
+SGD = {**ADAMW, "optimizers": "sgd", "scheduler": "reducelronplateau"}
+QUICK = {**TINY, "wandb": "disabled", "num_layers": 2, "epochs": 1, "batch_size": 1024, "scheduler": "steplr"}
+PAUSE = 0.03  # seconds for each step of writing a checkpoint, so that random kills land there too
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Small matrices are quickest in one thread, above all beside other work."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+# ---- Killed runs -------------------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def whole(corpus, tmp_path_factory):
+    """What runs that are never killed leave."""
+    outcomes = []
+    for changes in (ADAMW, SGD):
+        runs = tmp_path_factory.mktemp("whole")
+        killing.finish(runs, corpus, changes)
+        outcomes.append(killing.outcome(runs))
+    return outcomes
+
+
+def test_a_run_killed_at_every_step_of_writing_ends_like_one_never_killed(whole, corpus, tmp_path):
+    steps = [f"writing {name}, {step}" for name in ("best.pt", "checkpoint.pt")
+             for step in ("part 1", "part 3", "before the move", "after the move")]
+    # the first two are killed at the checkpoint before the first epoch, the others behind that epoch
+    for step in ["writing checkpoint.pt, part 2", "writing checkpoint.pt, after the move", *steps]:
+        child = killing.start(tmp_path, corpus, ADAMW, stop=step)
+        assert killing.kill(child, tmp_path) == step
+    assert "1 of 4 epochs: carrying on" in killing.finish(tmp_path, corpus, ADAMW)
+    assert killing.outcome(tmp_path) == whole[0]
+
+
+@pytest.mark.parametrize("changes, expected", [(ADAMW, 0), (SGD, 1)], ids=["adamw", "sgd"])
+def test_a_run_killed_at_random_moments_ends_like_one_never_killed(whole, corpus, tmp_path, changes, expected):
+    draw = random.Random()  # other moments each time
+    places = []
+    for _ in range(4):
+        child = killing.start(tmp_path, corpus, changes, pause=PAUSE)
+        places.append(killing.kill(child, tmp_path, draw.uniform(0.2, 1.8)))
+    killing.finish(tmp_path, corpus, changes)
+    assert killing.outcome(tmp_path) == whole[expected], f"killed at {places}"
+
+
+def test_the_comparison_notices_a_single_bit(whole, corpus, tmp_path):
+    state = {"model": {"weight": torch.zeros(3)}, "history": [{"epoch": 1, "seconds": 1.0}]}
+    other = {"model": {"weight": torch.tensor([0.0, 0.0, -0.0])}, "history": [{"epoch": 1, "seconds": 2.0}]}
+    assert killing.frozen(state) != killing.frozen(other)
+    other["model"]["weight"] = torch.zeros(3)
+    assert killing.frozen(state) == killing.frozen(other)
+    assert whole[0] != whole[1]
+
+
+# ---- What is resumed, and what is refused ------------------------------------------------------------------
+
+def train_to_the_end(runs, data, **changes):
+    """The run in this process; returns its checkpoint, comparable."""
+    run_cells({**QUICK, **changes}, "best = load_checkpoint", runs, data)
+    return killing.frozen(torch.load(runs / "pencil" / "checkpoint.pt", weights_only=True))
+
+
+@pytest.fixture(scope="module")
+def trained(corpus, tmp_path_factory):
+    """A runs folder with a finished run of one epoch: to be copied, not used."""
+    runs = tmp_path_factory.mktemp("trained")
+    train_to_the_end(runs, corpus)
+    (runs / "pencil" / ".lock").unlink(missing_ok=True)
+    return runs
+
+
+@pytest.fixture
+def runs(trained, tmp_path):
+    return shutil.copytree(trained, tmp_path / "runs")
+
+
+def test_a_finished_run_goes_straight_to_figures_and_csv(runs, corpus):
+    checkpoint = runs / "pencil" / "checkpoint.pt"
+    before = checkpoint.stat().st_mtime_ns, checkpoint.read_bytes()
+    namespace = run_cells(QUICK, "table = wandb.Table(", runs, corpus)
+    assert (checkpoint.stat().st_mtime_ns, checkpoint.read_bytes()) == before  # an epoch would have written it
+    assert len(namespace["history"]) == 1
+    labels = helpers.read_submission(runs / "pencil" / "submission.csv", len(namespace["test_data"]))
+    assert list(labels) == list(namespace["predictions"])
+
+
+def other_value(key):
+    """A value of this key that is allowed and is not QUICK's."""
+    options = helpers.OPTIONS[key]
+    now = {**run_cells(until="check_config(config)")["config"], **QUICK}[key]
+    if isinstance(options, list):
+        return next(option for option in options if option != now)
+    if key in ("Name", "subset", "dropout"):
+        return {"Name": "another", "subset": 0.5, "dropout": 0.5}[key]
+    return now + 1 if isinstance(now, int) else now / 2
+
+
+@pytest.mark.parametrize("key", [key for key in helpers.OPTIONS if key not in (*helpers.FREE_KEYS, "epochs")])
+def test_another_config_is_refused_with_both_values(trained, key):
+    state = torch.load(trained / "pencil" / "checkpoint.pt", weights_only=True)
+    config = {**state["config"], key: other_value(key)}
+    helpers.check_config(config)
+    with pytest.raises(RunError) as error:
+        helpers.load_checkpoint(trained / "pencil" / "checkpoint.pt", config)
+    assert f"{key}: {state['config'][key]!r} there, {config[key]!r} now" in str(error.value)
+    assert "choose another config['Name']" in str(error.value)
+
+
+def test_all_differences_are_listed_by_the_notebook(runs, corpus):
+    with pytest.raises(RunError, match="another config") as error:
+        run_cells({**QUICK, "learning_rate": 0.5, "activations": "gelu"}, "history = fit(", runs, corpus)
+    assert "learning_rate: 0.001 there, 0.5 now" in str(error.value)
+    assert "activations: 'leakyrelu' there, 'gelu' now" in str(error.value)
+    assert len(re.findall(" there, ", str(error.value))) == 2
+
+
+@pytest.mark.parametrize("key", helpers.FREE_KEYS)
+def test_free_keys_may_differ(trained, key):
+    path = trained / "pencil" / "checkpoint.pt"
+    config = torch.load(path, weights_only=True)["config"]
+    assert helpers.load_checkpoint(path, {**config, key: other_value(key)})["config"] == config
+
+
+@pytest.mark.parametrize("scheduler", ["steplr", "exponential", "reducelronplateau"])
+def test_epochs_may_be_raised_and_the_run_carries_on(corpus, tmp_path, scheduler):
+    train_to_the_end(tmp_path / "raised", corpus, scheduler=scheduler)
+    raised = train_to_the_end(tmp_path / "raised", corpus, scheduler=scheduler, epochs=3)
+    assert [row["epoch"] for row in raised["history"]] == [1, 2, 3]
+    assert raised == train_to_the_end(tmp_path / "at once", corpus, scheduler=scheduler, epochs=3)
+
+
+def test_epochs_of_a_cosine_may_not_be_raised(corpus, tmp_path):
+    train_to_the_end(tmp_path, corpus, scheduler="cosineanneal")
+    with pytest.raises(RunError, match="epochs: 1 there, 2 now(.|\n)*Cosine annealing"):
+        train_to_the_end(tmp_path, corpus, scheduler="cosineanneal", epochs=2)
+
+
+def test_other_data_under_the_same_name_is_refused(runs, corpus, own_corpus):
+    for path in sorted(own_corpus.glob("train-clean-100/*/*.npy"))[::12]:  # the first of each folder
+        path.unlink()
+    with pytest.raises(RunError, match="was trained on .*choose another"):
+        train_to_the_end(runs, own_corpus, epochs=2)
+    before = killing.frozen(torch.load(runs / "pencil" / "checkpoint.pt", weights_only=True))
+    elsewhere = shutil.copytree(corpus, own_corpus.parent / "another")  # the same data, whatever the folder's name
+    assert before == train_to_the_end(runs, elsewhere)
+
+
+# ---- Damage ------------------------------------------------------------------------------------------------
+
+class Intruder:
+    """Its pickle makes a folder when it is loaded."""
+
+    def __init__(self, folder):
+        self.folder = folder
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.folder),)
+
+
+def refused(path):
+    """The message for a file that load_checkpoint must refuse, with a config and without."""
+    config = {"scheduler": "steplr"}
+    for arguments in ((), (config,)):
+        with pytest.raises(RunError) as error:
+            helpers.load_checkpoint(path, *arguments)
+        assert str(path) in str(error.value) and "delete it to start afresh" in str(error.value)
+
+
+@pytest.mark.parametrize("keep", [0, 1, 4, 100, 0.1, 0.5, 0.9, -100, -1])
+def test_a_truncated_checkpoint_is_refused(runs, keep):
+    path = runs / "pencil" / "checkpoint.pt"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:keep if isinstance(keep, int) else int(keep * len(whole))])
+    refused(path)
+
+
+@pytest.mark.parametrize("at", [0.02, 0.3, 0.7])
+def test_a_checkpoint_with_a_changed_byte_is_refused(runs, at):
+    path = runs / "pencil" / "checkpoint.pt"
+    damaged = bytearray(path.read_bytes())
+    damaged[int(at * len(damaged))] ^= 1
+    path.write_bytes(damaged)
+    refused(path)
+
+
+@pytest.mark.parametrize("content", [random.Random(23).randbytes(10_000), b"a text\n", b"PK\x03\x04" + bytes(500)],
+                         ids=["random", "text", "zip"])
+def test_a_file_of_something_else_is_refused(tmp_path, content):
+    (tmp_path / "checkpoint.pt").write_bytes(content)
+    refused(tmp_path / "checkpoint.pt")
+
+
+@pytest.mark.parametrize("state", [torch.zeros(3), {"model": {}}, {"config": 5}, [1, 2], "text"], ids=str)
+def test_a_torch_file_of_something_else_is_refused(tmp_path, state):
+    torch.save(state, tmp_path / "checkpoint.pt")
+    with pytest.raises(RunError, match="delete it to start afresh"):
+        helpers.load_checkpoint(tmp_path / "checkpoint.pt", {"scheduler": "steplr"})
+
+
+def test_best_weights_in_the_place_of_the_checkpoint_are_refused(runs, corpus):
+    shutil.copy(runs / "pencil" / "best.pt", runs / "pencil" / "checkpoint.pt")
+    with pytest.raises(RunError, match="checkpoint.pt: .*delete it to start afresh"):
+        train_to_the_end(runs, corpus)
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_code_in_a_pickle_is_not_executed(tmp_path, zipped):
+    path, folder = tmp_path / "checkpoint.pt", tmp_path / "made by the intruder"
+    if zipped:
+        torch.save({"config": {}, "history": Intruder(folder)}, path)
+    else:
+        path.write_bytes(pickle.dumps({"config": {}, "history": Intruder(folder)}))
+    refused(path)
+    assert not folder.exists()
+
+
+def test_the_notebook_says_which_file_is_damaged(runs, corpus):
+    (runs / "pencil" / "checkpoint.pt").write_bytes(b"")
+    with pytest.raises(RunError, match=re.escape(str(runs / "pencil" / "checkpoint.pt"))):
+        train_to_the_end(runs, corpus)
+    (runs / "pencil" / "checkpoint.pt").unlink()  # and its advice works
+    train_to_the_end(runs, corpus)
+
+
+# ---- Full disks --------------------------------------------------------------------------------------------
+
+STATE = {"config": {}, "model": {"weight": torch.arange(500_000.0)}}  # 2 MB
+FULL = r"(checkpoint|best)\.pt could not be written .*: {} MB are needed there, [\d.]+ MB are free.*unchanged"
+
+
+def stays_usable_when_full(path):
+    """Saving STATE to `path`, where a smaller checkpoint is, must fail and leave that one alone."""
+    before = path.read_bytes()
+    for _ in range(2):
+        with pytest.raises(RunError, match=FULL.format("2.0")):
+            helpers.save_checkpoint(path, STATE)
+        assert path.read_bytes() == before
+        assert [entry.name for entry in path.parent.iterdir()] == ["checkpoint.pt"]
+    assert helpers.load_checkpoint(path)["config"] == {"epoch": 1}
+
+
+def save_beyond_the_limit(path):
+    with killing.limited(1_000_000):
+        stays_usable_when_full(path)
+    helpers.save_checkpoint(path, STATE)
+
+
+def test_where_files_cannot_grow_the_previous_checkpoint_stays(tmp_path):
+    pytest.importorskip("resource")
+    helpers.save_checkpoint(tmp_path / "checkpoint.pt", {"config": {"epoch": 1}})
+    assert killing.in_child(save_beyond_the_limit, tmp_path / "checkpoint.pt") == 0  # the limit is for a whole process
+    assert helpers.load_checkpoint(tmp_path / "checkpoint.pt")["model"]["weight"].equal(STATE["model"]["weight"])
+
+
+def test_on_a_full_disk_the_previous_checkpoint_stays(tmp_path):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(disk)]
+    if not shutil.which("mount") or subprocess.run(command, capture_output=True).returncode:
+        pytest.skip("no right to mount a small disk")
+    try:
+        helpers.save_checkpoint(disk / "checkpoint.pt", {"config": {"epoch": 1}})
+        stays_usable_when_full(disk / "checkpoint.pt")
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+
+
+def run_on_a_full_disk(runs, data):
+    with killing.limited(500_000), pytest.raises(RunError, match=FULL.format(r"[\d.]+")):
+        train_to_the_end(runs, data, epochs=2)
+
+
+def test_a_run_on_a_full_disk_stops_and_carries_on_later(runs, corpus, tmp_path):
+    pytest.importorskip("resource")
+    before = (runs / "pencil" / "checkpoint.pt").read_bytes()
+    assert killing.in_child(run_on_a_full_disk, runs, corpus) == 0
+    assert (runs / "pencil" / "checkpoint.pt").read_bytes() == before
+    assert not list((runs / "pencil").glob(".*.tmp"))
+    assert len(train_to_the_end(runs, corpus, epochs=2)["history"]) == 2
+
+
+# ---- Two runs in one folder --------------------------------------------------------------------------------
+
+def test_two_runs_in_one_folder_are_refused_until_the_first_is_gone(corpus, tmp_path):
+    first = killing.start(tmp_path, corpus, QUICK, stop="in an epoch")
+    while killing.place(tmp_path) != "stopped":
+        assert first.is_alive()
+    with pytest.raises(RunError, match="pencil: another notebook .*config\\['Name'\\]"):
+        helpers.lock_run(tmp_path / "pencil")
+    with pytest.raises(RunError, match="another notebook"):
+        train_to_the_end(tmp_path, corpus)
+    killing.kill(first, tmp_path)
+    train_to_the_end(tmp_path, corpus)
+
+
+def test_one_process_may_take_its_folder_again(tmp_path):
+    locks = [helpers.lock_run(tmp_path / "run") for _ in range(3)]
+    assert locks[0].is_locked
+    with pytest.raises(AssertionError):
+        assert killing.in_child(helpers.lock_run, tmp_path / "run") == 0  # another process may not
+    for lock in locks:
+        lock.release()
+    assert killing.in_child(helpers.lock_run, tmp_path / "run") == 0

@@ -1,0 +1,507 @@
+"""The notebook's network, optimizers, schedules and loops, option by option, against slow and plain references."""
+
+import math
+import re
+import shutil
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from notebook import TINY, definitions
+from torch import nn
+
+import helpers
+from helpers import OPTIONS, PHONEMES, RunError
+
+PLAIN = {**TINY, "num_layers": 3, "context": 2, "batch_norm": False, "dropout": 0, "augmentations": None,
+         "wandb": "disabled"}
+CONTEXT = 2
+INPUT = (2 * CONTEXT + 1) * helpers.COEFFICIENTS
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Small matrices are quickest in one thread, above all beside other work."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def book():
+    """The notebook's functions and classes; on the CPU in float32, whatever this machine has."""
+    namespace = definitions()
+    namespace.update(device="cpu", amp_dtype=torch.float32, show_progress=lambda *_: None)
+    return SimpleNamespace(**{name: value for name, value in namespace.items() if name.isidentifier()},
+                           namespace=namespace)
+
+
+@pytest.fixture(scope="module")
+def data(corpus):
+    return {partition: helpers.AudioDataset(corpus, partition, CONTEXT) for partition in helpers.PARTITIONS}
+
+
+@pytest.fixture
+def loaders(data):
+    return tuple(helpers.make_loader(data[partition], 256, shuffle=partition == "train-clean-100")
+                 for partition in helpers.PARTITIONS)
+
+
+def settings(book, **changes):
+    return {**book.config, **PLAIN, **changes}
+
+
+def built(book, config, input_size=INPUT):
+    """Model, optimizer, scheduler and scaler as the notebook makes them, from the same seed."""
+    torch.manual_seed(23)
+    model = book.Network(input_size, len(PHONEMES), config)
+    optimizer = book.make_optimizer(config, model)
+    return model, optimizer, book.make_scheduler(config, optimizer), torch.amp.GradScaler("cpu", enabled=False)
+
+
+def layer_names(model):
+    return [type(layer).__name__ for layer in model.model]
+
+
+# ---- The pencil --------------------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def pencil():
+    namespace = definitions()
+    torch.manual_seed(23)
+    return namespace["Network"](2828, 42, namespace["config"])
+
+
+def test_the_pencil_has_exactly_its_layers(pencil):
+    assert layer_names(pencil) == ["Linear", "BatchNorm1d", "LeakyReLU", "Dropout"] * 7 + ["Linear", "LeakyReLU"]
+    shapes = [(layer.in_features, layer.out_features) for layer in pencil.model if isinstance(layer, nn.Linear)]
+    assert shapes == [(2828, 1600)] + [(1600, 1600)] * 6 + [(1600, 42)]
+    rates = [layer.p for layer in pencil.model if isinstance(layer, nn.Dropout)]
+    assert rates == [0.24, 0.225, 0.215, 0.205, 0.2, 0.2, 0.2]
+    assert {layer.negative_slope for layer in pencil.model if isinstance(layer, nn.LeakyReLU)} == {0.01}
+    assert {layer.num_features for layer in pencil.model if isinstance(layer, nn.BatchNorm1d)} == {1600}
+    assert sum(parameter.numel() for parameter in pencil.parameters()) == 19_985_642
+    assert list(dict(pencil.named_children())) == ["model"]
+
+
+def test_a_state_dict_of_the_original_loads_strictly(pencil):
+    original, size = {}, 2828
+    for i in range(7):
+        original |= {f"model.{4 * i}.weight": torch.ones(1600, size), f"model.{4 * i}.bias": torch.ones(1600)}
+        original |= {f"model.{4 * i + 1}.{name}": torch.ones(1600)
+                     for name in ("weight", "bias", "running_mean", "running_var")}
+        original[f"model.{4 * i + 1}.num_batches_tracked"] = torch.tensor(1)
+        size = 1600
+    original |= {"model.28.weight": torch.ones(42, 1600), "model.28.bias": torch.ones(42)}
+    with torch.device("meta"):
+        namespace = definitions()
+        network = namespace["Network"](2828, 42, namespace["config"])
+    network.load_state_dict(original, strict=True, assign=True)
+    assert set(pencil.state_dict()) == set(original)
+
+
+def test_the_summary_is_that_of_the_homework(pencil, capsys):
+    before = {name: tensor.clone() for name, tensor in pencil.state_dict().items()}
+    definitions()["summary"](pencil.eval(), torch.zeros(1, 101, 28))
+    printed = capsys.readouterr().out
+    assert re.search(r"# Params: +19,985\.64K", printed) and re.search(r"# Mult-Adds: +19\.96M", printed)
+    assert all(tensor.equal(before[name]) for name, tensor in pencil.state_dict().items())
+
+
+def test_the_pencil_starts_kaiming_uniform_with_zero_biases(pencil):
+    for layer in pencil.model:
+        if isinstance(layer, nn.Linear):
+            bound = math.sqrt(6 / layer.in_features)  # torch's own default would be smaller by sqrt(6)
+            assert 0.98 * bound < layer.weight.abs().max() <= bound
+            assert layer.weight.std().item() == pytest.approx(bound / math.sqrt(3), rel=0.02)
+            assert not layer.bias.any()
+
+
+def test_forward_flattens_from_the_second_dimension(pencil):
+    pencil.eval()
+    frames = torch.randn(3, 101, 28, dtype=torch.float16)
+    with torch.no_grad():
+        logits = pencil(frames)
+        assert logits.shape == (3, 42) and logits.dtype == torch.float32
+        assert logits.equal(pencil.model(frames.reshape(3, 2828).float()))
+
+
+# ---- Every option ------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("layers", range(2, 9))
+def test_the_widths_of_the_archetypes(book, layers):
+    expected = {"pencil": [1600] * 7, "cylinder": [1600] * layers,
+                "pyramid": [512, 256, 128, 64, 32, 16, 8, 4][:layers],
+                "inverse-pyramid": [64, 128, 256, 512, 1024, 2048, 4096, 8192][:layers],
+                "diamond": {2: [352, 352], 3: [352, 704, 352], 4: [352, 704, 704, 352],
+                            5: [352, 704, 1408, 704, 352], 6: [352, 704, 1408, 1408, 704, 352],
+                            7: [352, 704, 1408, 2816, 1408, 704, 352],
+                            8: [352, 704, 1408, 2816, 2816, 1408, 704, 352]}[layers]}
+    assert set(expected) == set(OPTIONS["archetype"])
+    for archetype, widths in expected.items():
+        config = settings(book, archetype=archetype, num_layers=layers)
+        with torch.device("meta"):
+            network = book.Network(INPUT, 42, config)
+        sizes = [layer.out_features for layer in network.model if isinstance(layer, nn.Linear)]
+        assert sizes == [*widths, 42], archetype
+
+
+@pytest.mark.parametrize("name, layer", {"gelu": nn.GELU, "relu": nn.ReLU, "leakyrelu": nn.LeakyReLU, "tanh": nn.Tanh,
+                                         "softplus": nn.Softplus, "sigmoid": nn.Sigmoid}.items())
+def test_activations(book, name, layer):
+    model = built(book, settings(book, activations=name))[0]
+    assert layer_names(model) == ["Linear", layer.__name__] * 3 + ["Linear"]
+
+
+def test_every_activation_is_tested():
+    assert set(definitions()["ACTIVATIONS"]) == set(OPTIONS["activations"])
+
+
+@pytest.mark.parametrize("norm, norm_alternate, dropout, dropout_alternate, expected", [
+    (False, False, 0, False, "LA LA LA LA L"), (True, False, 0, False, "LBA LBA LBA LBA L"),
+    (True, True, 0, True, "LBA LA LBA LA L"), (False, True, 0.3, False, "LAD LAD LAD LAD L"),
+    (False, False, 0.3, True, "LAD LA LAD LA L"), (True, True, 0.3, True, "LBAD LA LBAD LA L"),
+    (True, True, 0.3, False, "LBAD LAD LBAD LAD L"), (True, False, 0.3, True, "LBAD LBA LBAD LBA L")])
+def test_where_batch_norm_and_dropout_stand(book, norm, norm_alternate, dropout, dropout_alternate, expected):
+    model = built(book, settings(book, num_layers=4, batch_norm=norm, batchnorm_alternate=norm_alternate,
+                                 dropout=dropout, dropout_alternate=dropout_alternate))[0]
+    letters = {"Linear": "L", "BatchNorm1d": "B", "LeakyReLU": "A", "Dropout": "D"}
+    assert "".join(map(letters.get, layer_names(model))) == expected.replace(" ", "")
+    assert {layer.p for layer in model.model if isinstance(layer, nn.Dropout)} <= {0.3}
+
+
+@pytest.mark.parametrize("scheme", OPTIONS["weight_initialization"])
+def test_weight_initialization(book, scheme):
+    model = built(book, settings(book, weight_initialization=scheme))[0]
+    for layer in model.model:
+        if not isinstance(layer, nn.Linear):
+            continue
+        inputs, outputs = layer.in_features, layer.out_features
+        deviation = {"kaiming_uniform": math.sqrt(2 / inputs), "kaiming_normal": math.sqrt(2 / inputs),
+                     "xavier_uniform": math.sqrt(2 / (inputs + outputs)), "uniform": math.sqrt(1 / inputs / 3),
+                     "xavier_normal": math.sqrt(2 / (inputs + outputs)), None: math.sqrt(1 / inputs / 3)}[scheme]
+        assert layer.weight.std().item() == pytest.approx(deviation, rel=0.05)
+        spread = layer.weight.abs().max().item() / deviation  # of a uniform distribution it is sqrt(3)
+        assert spread > 2.5 if "normal" in str(scheme) else spread == pytest.approx(math.sqrt(3), rel=0.01)
+        assert layer.bias.any() == (scheme is None)
+    if scheme is None:
+        torch.manual_seed(23)
+        assert nn.Linear(INPUT, 512).weight.equal(model.model[0].weight)
+
+
+@pytest.mark.parametrize("name, kind, flags", [
+    ("sgd", torch.optim.SGD, {"momentum": 0.9, "nesterov": False}),
+    ("nesterov", torch.optim.SGD, {"momentum": 0.9, "nesterov": True}),
+    ("adam", torch.optim.Adam, {}), ("adamw", torch.optim.AdamW, {}), ("rmsprop", torch.optim.RMSprop, {})])
+def test_optimizers(book, name, kind, flags):
+    model, optimizer, *_ = built(book, settings(book, optimizers=name, learning_rate=0.005, weight_decay=0.002))
+    [group] = optimizer.param_groups
+    assert type(optimizer) is kind
+    assert {"lr": 0.005, "weight_decay": 0.002, **flags}.items() <= group.items()
+    assert sum(map(torch.numel, group["params"])) == sum(map(torch.numel, model.parameters()))
+
+
+def rates(book, epochs, scheduler, losses=None):
+    """The learning rate in each epoch, stepped as `fit` does."""
+    config = settings(book, learning_rate=0.001, scheduler=scheduler, epochs=epochs)
+    _, optimizer, scheduler, _ = built(book, config)
+    result = []
+    for epoch in range(epochs):
+        result.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step(*([losses[epoch]] if losses else []))
+    return np.array(result)
+
+
+def test_cosineanneal_gives_the_rates_that_the_original_printed(book):
+    printed = {1: "0.0010000", 2: "0.0009999", 5: "0.0009982", 50: "0.0007590", 76: "0.0005000", 88: "0.0003757"}
+    actual = rates(book, 150, "cosineanneal")
+    assert {epoch: f"{actual[epoch - 1]:.7f}" for epoch in printed} == printed
+    assert (np.diff(actual) < 0).all() and actual[-1] > 0
+
+
+def test_steplr_and_exponential(book):
+    assert rates(book, 25, "steplr") == pytest.approx([0.001] * 10 + [0.0005] * 10 + [0.00025] * 5)
+    assert rates(book, 25, "exponential") == pytest.approx(0.001 * 0.95 ** np.arange(25))
+
+
+def test_reducelronplateau_waits_for_the_loss_to_stop_falling(book):
+    falling = rates(book, 12, "reducelronplateau", [1 / (epoch + 1) for epoch in range(12)])
+    assert set(falling) == {0.001}
+    level = rates(book, 12, "reducelronplateau", [1.0] * 12)  # patience 3: halved after 4 epochs in vain
+    assert level == pytest.approx([0.001] * 5 + [0.0005] * 4 + [0.00025] * 3)
+
+
+@pytest.mark.parametrize("augmentations, rows, columns", [
+    ("FreqMask", False, True), ("TimeMask", True, False), ("Both", True, True), (None, False, False)])
+def test_train_masks_as_the_config_says(book, loaders, augmentations, rows, columns):
+    seen = []
+    config = settings(book, augmentations=augmentations, freq_mask_param=4, time_mask_param=3)
+    parts = built(book, config)
+    parts[0].register_forward_pre_hook(lambda _, arguments: seen.append(arguments[0].clone()))
+    book.train(parts[0], loaders[0], book.criterion, parts[1], parts[3], config)
+    # only windows without padding: zero rows are there already
+    windows = torch.cat([frames[(frames != 0).any(2).sum(1) >= frames.shape[1] - 3] for frames in seen])
+    inner = windows[(windows[:, 0] != 0).any(1) & (windows[:, -1] != 0).any(1)]
+    assert bool((inner == 0).all(2).any()) == rows
+    # a column is zero by a mask only: the coefficients are normalised, a value of exactly zero is rare
+    assert bool((inner == 0).all(1).any()) == columns
+
+
+def test_masks_on_seventy_percent_of_the_train_batches_and_never_in_eval(book, loaders, monkeypatch):
+    calls = []
+    book.namespace["mask_frames"] = lambda *arguments: calls.append(arguments)
+    config = settings(book, augmentations="Both", freq_mask_param=5, time_mask_param=7)
+    model, optimizer, _, scaler = built(book, config)
+    torch.manual_seed(1)
+    batches = 0
+    for _ in range(8):
+        book.train(model, loaders[0], book.criterion, optimizer, scaler, config)
+        batches += len(loaders[0])
+    share, error = len(calls) / batches, math.sqrt(0.7 * 0.3 / batches)
+    assert abs(share - 0.7) < 3 * error
+    assert all(call[1:] == ("Both", 5, 7) for call in calls)
+    calls.clear()
+    book.eval(model, loaders[1])
+    book.test(model, loaders[2])
+    assert not calls
+
+
+def with_options():
+    return [(optimizer, scheduler) for optimizer in OPTIONS["optimizers"] for scheduler in OPTIONS["scheduler"]]
+
+
+@pytest.mark.parametrize("optimizer, scheduler", with_options())
+def test_every_optimizer_learns_with_every_scheduler(book, data, tmp_path, optimizer, scheduler):
+    loaders = [helpers.make_loader(data["dev-clean"], 256, shuffle) for shuffle in (True, False)]
+    rate = 0.02 if optimizer in ("sgd", "nesterov") else 0.001
+    config = settings(book, optimizers=optimizer, scheduler=scheduler, epochs=3, learning_rate=rate, num_layers=2,
+                      batch_norm=True)
+    helpers.check_config(config)
+    history = fit(book, config, built(book, config), loaders, tmp_path)
+    losses = [row["train_loss"] for row in history]
+    assert np.isfinite(losses).all() and losses[0] > losses[1] > losses[2]
+    assert history[0]["learning_rate"] == rate
+
+
+# ---- check_config ------------------------------------------------------------------------------------------
+
+def test_the_notebooks_own_config_passes(book):
+    helpers.check_config(book.config)
+    assert set(book.config) == set(OPTIONS)
+    assert all(definitions()["config"][key] == value for key, value in {
+        "subset": 1, "context": 50, "archetype": "pencil", "activations": "leakyrelu", "batch_norm": True,
+        "batchnorm_alternate": False, "learning_rate": 0.001, "dropout": 0.225, "dropout_alternate": True,
+        "num_layers": 7, "optimizers": "adamw", "scheduler": "cosineanneal", "epochs": 150, "batch_size": 2048,
+        "weight_decay": 0.001, "weight_initialization": "kaiming_uniform", "augmentations": "FreqMask",
+        "freq_mask_param": 4, "time_mask_param": 8}.items())
+
+
+@pytest.mark.parametrize("key", [key for key, allowed in OPTIONS.items() if isinstance(allowed, list)])
+def test_every_option_passes_and_others_are_refused_with_the_options(book, key):
+    for option in OPTIONS[key]:
+        helpers.check_config({**book.config, key: option})
+    for wrong in ("nonsense", 1, 0, 1.0, [], float("nan"), "None", "none", str(OPTIONS[key][0]).upper()):
+        with pytest.raises(ValueError) as error:
+            helpers.check_config({**book.config, key: wrong})
+        assert repr(key) in str(error.value) and repr(wrong) in str(error.value)
+        assert all(repr(option) in str(error.value) for option in OPTIONS[key])
+
+
+@pytest.mark.parametrize("key", [key for key, allowed in OPTIONS.items() if not isinstance(allowed, list)])
+def test_numbers_outside_their_range_or_of_another_type_are_refused(book, key):
+    kind, low, high = OPTIONS[key]
+    wrong = [None, True, False, [], float("nan"), float("inf"), -float("inf"), low - 1, high + 1, -1, 10**400]
+    wrong += ["", 5, b"x"] if kind is str else ["1", "0.001", "nan"]
+    wrong += [5.0, 2.5] if kind is int else []
+    for value in wrong:
+        with pytest.raises(ValueError, match=f"'{key}' is .* allowed: {re.escape(str(low))} to {high}"):
+            helpers.check_config({**book.config, key: value})
+    for value in ("x" * low, "x" * high) if kind is str else (low, high):
+        helpers.check_config({**book.config, key: value})
+
+
+def test_unknown_and_missing_keys_are_named_all_at_once(book):
+    config = {**book.config, "lr": 1, "archetype": "tower"}
+    del config["epochs"]
+    with pytest.raises(ValueError) as error:
+        helpers.check_config(config)
+    for part in ("unknown key 'lr'", "learning_rate, ", "the key 'epochs' is missing", "'tower'", "'pyramid'"):
+        assert part in str(error.value)
+
+
+# ---- Metrics -----------------------------------------------------------------------------------------------
+
+def one_by_one(model, dataset, indexes):
+    """Mean loss, accuracy and predictions over frames, one frame at a time."""
+    losses, right, predictions = [], [], []
+    model.eval()
+    with torch.no_grad():
+        for index in indexes:
+            frames, phoneme = dataset[index]
+            logits = model(frames[None].float())[0].double()
+            losses.append((logits.logsumexp(0) - logits[phoneme]).item())
+            predictions.append(logits.argmax().item())
+            right.append(predictions[-1] == phoneme)
+    return math.fsum(losses) / len(losses), sum(right) / len(right), predictions
+
+
+def test_eval_is_exact_over_all_frames_with_a_smaller_last_batch(book, data):
+    dataset = data["dev-clean"]
+    loader = helpers.make_loader(dataset, 500)
+    assert len(dataset) % 500
+    model = built(book, settings(book))[0]
+    loss, accuracy, _ = one_by_one(model, dataset, range(len(dataset)))
+    assert book.eval(model, loader) == (pytest.approx(loss, rel=1e-6), accuracy)
+
+
+def test_train_metrics_are_exact_over_all_frames(book, data):
+    dataset = data["train-clean-100"]
+    size = 3000  # a last batch much smaller than the others
+    loader = helpers.make_loader(dataset, size, shuffle=True)
+    assert 0 < len(dataset) % size < size
+    config = settings(book, learning_rate=0)
+    model, optimizer, _, scaler = built(book, config)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    loss, accuracy = book.train(model, loader, book.criterion, optimizer, scaler, config)
+    assert all(tensor.equal(before[name]) for name, tensor in model.state_dict().items())
+    expected_loss, expected_accuracy, _ = one_by_one(model, dataset, range(len(dataset)))
+    assert loss == pytest.approx(expected_loss, rel=1e-6) and accuracy == expected_accuracy
+
+
+def test_a_train_step_is_that_of_the_textbook(book, data):
+    config = settings(book, optimizers="sgd", learning_rate=0.1, weight_decay=0.01, batch_norm=True)
+    loader = helpers.make_loader(data["dev-clean"], 600, shuffle=True)
+    model, optimizer, _, scaler = built(book, config)
+    reference = built(book, config)[0].train()
+    momenta = [torch.zeros_like(parameter) for parameter in reference.parameters()]
+    loader.sampler.set_epoch(1)
+    book.train(model, loader, book.criterion, optimizer, scaler, config)
+    for frames, phonemes in loader:
+        loss = nn.functional.cross_entropy(reference(frames), phonemes)
+        gradients = torch.autograd.grad(loss, list(reference.parameters()))
+        with torch.no_grad():
+            for parameter, gradient, momentum in zip(reference.parameters(), gradients, momenta):
+                momentum.mul_(0.9).add_(gradient + 0.01 * parameter)
+                parameter -= 0.1 * momentum
+    for (name, ours), theirs in zip(model.state_dict().items(), reference.state_dict().values()):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5, msg=name)
+
+
+def test_eval_leaves_weights_and_statistics_alone_and_is_repeatable(book, loaders):
+    model = built(book, settings(book, batch_norm=True, dropout=0.5, augmentations="Both"))[0].train()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    assert book.eval(model, loaders[1]) == book.eval(model, loaders[1])
+    book.test(model, loaders[2])
+    assert all(tensor.equal(before[name]) for name, tensor in model.state_dict().items())
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_test_gives_the_phonemes_of_infers_logits_in_order(book, data):
+    dataset, labelled = data["test-clean"], data["dev-clean"]
+    model = built(book, settings(book))[0]
+    predictions = book.test(model, helpers.make_loader(dataset, 300))
+    assert predictions.shape == (len(dataset),)
+    model.eval()
+    with torch.no_grad():
+        expected = [PHONEMES[model(dataset[i][None]).argmax()] for i in range(len(dataset))]
+    assert predictions.tolist() == expected
+    # scoring takes the same way
+    logits = torch.cat([logits for logits, _ in book.infer(model, helpers.make_loader(labelled, 300))])
+    assert logits.argmax(1).tolist() == one_by_one(model, labelled, range(len(labelled)))[2]
+    assert [phonemes for _, phonemes in book.infer(model, helpers.make_loader(dataset, 300))].count(None) > 1
+
+
+# ---- fit: what goes wrong in an epoch ----------------------------------------------------------------------
+
+def fit(book, config, parts, loaders, folder):
+    book.namespace["data_folder"] = folder
+    book.begin(config, *parts, folder, loaders[0].dataset)
+    return book.fit(config, *parts, *loaders[:2], folder, SimpleNamespace(log=lambda *_, **__: None))
+
+
+def in_epoch(loader, number, action):
+    """Let `action` happen when the loader has given a few batches of epoch `number`."""
+    batches, epoch = loader.sampler.__class__.__iter__, loader.sampler
+
+    class Sampler(helpers.Batches):
+        def __iter__(self):
+            for i, batch in enumerate(batches(self)):
+                if i == 3 and self.epoch == number:
+                    action()
+                yield batch
+
+    epoch.__class__ = Sampler
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_leaves_the_checkpoint(book, loaders, tmp_path):
+    config = settings(book, epochs=3)
+    parts = built(book, config)
+    in_epoch(loaders[0], 2, lambda: parts[0].model[0].weight.data.fill_(float("nan")))
+    with pytest.raises(RunError, match="epoch 2 is not finite.* epoch 1 is intact.*learning rate 7.5e-05,"):
+        fit(book, config, parts, loaders, tmp_path)
+    for name in ("checkpoint.pt", "best.pt"):
+        assert torch.load(tmp_path / name)["model"]["model.0.weight"].isfinite().all()
+    assert len(helpers.load_checkpoint(tmp_path / "checkpoint.pt", config)["history"]) == 1
+
+
+def test_an_absurd_learning_rate_ends_in_a_readable_error(book, loaders, tmp_path):
+    config = settings(book, optimizers="sgd", learning_rate=100, epochs=3)
+    with pytest.raises(RunError, match="not finite"):
+        fit(book, config, built(book, config), loaders, tmp_path)
+
+
+def test_after_an_interrupt_the_run_carries_on_as_if_nothing_had_happened(book, loaders, data, tmp_path):
+    config = settings(book, epochs=3, dropout=0.3, augmentations="Both")
+
+    def interrupt():
+        raise KeyboardInterrupt
+
+    parts = built(book, config)
+    in_epoch(loaders[0], 2, interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        fit(book, config, parts, loaders, tmp_path / "run")
+    fresh = [helpers.make_loader(data[name], 256, shuffle=i == 0) for i, name in enumerate(helpers.PARTITIONS[:2])]
+    assert len(helpers.load_checkpoint(tmp_path / "run" / "checkpoint.pt", config)["history"]) == 1
+    fit(book, config, parts, fresh, tmp_path / "run")  # the cell once more, in the same kernel
+    whole = built(book, config)
+    fit(book, config, whole, fresh, tmp_path / "whole")
+    assert all(a.equal(b) for a, b in zip(parts[0].state_dict().values(), whole[0].state_dict().values()))
+
+
+@pytest.mark.parametrize("place", ["train", "eval"])
+def test_out_of_memory_names_the_batch_size_and_a_smaller_one(book, loaders, tmp_path, place):
+    config = settings(book, epochs=2, batch_size=256)
+    parts = built(book, config)
+
+    def forward(model, arguments):
+        if model.training == (place == "train"):
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
+
+    parts[0].register_forward_pre_hook(forward)
+    with pytest.raises(RunError, match="memory.*256.*128"):
+        fit(book, config, parts, loaders, tmp_path)
+    assert helpers.load_checkpoint(tmp_path / "checkpoint.pt", config)["history"] == []
+
+
+# ---- torch.compile -----------------------------------------------------------------------------------------
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+def test_compiled_training_is_the_same(book, data, tmp_path):
+    config = settings(book, epochs=2, num_layers=2, batch_norm=True, compile=True, optimizers="sgd", learning_rate=0.02)
+    # each size of a batch is compiled by itself, so here there is one for training and one for scoring
+    loaders = [helpers.make_loader(data[name], len(data[name]) // parts, shuffle=parts > 1)
+               for name, parts in (("train-clean-100", 4), ("dev-clean", 1))]
+    loaders[0].sampler.length = 4 * loaders[0].sampler.batch_size
+    plain, compiled = built(book, config), built(book, config)
+    compiled[0].compile(mode="reduce-overhead", dynamic=False)
+    expected = fit(book, config, plain, loaders, tmp_path / "plain")
+    actual = fit(book, config, compiled, loaders, tmp_path / "compiled")
+    for ours, theirs in zip(actual, expected):
+        for key in ("train_loss", "val_loss", "train_acc", "val_acc"):
+            assert ours[key] == pytest.approx(theirs[key], rel=1e-4, abs=1e-3)
+    assert set(compiled[0].state_dict()) == set(plain[0].state_dict())
+    for ours, theirs in zip(compiled[0].state_dict().values(), plain[0].state_dict().values()):
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
