@@ -10,7 +10,7 @@ import torchaudio
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from helpers import PHONEMES, border_distance, calibration, confusion_matrix, mask_frames
+from helpers import PHONEMES, Dropout, border_distance, calibration, confusion_matrix, mask_frames
 
 repeatable = settings(derandomize=True, deadline=None, database=None, max_examples=100)
 WINDOWS, FRAMES, COEFFICIENTS = 20_000, 21, 28
@@ -193,3 +193,25 @@ def test_calibration_by_hand():
     assert count.tolist() == [0, 0, 0, 0, 0, 2, 0, 0, 0, 2] and np.isnan(confidence[0]) and np.isnan(accuracy[0])
     assert (confidence[9], accuracy[9], confidence[5], accuracy[5]) == (0.95, 1, 0.55, 0.5)
     assert error == pytest.approx(0.05)
+
+
+# ---- Dropout -----------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("p", [0.0, 0.05, 0.2, 0.5, 0.99])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_dropout_is_torchs(p, dtype):
+    torch.manual_seed(5)
+    layer, x = Dropout(p), torch.full((257, 1601), 3.0, dtype=dtype, requires_grad=True)
+    y = layer(x)
+    kept = torch.tensor(3.0, dtype=dtype) * torch.tensor(1.0, dtype=dtype).mul_(1 / (1 - p))
+    assert y.dtype == dtype and set(y.unique().tolist()) <= {0.0, kept.item()}
+    dropped = y == 0
+    assert abs(dropped.float().mean() - p) < 5 * (p * (1 - p) / y.numel()) ** 0.5 + 1e-9
+    assert (dropped.float().mean(0) - p).abs().max() < 6 * (p * (1 - p) / 257) ** 0.5 + 1e-9  # no unit more than others
+    neighbours = (dropped[:, 1:] & dropped[:, :-1]).float().mean()  # four share a random number: they are independent
+    assert abs(neighbours - p**2) < 5 * (p**2 * (1 - p**2) / y.numel()) ** 0.5 + 1e-9
+    y.sum().backward()
+    assert torch.equal(x.grad == 0, dropped)
+    torch.manual_seed(5)
+    assert torch.equal(layer(x), y) and not torch.equal(layer(x) == 0, dropped) or p == 0
+    assert torch.equal(layer.eval()(x), x)

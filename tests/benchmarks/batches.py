@@ -62,8 +62,8 @@ def main():
                       "the usual way", batch=f"{arguments.batch} frames, context {arguments.context}",
                       workers=f"the usual way has {workers}, its best of "
                               + ", ".join(f"{n}: {speed:,.0f} frames/s" for n, speed in speeds.items()),
-                      runs=f"{arguments.runs} of each side, alternating: a whole epoch of ours, {arguments.usual_batches} "
-                           "batches of the usual way's")
+                      runs=f"{arguments.runs} of each side, alternating: a whole epoch of ours, "
+                           f"{arguments.usual_batches} batches of the usual way's")
         ours(loader, "Both", 1)  # a first epoch, not timed: memory is taken from the system
         for name, (masks, share) in MASKS.items():
             plain.set_masks(masks, share)

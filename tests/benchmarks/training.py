@@ -175,7 +175,7 @@ def compare(arguments, config, data, description):
     for name, trainer in ours.items():
         sides[name] = lambda trainer=trainer: steps * batch / trainer.train(batches)[0]
     model = Trainer(config).model
-    sides["matrix products alone (the limit)"] = lambda: limit(model, batch, max(2, steps // 8))[0]
+    sides["matrix products alone (the limit)"] = lambda: limit(model, batch, max(5, steps // 8))[0]
     usual.train(Steps(usual_batches, 2))  # memory, libraries; not timed
     for name, trainer in ours.items():
         seconds, _ = trainer.train(Steps(loader, 3))
@@ -245,7 +245,7 @@ def whole(arguments, config, data, description, cache):
                           f"loss {loss:.4f}, accuracy {accuracy:.2%}{note}", flush=True)
                     if epoch > 1:
                         speeds.setdefault(name, []).append(len(train_data) / seconds)
-                top, operations = limit(trainer.model, batch, 20 if common.DEVICE == "cuda" else 1)
+                top, operations = limit(trainer.model, batch, 20 if common.DEVICE == "cuda" else 5)
                 print(f"{name}: {statistics.median(speeds[name]) / top:.1%} of the limit, {top:,.0f} frames/s, "
                       f"{operations * top / 1e12:.2f} T/s; ", end="")
                 print_memory()
