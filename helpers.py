@@ -14,6 +14,7 @@ import io
 import itertools
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -85,6 +86,8 @@ def check_config(config):
                     low <= (len(config[key]) if kind is str else config[key]) <= high):
                 what = {str: "characters", int: "(a whole number)", float: "(a number)"}[kind]
                 faults.append(f"{key!r} is {config[key]!r}; allowed: {low} to {high} {what}")
+    if re.search(r"[/\\]|^\.", str(config.get("Name"))):
+        faults.append(f"'Name' is {config['Name']!r}; it names a folder, so it has no slashes and no dot at its start")
     if faults:
         raise ValueError("config: " + "\n        ".join(faults))
 

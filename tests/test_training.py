@@ -310,6 +310,12 @@ def test_every_option_passes_and_others_are_refused_with_the_options(book, key):
         assert all(repr(option) in str(error.value) for option in OPTIONS[key])
 
 
+@pytest.mark.parametrize("name", ["a/b", "..", "../a", "a\\b", ".hidden"])
+def test_a_name_that_leaves_the_runs_folder_is_refused(book, name):
+    with pytest.raises(ValueError, match="'Name'"):
+        helpers.check_config({**book.config, "Name": name})
+
+
 @pytest.mark.parametrize("key", [key for key, allowed in OPTIONS.items() if not isinstance(allowed, list)])
 def test_numbers_outside_their_range_or_of_another_type_are_refused(book, key):
     kind, low, high = OPTIONS[key]
