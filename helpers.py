@@ -97,7 +97,8 @@ def have_keys(*names):
     for name in names:
         if name not in os.environ and "google.colab" in sys.modules:
             with contextlib.suppress(Exception):  # no such secret, or no access to it
-                os.environ[name] = sys.modules["google.colab"].userdata.get(name)
+                from google.colab import userdata
+                os.environ[name] = userdata.get(name)
     return all(os.environ.get(name) for name in names)
 
 

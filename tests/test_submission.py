@@ -268,6 +268,10 @@ ARCHIVE, PARTIAL = f"{helpers.COMPETITION}.zip", f"{helpers.KAGGLE_FOLDER}.parti
 @pytest.mark.parametrize("inside", [helpers.KAGGLE_FOLDER, ""])
 def test_download_and_unpack(competition, inside):
     pack(competition / "source", competition / "server.zip", inside)
+    sample = competition / "source" / "sample_submission.csv"  # at the top of the archive, whatever is inside a folder
+    sample.write_text("id,label\n0,AA\n")
+    with zipfile.ZipFile(competition / "server.zip", "a") as file:
+        file.write(sample, sample.name)
     download_data()
     work = competition / "work"
     assert os.listdir(work) == [helpers.KAGGLE_FOLDER]  # neither the archive nor a partial folder is left
