@@ -3,6 +3,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1])]
 
@@ -21,3 +22,12 @@ def corpus(tmp_path_factory):
 def own_corpus(corpus, tmp_path):
     """A copy of the tiny practice corpus that a test may damage."""
     return shutil.copytree(corpus, tmp_path / "corpus")
+
+
+@pytest.fixture(scope="module")
+def one_thread():
+    """Small matrices are quickest in one thread, above all beside other work."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

@@ -20,14 +20,7 @@ SGD = {**ADAMW, "optimizers": "sgd", "scheduler": "reducelronplateau"}
 QUICK = {**TINY, "wandb": "disabled", "num_layers": 2, "epochs": 1, "batch_size": 1024, "scheduler": "steplr"}
 PAUSE = 0.03  # seconds for each step of writing a checkpoint, so that random kills land there too
 
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Small matrices are quickest in one thread, above all beside other work."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 # ---- Killed runs -------------------------------------------------------------------------------------------

@@ -19,14 +19,7 @@ PLAIN = {**TINY, "num_layers": 3, "context": 2, "batch_norm": False, "dropout": 
 CONTEXT = 2
 INPUT = (2 * CONTEXT + 1) * helpers.COEFFICIENTS
 
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Small matrices are quickest in one thread, above all beside other work."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture
