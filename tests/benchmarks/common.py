@@ -146,7 +146,7 @@ def random_corpus(root, utterances, seed=23):
     names = np.array(helpers.PHONEMES[:-2], "<U5")
     means = np.random.default_rng(seed).standard_normal((len(names), helpers.COEFFICIENTS), np.float32)
     jobs = []
-    for p, (partition, n) in enumerate(zip(("train-clean-100", "dev-clean", "test-clean"), utterances)):
+    for p, (partition, n) in enumerate(zip(helpers.PARTITIONS, utterances)):
         for kind in ("mfcc",) if partition == "test-clean" else ("mfcc", "transcript"):
             (partial / partition / kind).mkdir(parents=True, exist_ok=True)
         total = round(n * FULL_FRAMES[p] / FULL[p])

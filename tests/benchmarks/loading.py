@@ -25,7 +25,6 @@ import torch
 
 import helpers
 
-PARTITIONS = ("train-clean-100", "dev-clean", "test-clean")
 SIDES = ("usual", "ours, no cache", "ours, first load, writes cache", "ours, second load",
          "ours, second load, all read")
 
@@ -34,10 +33,10 @@ def load(side, data, cache):
     """In the process that is measured: print the seconds, the peak memory and the packed size as JSON."""
     packed, start = 0, time.perf_counter()
     if side == "usual":
-        datasets = [common.UsualDataset(data, partition) for partition in PARTITIONS]
+        datasets = [common.UsualDataset(data, partition) for partition in helpers.PARTITIONS]
     elif side != "imports":
         cache = None if side == "ours, no cache" else cache
-        datasets = [helpers.AudioDataset(data, partition, cache=cache) for partition in PARTITIONS]
+        datasets = [helpers.AudioDataset(data, partition, cache=cache) for partition in helpers.PARTITIONS]
         if side.endswith("all read"):  # a mapped file is read when it is first used
             sum(torch.count_nonzero(dataset.frames.view(torch.int16)).item() for dataset in datasets)
         packed = sum(dataset.frames.nbytes + (0 if dataset.labels is None else dataset.labels.nbytes)

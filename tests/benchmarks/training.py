@@ -218,7 +218,7 @@ def whole(arguments, config, data, description, cache):
     for what in ("first load, writes the cache", "second load, from the cache"):
         start = common.clock()
         datasets = [helpers.AudioDataset(data, partition, config["context"], device=common.DEVICE, cache=cache)
-                    for partition in ("train-clean-100", "dev-clean", "test-clean")]
+                    for partition in helpers.PARTITIONS]
         print(f"{what}: {common.clock() - start:.1f} s; "
               + ", ".join(f"{len(dataset):,}" for dataset in datasets) + " frames in train, dev, test; ", end="")
         print_memory()
