@@ -374,12 +374,14 @@ def _read_files(folder, names, labelled, gap, pool):
     _raise_faults(folder, faults)
     lengths = np.array([header[0] for header in mfcc], np.int64)
     starts = np.concatenate(([0], lengths.cumsum()))
-    frames = np.zeros((starts[-1] + gap * (len(names) + 1), COEFFICIENTS), np.float16)
+    # numpy's zeros in large pages of memory; torch's casts, many times as fast as numpy's
+    frames = torch.from_numpy(np.zeros((starts[-1] + gap * (len(names) + 1), COEFFICIENTS), np.float16))
     labels = np.zeros(starts[-1] if labelled else 0, np.uint8)
 
     def read_mfcc(i):
         first = starts[i] + gap * (i + 1)
-        frames[first:first + lengths[i]] = _normalise(_read_array(folder / "mfcc" / names[i], mfcc[i]))
+        mfccs = _normalise(_read_array(folder / "mfcc" / names[i], mfcc[i]))
+        frames[first:first + lengths[i]] = torch.from_numpy(mfccs)
 
     def read_transcript(i):
         labels[starts[i]:starts[i + 1]] = _label_indexes(_read_array(folder / "transcript" / names[i], transcript[i]))
@@ -388,19 +390,19 @@ def _read_files(folder, names, labelled, gap, pool):
     if labelled:
         _for_each(pool, read_transcript, range(len(names)), lambda i: names[i], folder / "transcript", faults)
     _raise_faults(folder, faults)
-    return {"frames": torch.from_numpy(frames), "labels": torch.from_numpy(labels), "starts": torch.from_numpy(starts)}
+    return {"frames": frames, "labels": torch.from_numpy(labels), "starts": torch.from_numpy(starts)}
 
 
 def _cache_key(folder, names, labelled, gap, pool):
     """A digest of all that changes what the cache holds: format, gap, and each file's name, size and time."""
+    kinds = ("mfcc", "transcript") if labelled else ("mfcc",)
+
     def stamp(name):
-        try:
-            stats = [(folder / kind / name).stat() for kind in (("mfcc", "transcript") if labelled else ("mfcc",))]
-        except OSError:  # a link to nowhere: reading it tells
-            return name, None
+        stats = [os.stat(os.path.join(folder, kind, name)) for kind in kinds]
         return name, *((stat.st_size, stat.st_mtime_ns) for stat in stats)
 
-    return hashlib.sha256(repr(("packed 1", folder.name, gap, *pool.map(stamp, names))).encode()).hexdigest()
+    stamps = _for_each(pool, stamp, names, str, folder, [])  # None for a link to nowhere: reading it tells
+    return hashlib.sha256(repr(("packed 1", folder.name, gap, *stamps)).encode()).hexdigest()
 
 
 def _open_cache(path, key):
@@ -442,9 +444,12 @@ class AudioDataset(Dataset):
         self.starts = packed["starts"].to(device)
         self.labels = packed["labels"].to(device) if len(packed["labels"]) else None
         self.length, self.utterances = int(packed["starts"][-1]), len(packed["starts"]) - 1
-        width = 2 * context + 1
-        # row i of the view is rows i ... i + 2c of the array, end to end: both strides step through the same memory
-        self.windows = self.frames.as_strided((len(self.frames) - width + 1, width * COEFFICIENTS), (COEFFICIENTS, 1))
+        self.ends = self.starts[1:].int()
+        # Row i of the view is rows i ... i + 2c of the array, end to end: both strides step through the same memory.
+        # It begins at the window of the first frame.
+        width, first = 2 * context + 1, self.gap - context
+        self.windows = self.frames.as_strided((len(self.frames) - first - width + 1, width * COEFFICIENTS),
+                                              (COEFFICIENTS, 1), first * COEFFICIENTS)
 
     def __len__(self):
         return self.length
@@ -457,10 +462,14 @@ class AudioDataset(Dataset):
         return batch[0] if self.labels is None else (batch[0][0], batch[1][0])
 
     def _batch(self, index):
-        # the k-th utterance (counted from 1) has k gaps before it
-        rows = index + self.gap * torch.searchsorted(self.starts, index, right=True)
-        frames = torch.index_select(self.windows, 0, rows - self.context).unflatten(1, (-1, COEFFICIENTS))
-        return frames if self.labels is None else (frames, self.labels[index].long())
+        index = index.int()
+        # from one utterance to the next, a window lies `gap` rows further on
+        rows = torch.add(index, torch.searchsorted(self.ends, index, right=True, out_int32=True), alpha=self.gap)
+        out = None
+        if self.frames.device.type == "cpu":  # numpy asks the system for large pages, which is quicker; torch does not
+            out = torch.from_numpy(np.empty((len(index), self.windows.shape[1]), np.float16))
+        frames = torch.index_select(self.windows, 0, rows, out=out).view(len(index), -1, COEFFICIENTS)
+        return frames if self.labels is None else (frames, self.labels.index_select(0, index).long())
 
     def utterance(self, i):
         """(MFCCs float16 (T, 28), phoneme indexes uint8 (T,) or None for test) of the i-th utterance."""
@@ -470,7 +479,7 @@ class AudioDataset(Dataset):
 
 
 class Batches(Sampler):
-    """Batches of frame indexes: int64 tensors on the device, shuffled by `seed` and the epoch, or in order.
+    """Batches of frame indexes: int32 tensors on the device, shuffled by `seed` and the epoch, or in order.
 
     torch's RandomSampler makes a Python list of all indexes, a gigabyte for 36 million frames.
     """
@@ -486,9 +495,12 @@ class Batches(Sampler):
     def __iter__(self):
         if self.shuffle:
             generator = torch.Generator(self.device).manual_seed(self.seed + self.epoch)
-            order = torch.randperm(self.length, generator=generator, device=self.device)
+            order = torch.randperm(self.length, generator=generator, device=self.device, dtype=torch.int32)
+            if order.device.type == "cpu":  # a batch has no order of its own; memory is read faster in one direction
+                whole = self.length - self.length % self.batch_size
+                order[:whole].view(-1, self.batch_size).numpy().sort(axis=1)
         else:
-            order = torch.arange(self.length, device=self.device)
+            order = torch.arange(self.length, device=self.device, dtype=torch.int32)
         return iter(order.split(self.batch_size)[:len(self)])
 
     def __len__(self):
@@ -538,28 +550,47 @@ def mask_frames(frames, augmentations="Both", freq_mask_param=4, time_mask_param
         frames.
     """
     def draw(size, param):
-        """First and end of a mask in every window, (B, 1) each."""
-        u, v = torch.rand(2, len(frames), 1, device=frames.device)
+        """Width and start of a mask in every window, int64 (B,) each."""
+        u, v = torch.rand(2, len(frames), device=frames.device)
         width = (u * (param + 1)).long()
-        start = (v * (size - width + 1)).long()
-        return start, start + width
+        return width, (v * (size - width + 1)).long()
 
     # On a CPU, AND with all bits or none, 64 at a time, is several times as fast as float16's masked_fill.
-    _, frames_of_window, coefficients = frames.shape
+    _, rows, coefficients = frames.shape
     words = frames.view(torch.int64)
     if augmentations in ("FreqMask", "Both"):
-        start, end = draw(coefficients, min(freq_mask_param, coefficients))
-        position = torch.arange(coefficients, device=frames.device)
-        keep = -((position < start) | (position >= end)).to({2: torch.int16, 4: torch.int32}[frames.element_size()])
-        words &= keep.view(torch.int64).unsqueeze(1)
+        width, start = draw(coefficients, min(freq_mask_param, coefficients))
+        masks = _frequency_masks(coefficients, frames.dtype, frames.device)
+        keep = masks.index_select(0, width * (coefficients + 1) + start)
+        # eight rows at a time, as long loops are quicker than short ones; then the rest
+        windows, whole = words.flatten(1), rows // 8 * keep.shape[1]
+        windows[:, :whole].unflatten(1, (-1, keep.shape[1])).bitwise_and_(keep.unsqueeze(1))
+        windows[:, whole:].bitwise_and_(keep[:, :windows.shape[1] - whole])
     if augmentations in ("TimeMask", "Both"):
-        param = min(time_mask_param, frames_of_window)
-        start, end = draw(frames_of_window, param)
-        # `param` rows around the mask: only they are touched
-        rows = start.clamp(max=frames_of_window - param) + torch.arange(param, device=frames.device)
-        window = torch.arange(len(frames), device=frames.device).unsqueeze(1)
-        words[window, rows] &= -((rows < start) | (rows >= end)).long().unsqueeze(2)
+        param = min(time_mask_param, rows)
+        width, start = (drawn.unsqueeze(1) for drawn in draw(rows, param))
+        # only a stretch of `param` rows around the mask is touched: row i of the view is the one that begins at row i
+        first = start.clamp(max=rows - param)
+        row = first + torch.arange(param, device=frames.device)
+        keep = -((row < start) | (row >= start + width)).long().unsqueeze(2)
+        size = words.shape[2]
+        stretches = words.as_strided((len(words) * rows - param + 1, param, size), (size, size, 1))
+        which = (first + rows * torch.arange(len(frames), device=frames.device).unsqueeze(1)).flatten()
+        stretches.index_copy_(0, which, stretches.index_select(0, which) & keep)
     return frames
+
+
+@functools.cache
+def _frequency_masks(coefficients, dtype, device):
+    """Every mask there can be, eight times in a row, as int64 words of zeros where it is and ones elsewhere.
+
+    A mask of width w that starts at s is in row (coefficients + 1) w + s.
+    """
+    position = torch.arange(coefficients, device=device)
+    start = torch.arange(coefficients + 1, device=device).unsqueeze(1)
+    width, bits = start.unsqueeze(2), {2: torch.int16, 4: torch.int32}[dtype.itemsize]
+    keep = -((position < start) | (position >= start + width)).to(bits)
+    return keep.flatten(0, 1).view(torch.int64).repeat(1, 8)
 
 
 class Dropout(torch.nn.Dropout):

@@ -5,9 +5,14 @@
 
 Batches of 2048 frames with 50 on either side, on the device that training would use. Without masks, with FreqMask on
 70% of the batches (as in training) and on all, with Both on 70%. The usual way has as many workers as suit it best.
+Each side has a process of its own, so that neither works in memory that the other has left.
 The data are random numbers; --data takes a folder of others.
 Targets: at least 20 times as fast without masks and 15 times with them.
 """
+
+import json
+import subprocess
+import sys
 
 import common
 import torch
@@ -43,6 +48,25 @@ def usual(dataset, batch, workers, batches):
     return count / (common.clock() - start)
 
 
+def measure_side(arguments):
+    """In the process that is measured: print the frames/s with each of the masks, and more to report, as JSON."""
+    batch, speeds, workers = arguments.batch, {}, {}
+    if arguments.side == "ours":
+        dataset = helpers.AudioDataset(arguments.data, context=arguments.context, device=common.DEVICE)
+        loader = helpers.make_loader(dataset, batch, shuffle=True)
+        ours(loader, "Both", 1)  # a first epoch, not timed: memory is taken from the system
+        for name, (masks, share) in MASKS.items():
+            speeds[name] = ours(loader, masks, share)
+    else:
+        dataset = common.UsualDataset(arguments.data, context=arguments.context, limit=arguments.usual_limit)
+        workers = {n: usual(dataset, batch, n, arguments.usual_batches) for n in common.worker_counts()}
+        best = max(workers, key=workers.get)
+        for name, (masks, share) in MASKS.items():
+            dataset.set_masks(masks, share)
+            speeds[name] = usual(dataset, batch, best, arguments.usual_batches)
+    print(json.dumps({"frames": len(dataset), "speeds": speeds, "workers": workers}))
+
+
 def main():
     parser = common.parser(__doc__.splitlines()[0], utterances=(1000, 1, 1))
     parser.set_defaults(random=True)
@@ -50,27 +74,32 @@ def main():
     parser.add_argument("--context", type=int, default=50)
     parser.add_argument("--usual-batches", type=int, default=60, help="so many of the usual way's epoch")
     parser.add_argument("--usual-limit", type=int, help="only so many utterances for the usual way")
+    parser.add_argument("--side", help="for internal use")
     arguments = parser.parse_args()
+    if arguments.side:
+        return measure_side(arguments)
     with common.corpus(arguments) as (data, description):
-        dataset = helpers.AudioDataset(data, context=arguments.context, device=common.DEVICE)
-        loader = helpers.make_loader(dataset, arguments.batch, shuffle=True)
-        plain = common.UsualDataset(data, context=arguments.context, limit=arguments.usual_limit)
-        speeds = {workers: usual(plain, arguments.batch, workers, arguments.usual_batches)
-                  for workers in common.worker_counts()}
-        workers = max(speeds, key=speeds.get)
-        common.report("Batches", data=f"{description}; {len(dataset):,} training frames for ours, {len(plain):,} for "
-                      "the usual way", batch=f"{arguments.batch} frames, context {arguments.context}",
-                      workers=f"the usual way has {workers}, its best of "
-                              + ", ".join(f"{n}: {speed:,.0f} frames/s" for n, speed in speeds.items()),
-                      runs=f"{arguments.runs} of each side, alternating: a whole epoch of ours, "
-                           f"{arguments.usual_batches} batches of the usual way's")
-        ours(loader, "Both", 1)  # a first epoch, not timed: memory is taken from the system
-        for name, (masks, share) in MASKS.items():
-            plain.set_masks(masks, share)
-            print(name)
-            common.print_table(common.alternate({
-                "usual": lambda: usual(plain, arguments.batch, workers, arguments.usual_batches),
-                "ours": lambda masks=masks, share=share: ours(loader, masks, share)}, arguments.runs), "frames/s")
+        def measure(side):
+            command = [sys.executable, __file__, "--side", side, "--data", data]
+            for name in ("batch", "context", "usual_batches", "usual_limit"):
+                if getattr(arguments, name) is not None:
+                    command += [f"--{name.replace('_', '-')}", str(getattr(arguments, name))]
+            output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+            return json.loads(output.splitlines()[-1])
+
+        results = common.alternate({side: lambda side=side: measure(side) for side in ("usual", "ours")},
+                                   arguments.runs)
+    first = {side: runs[0] for side, runs in results.items()}
+    common.report("Batches", data=f"{description}; {first['ours']['frames']:,} training frames for ours, "
+                  f"{first['usual']['frames']:,} for the usual way",
+                  batch=f"{arguments.batch} frames, context {arguments.context}",
+                  workers="the usual way has its best of "
+                          + ", ".join(f"{n}: {speed:,.0f} frames/s" for n, speed in first["usual"]["workers"].items()),
+                  runs=f"{arguments.runs} of each side, alternating, each in a fresh process: a whole epoch of ours, "
+                       f"{arguments.usual_batches} batches of the usual way's")
+    for name in MASKS:
+        print(name)
+        common.print_table({side: [run["speeds"][name] for run in runs] for side, runs in results.items()}, "frames/s")
 
 
 if __name__ == "__main__":

@@ -220,7 +220,7 @@ class UsualDataset(Dataset):
             for transform in self.transforms:
                 frames = transform(frames)
             frames = frames.transpose(1, 2)
-        return frames, torch.stack(labels)
+        return frames, torch.tensor(labels)  # as the course's own starter notebook does it
 
 
 def usual_loader(dataset, batch_size, workers):
