@@ -18,6 +18,7 @@ import re
 import shutil
 import subprocess
 import sys
+import threading
 import time
 import types
 import warnings
@@ -276,7 +277,7 @@ def _for_each(pool, function, items, describe, folder, faults):
     def attempt(item):
         try:
             return function(item)
-        except MemoryError:
+        except (MemoryError, RunError):
             raise
         except Exception as error:  # whatever a damaged file provokes, it is that file's fault
             return DataError(f"{folder / describe(item)}: {error or type(error).__name__}")
@@ -307,7 +308,7 @@ def read_partition(root, partition, subset=1, gap=GAP, cache=None):
         partition: "train-clean-100", "dev-clean", or "test-clean" (which has no transcripts and is always whole).
         subset: the first int(subset * n) utterances of the n, in sorted order.
         gap: rows of zeros before, between and after the utterances.
-        cache: folder in which a packed copy is kept; the next call maps it into memory instead of reading.
+        cache: folder of a packed copy, written while the files are read and mapped into memory; the next call only maps.
 
     Returns:
         dict of CPU tensors: "frames" float16 (rows, 28), normalised per utterance, in zero rows of `gap`;
@@ -343,7 +344,7 @@ def read_partition(root, partition, subset=1, gap=GAP, cache=None):
         if cache is None:
             return _read_files(folder, names, labelled, gap, pool)
         key = _cache_key(folder, names, labelled, gap, pool)
-        path = Path(cache) / f"{partition}-{key[:16]}.pt"
+        path = Path(cache) / f"{partition}-{key[:16]}.npy"
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             lock = FileLock(path.with_suffix(".lock")).acquire()
@@ -353,16 +354,18 @@ def read_partition(root, partition, subset=1, gap=GAP, cache=None):
         with lock:  # of two runs that start together, one reads the files
             packed = _open_cache(path, key)
             if packed is None:
-                packed = _read_files(folder, names, labelled, gap, pool)
                 try:
-                    with replacing(path, size=packed["frames"].nbytes) as temporary:
-                        torch.save({"key": key, **packed}, temporary)
+                    with replacing(path) as temporary, open(temporary, "wb") as file:
+                        _read_files(folder, names, labelled, gap, pool, file)
+                        np.save(file, key)
+                    packed = _open_cache(path, key)
                 except RunError as error:  # the cache is a convenience
                     print(f"going on without a cache: {error}")
-        return packed
+        return packed or _read_files(folder, names, labelled, gap, pool)
 
 
-def _read_files(folder, names, labelled, gap, pool):
+def _read_files(folder, names, labelled, gap, pool, file=None):
+    """The packed arrays in memory; or written to an open file: frames, labels and starts as .npy, one after another."""
     # first all headers: sizes for one exact allocation, and most faults, before any content is read
     faults = []
     mfcc = _for_each(pool, lambda name: _check_mfcc(folder / "mfcc" / name), names, str, folder / "mfcc", faults)
@@ -374,14 +377,27 @@ def _read_files(folder, names, labelled, gap, pool):
     _raise_faults(folder, faults)
     lengths = np.array([header[0] for header in mfcc], np.int64)
     starts = np.concatenate(([0], lengths.cumsum()))
-    # numpy's zeros in large pages of memory; torch's casts, many times as fast as numpy's
-    frames = torch.from_numpy(np.zeros((starts[-1] + gap * (len(names) + 1), COEFFICIENTS), np.float16))
     labels = np.zeros(starts[-1] if labelled else 0, np.uint8)
+    rows = int(starts[-1]) + gap * (len(names) + 1)
+    if file is None:
+        frames = torch.from_numpy(np.zeros((rows, COEFFICIENTS), np.float16))  # numpy's, for its large pages of memory
+    else:
+        layout = {"descr": "<f2", "fortran_order": False, "shape": (rows, COEFFICIENTS)}
+        np.lib.format.write_array_header_1_0(file, layout)
+        offset, turn = file.tell(), threading.Lock()
 
     def read_mfcc(i):
-        first = starts[i] + gap * (i + 1)
-        mfccs = _normalise(_read_array(folder / "mfcc" / names[i], mfcc[i]))
-        frames[first:first + lengths[i]] = torch.from_numpy(mfccs)
+        first = int(starts[i]) + gap * (i + 1)
+        mfccs = torch.from_numpy(_normalise(_read_array(folder / "mfcc" / names[i], mfcc[i])))
+        if file is None:
+            frames[first:first + len(mfccs)] = mfccs
+            return
+        try:
+            with turn:
+                file.seek(offset + first * 2 * COEFFICIENTS)
+                file.write(mfccs.half().numpy())  # torch's cast is many times as fast as numpy's
+        except OSError as error:
+            raise RunError(str(error)) from error
 
     def read_transcript(i):
         labels[starts[i]:starts[i + 1]] = _label_indexes(_read_array(folder / "transcript" / names[i], transcript[i]))
@@ -390,7 +406,11 @@ def _read_files(folder, names, labelled, gap, pool):
     if labelled:
         _for_each(pool, read_transcript, range(len(names)), lambda i: names[i], folder / "transcript", faults)
     _raise_faults(folder, faults)
-    return {"frames": frames, "labels": torch.from_numpy(labels), "starts": torch.from_numpy(starts)}
+    if file is None:
+        return {"frames": frames, "labels": torch.from_numpy(labels), "starts": torch.from_numpy(starts)}
+    file.seek(offset + rows * 2 * COEFFICIENTS)  # what was not written, the gaps, reads as zeros
+    np.save(file, labels)
+    np.save(file, starts)
 
 
 def _cache_key(folder, names, labelled, gap, pool):
@@ -402,14 +422,20 @@ def _cache_key(folder, names, labelled, gap, pool):
         return name, *((stat.st_size, stat.st_mtime_ns) for stat in stats)
 
     stamps = _for_each(pool, stamp, names, str, folder, [])  # None for a link to nowhere: reading it tells
-    return hashlib.sha256(repr(("packed 1", folder.name, gap, *stamps)).encode()).hexdigest()
+    return hashlib.sha256(repr(("packed 2", folder.name, gap, *stamps)).encode()).hexdigest()
 
 
 def _open_cache(path, key):
-    """The packed arrays of a cache file, mapped into memory; None where it is missing, partial or of other data."""
+    """The packed arrays of a cache file, frames mapped into memory; None where it is missing, partial or foreign."""
     try:
-        packed = torch.load(path, mmap=True, weights_only=True)
-        return packed if packed.pop("key") == key else None
+        with open(path, "rb") as file:
+            np.lib.format.read_magic(file)
+            shape, _, dtype = np.lib.format.read_array_header_1_0(file)
+            frames = np.memmap(file, dtype, "c", file.tell(), shape)  # c: what is changed in memory stays there
+            file.seek(frames.offset + frames.nbytes)
+            labels, starts, saved = (np.load(file, allow_pickle=False) for _ in range(3))
+        packed = {"frames": frames, "labels": labels, "starts": starts}
+        return {name: torch.from_numpy(array) for name, array in packed.items()} if saved == key else None
     except Exception:  # whatever is wrong with it, it is made anew
         return None
 
@@ -468,7 +494,7 @@ class AudioDataset(Dataset):
         out = None
         if self.frames.device.type == "cpu":  # numpy asks the system for large pages, which is quicker; torch does not
             out = torch.from_numpy(np.empty((len(index), self.windows.shape[1]), np.float16))
-        frames = torch.index_select(self.windows, 0, rows, out=out).view(len(index), -1, COEFFICIENTS)
+        frames = torch.index_select(self.windows, 0, rows, out=out).unflatten(1, (-1, COEFFICIENTS))
         return frames if self.labels is None else (frames, self.labels.index_select(0, index).long())
 
     def utterance(self, i):

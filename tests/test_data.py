@@ -1,6 +1,7 @@
 """Windows, labels, order, batches and the cache of the loader, compared with a slow reference."""
 
 import errno
+import io
 import itertools
 import os
 import tempfile
@@ -335,7 +336,7 @@ def test_the_second_load_is_the_first_without_reading(small, tmp_path, monkeypat
     forbid_reading(monkeypatch)
     second = helpers.read_partition(small, partition, cache=tmp_path / "deep" / "cache")
     assert packed_equal(first, plain) and packed_equal(second, plain)
-    assert {path.suffix for path in (tmp_path / "deep" / "cache").iterdir()} <= {".pt", ".lock"}
+    assert {path.suffix for path in (tmp_path / "deep" / "cache").iterdir()} <= {".npy", ".lock"}
     check_windows(AudioDataset(small, partition, 7, cache=tmp_path / "deep" / "cache"),
                   read_partition(small, partition))
 
@@ -431,22 +432,25 @@ def random_bytes(data):
     return np.random.default_rng(0).bytes(len(data))
 
 
-def saved(content):
+def saved(*arrays):
     def replace(data):
-        with tempfile.NamedTemporaryFile() as file:
-            torch.save(content, file.name)
-            return Path(file.name).read_bytes()
+        file = io.BytesIO()
+        for array in arrays:
+            np.save(file, array)
+        return file.getvalue()
     return replace
 
 
 @pytest.mark.parametrize("damage", [
     nothing, cut(0.001), cut(0.1), cut(0.5), cut(0.9), cut(0.999), lambda data: data[:-1], random_bytes,
-    lambda data: b"\0" * len(data), lambda data: data[:1000] + random_bytes(data)[1000:], saved(torch.zeros(3)),
-    saved({"model": torch.zeros(3)}), saved([]), saved({"key": "another", "frames": torch.zeros(3, 28)})])
+    lambda data: b"\0" * len(data), lambda data: data[:1000] + random_bytes(data)[1000:], saved(np.zeros(3)),
+    saved(np.zeros((3, 28), np.float16), np.zeros(3, np.uint8), np.array([0, 3]), "another"),
+    saved(np.zeros((3, 28), np.float16), np.zeros(3, np.uint8)), saved(np.array([{}], object))])
 def test_partial_and_foreign_caches_are_made_anew(small, tmp_path, monkeypatch, damage):
     cache = tmp_path / "cache"
-    expected = helpers.read_partition(small, "dev-clean", cache=cache)
-    [path] = cache.glob("*.pt")
+    expected = helpers.read_partition(small, "dev-clean")
+    helpers.read_partition(small, "dev-clean", cache=cache)
+    [path] = cache.glob("*.npy")
     path.write_bytes(damage(path.read_bytes()))
     assert packed_equal(helpers.read_partition(small, "dev-clean", cache=cache), expected)
     forbid_reading(monkeypatch)  # and it is whole again
@@ -454,9 +458,10 @@ def test_partial_and_foreign_caches_are_made_anew(small, tmp_path, monkeypatch, 
 
 
 def test_the_cache_of_another_partition_under_this_name_is_not_taken(small, tmp_path):
-    expected = helpers.read_partition(small, "dev-clean", cache=tmp_path)
-    helpers.read_partition(small, "train-clean-100", cache=tmp_path)
-    [dev], [train] = tmp_path.glob("dev-clean*.pt"), tmp_path.glob("train-clean-100*.pt")
+    expected = helpers.read_partition(small, "dev-clean")
+    for partition in ("dev-clean", "train-clean-100"):
+        helpers.read_partition(small, partition, cache=tmp_path)
+    [dev], [train] = tmp_path.glob("dev-clean*.npy"), tmp_path.glob("train-clean-100*.npy")
     dev.write_bytes(train.read_bytes())
     assert packed_equal(helpers.read_partition(small, "dev-clean", cache=tmp_path), expected)
 
@@ -491,6 +496,24 @@ def test_a_full_disk_does_not_stop_loading(small, tmp_path, monkeypatch, capsys,
     assert packed_equal(packed, helpers.read_partition(small, "dev-clean"))
     assert "going on without a cache" in capsys.readouterr().out
     assert [path.suffix for path in (tmp_path / "cache").iterdir()] in ([], [".lock"])
+
+
+def test_a_disk_that_fills_up_while_the_files_are_read_does_not_stop_loading(small, tmp_path, monkeypatch, capsys):
+    class Full(io.BytesIO):
+        def write(self, data):
+            if self.tell() > 1000:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            return super().write(data)
+
+    def fake_open(path, mode, **options):
+        return Full() if mode == "wb" else open(path, mode, **options)
+    with monkeypatch.context() as patch:
+        patch.setattr(helpers, "open", fake_open, raising=False)
+        packed = helpers.read_partition(small, "dev-clean", cache=tmp_path)
+    assert packed_equal(packed, helpers.read_partition(small, "dev-clean"))
+    note = capsys.readouterr().out
+    assert note.startswith(f"going on without a cache: {tmp_path / 'dev-clean'}") and "No space left on device" in note
+    assert [path.suffix for path in tmp_path.iterdir() if path.is_file()] == [".lock"]
 
 
 def test_of_two_loads_at_once_one_reads(small, tmp_path, monkeypatch):
