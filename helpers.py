@@ -308,7 +308,7 @@ def read_partition(root, partition, subset=1, gap=GAP, cache=None):
         partition: "train-clean-100", "dev-clean", or "test-clean" (which has no transcripts and is always whole).
         subset: the first int(subset * n) utterances of the n, in sorted order.
         gap: rows of zeros before, between and after the utterances.
-        cache: folder of a packed copy, written while the files are read and mapped into memory; the next call only maps.
+        cache: folder for a packed copy, written while the files are read and then mapped; the next call only maps.
 
     Returns:
         dict of CPU tensors: "frames" float16 (rows, 28), normalised per utterance, in zero rows of `gap`;
@@ -494,7 +494,7 @@ class AudioDataset(Dataset):
         out = None
         if self.frames.device.type == "cpu":  # numpy asks the system for large pages, which is quicker; torch does not
             out = torch.from_numpy(np.empty((len(index), self.windows.shape[1]), np.float16))
-        frames = torch.index_select(self.windows, 0, rows, out=out).unflatten(1, (-1, COEFFICIENTS))
+        frames = torch.index_select(self.windows, 0, rows, out=out).view(len(index), 2 * self.context + 1, COEFFICIENTS)
         return frames if self.labels is None else (frames, self.labels.index_select(0, index).long())
 
     def utterance(self, i):
