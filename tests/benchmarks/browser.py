@@ -55,6 +55,9 @@ def prepare(folder, changes):
     (folder / "work").mkdir()
     shutil.copy(ROOT / "helpers.py", folder / "work")
     notebook = nbformat.read(ROOT / NAME, as_version=4)
+    for cell in notebook.cells:
+        if cell.cell_type == "code":
+            cell.update(outputs=[], execution_count=None)  # those of an earlier run
     added = len(notebook.cells)
     if changes:
         added = 1 + next(i for i, cell in enumerate(notebook.cells) if "parameters" in cell.metadata.get("tags", []))
