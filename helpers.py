@@ -569,12 +569,18 @@ def mask_frames(frames, augmentations="Both", freq_mask_param=4, time_mask_param
     the last row. Zero is the mean after normalisation.
 
     Args:
-        frames: (B, 2c+1, 28), changed in place.
+        frames: float16 or float32 (B, 2c+1, 28), contiguous; changed in place.
         augmentations: "FreqMask", "TimeMask", "Both" or None.
 
     Returns:
         frames.
+
+    Raises:
+        ValueError: frames are not contiguous.
     """
+    if not frames.is_contiguous():  # they are changed through other views of their memory
+        raise ValueError("frames are not contiguous in memory: mask_frames(frames.contiguous(), ...) works on a copy")
+
     def draw(size, param):
         """Width and start of a mask in every window, int64 (B,) each."""
         u, v = torch.rand(2, len(frames), device=frames.device)

@@ -103,6 +103,16 @@ def test_a_single_frame_may_be_masked_whole():
     assert share == pytest.approx(0.5, abs=0.08)
 
 
+@pytest.mark.parametrize("augmentations", ["FreqMask", "TimeMask", "Both"])
+@pytest.mark.parametrize("view", [lambda frames: frames[::2], lambda frames: frames[:, 1:-1],
+                                  lambda frames: frames.transpose(0, 1)])
+def test_frames_that_are_not_contiguous_are_refused(augmentations, view):
+    frames = torch.ones(64, FRAMES, COEFFICIENTS)
+    with pytest.raises(ValueError, match="contiguous"):
+        mask_frames(view(frames), augmentations)
+    assert frames.all()
+
+
 def test_the_same_seed_gives_the_same_masks():
     first, second, third = (torch.ones(100, FRAMES, COEFFICIENTS) for _ in range(3))
     for frames, seed in ((first, 1), (second, 1), (third, 2)):
