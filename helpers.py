@@ -428,10 +428,8 @@ def _cache_key(folder, names, labelled, gap, pool):
 def _open_cache(path, key):
     """The packed arrays of a cache file, frames mapped into memory; None where it is missing, partial or foreign."""
     try:
+        frames = np.lib.format.open_memmap(path, mode="c")  # c: what is changed in memory stays there
         with open(path, "rb") as file:
-            np.lib.format.read_magic(file)
-            shape, _, dtype = np.lib.format.read_array_header_1_0(file)
-            frames = np.memmap(file, dtype, "c", file.tell(), shape)  # c: what is changed in memory stays there
             file.seek(frames.offset + frames.nbytes)
             labels, starts, saved = (np.load(file, allow_pickle=False) for _ in range(3))
         packed = {"frames": frames, "labels": labels, "starts": starts}

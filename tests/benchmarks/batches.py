@@ -11,8 +11,6 @@ Targets: at least 20 times as fast without masks and 15 times with them.
 """
 
 import json
-import subprocess
-import sys
 
 import common
 import torch
@@ -84,12 +82,11 @@ def main():
         return measure_side(arguments)
     with common.corpus(arguments) as (data, description):
         def measure(side):
-            command = [sys.executable, __file__, "--side", side, "--data", data]
+            options = ["--side", side, "--data", data]
             for name in ("batch", "context", "usual_batches", "usual_limit"):
                 if getattr(arguments, name) is not None:
-                    command += [f"--{name.replace('_', '-')}", str(getattr(arguments, name))]
-            output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
-            return json.loads(output.splitlines()[-1])
+                    options += [f"--{name.replace('_', '-')}", getattr(arguments, name)]
+            return common.fresh_process(__file__, *options)
 
         results = common.alternate({side: lambda side=side: measure(side) for side in ("usual", "ours")},
                                    arguments.runs)

@@ -7,9 +7,11 @@ and padded, one frame per `__getitem__`, stacked by `collate_fn`, `.item()` in e
 import argparse
 import contextlib
 import importlib.util
+import json
 import os
 import platform
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -58,6 +60,13 @@ def report(title, **facts):
     for name, value in rows.items():
         print(f"{name + ':':15} {value}")
     print(flush=True)
+
+
+def fresh_process(script, *arguments):
+    """Run a script in a process of its own; what the last line it prints says in JSON."""
+    command = [sys.executable, script, *map(str, arguments)]
+    output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+    return json.loads(output.splitlines()[-1])
 
 
 def alternate(sides, runs):

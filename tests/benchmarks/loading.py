@@ -14,8 +14,6 @@ import json
 import os
 import shutil
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -52,9 +50,7 @@ def measure(side, data, cache, cold):
     if cold:
         os.sync()
         Path("/proc/sys/vm/drop_caches").write_text("3")
-    command = [sys.executable, __file__, "--side", side, "--data", data, "--cache", cache]
-    output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
-    return json.loads(output.splitlines()[-1])
+    return common.fresh_process(__file__, "--side", side, "--data", data, "--cache", cache)
 
 
 def main():
