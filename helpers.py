@@ -1,17 +1,19 @@
 """Data, masks, metrics and files for the notebook hw1p2_starter.ipynb (frame-level phoneme classification).
 
 From top to bottom: constants, errors, reading, windows and loaders, masks, metrics, checkpoint, submission,
-practice corpus. The network, the training loop and the config are in the notebook.
+corpora
+(practice and LibriSpeech). The network, the training loop and the config are in the notebook.
 """
 
 import _ctypes
 import contextlib
-import csv
 import ctypes
 import functools
 import hashlib
+import importlib
 import io
 import itertools
+import json
 import math
 import os
 import re
@@ -23,8 +25,9 @@ import time
 import types
 import warnings
 import zipfile
+from collections import deque
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from pathlib import Path
 
 import numpy as np
@@ -52,6 +55,7 @@ PARTITIONS = ("train-clean-100", "dev-clean", "test-clean")
 COEFFICIENTS = 28  # MFCCs a frame; a frame every 10 ms
 COMPETITION = "11785-spring-25-hw-1-p-2"
 KAGGLE_FOLDER = "11785-s25-hw1p2"
+KAGGLE = Path("/kaggle")  # on Kaggle's own notebooks: input/ is what was attached, working/ is kept
 OPTIONS = {  # config key -> the values it may take, or (type, lowest, highest)
     "Name": (str, 1, 200), "subset": (float, 1e-9, 1), "context": (int, 0, 1000),
     "archetype": ["pencil", "cylinder", "pyramid", "inverse-pyramid", "diamond"],
@@ -64,9 +68,9 @@ OPTIONS = {  # config key -> the values it may take, or (type, lowest, highest)
     "weight_initialization": ["kaiming_normal", "kaiming_uniform", "uniform", "xavier_normal", "xavier_uniform", None],
     "augmentations": ["FreqMask", "TimeMask", "Both", None],
     "freq_mask_param": (int, 0, COEFFICIENTS), "time_mask_param": (int, 0, 2001),
-    "shorten": [True, False], "wandb": ["auto", "online", "offline", "disabled"], "artifacts": [True, False],
-    "compile": [True, False], "drive": [True, False], "kaggle_download": [True, False], "kaggle_submit": [True, False],
-    "ablations": [True, False],
+    "data": ["auto", "practice", "kaggle", "librispeech"], "shorten": [True, False],
+    "wandb": ["auto", "online", "offline", "disabled"], "artifacts": [True, False], "drive": [True, False],
+    "kaggle_submit": [True, False], "ablations": [True, False],
 }
 
 
@@ -101,6 +105,31 @@ def have_keys(*names):
                 from google.colab import userdata
                 os.environ[name] = userdata.get(name)
     return all(os.environ.get(name) for name in names)
+
+
+def runs_folder(drive=False):
+    """Where runs are kept: Google Drive if asked for (on Colab), else $HW1P2_RUNS, /kaggle/working/runs, runs/ here."""
+    if drive and "google.colab" in sys.modules:
+        from google.colab import drive as google_drive
+        google_drive.mount("/content/drive")
+        return Path("/content/drive/MyDrive/hw1p2-runs")
+    kaggle = KAGGLE / "working"
+    return Path(os.environ.get("HW1P2_RUNS") or (kaggle / "runs" if kaggle.is_dir() else "runs"))
+
+
+def need(module):
+    """Import a package that only some runs need, installed first where it is missing. A RunError where that fails."""
+    try:
+        return importlib.import_module(module)
+    except ImportError:
+        print(f"installing {module}")
+    result = subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", module], capture_output=True, text=True)
+    importlib.invalidate_caches()
+    try:
+        return importlib.import_module(module)
+    except ImportError:
+        raise RunError(f"this needs the package {module}, and pip could not install it: {result.stderr[-300:]}"
+                       ) from None
 
 
 def git_commit():
@@ -156,13 +185,6 @@ def replacing(path, size=0):
 GAP = 50  # zero rows between utterances, at least; contexts up to this share one cache file
 _SORTED_PHONEMES = np.array(sorted(PHONEMES))
 _INDEX_OF_SORTED = np.array([PHONEMES.index(name) for name in _SORTED_PHONEMES], np.uint8)
-
-
-def find_data(practice_folder):
-    """The data folder: $HW1P2_DATA, else the Kaggle folder beside the notebook, else `practice_folder`."""
-    if os.environ.get("HW1P2_DATA"):
-        return Path(os.environ["HW1P2_DATA"])
-    return Path(KAGGLE_FOLDER) if Path(KAGGLE_FOLDER).is_dir() else Path(practice_folder)
 
 
 def _list_folder(folder):
@@ -630,7 +652,7 @@ class Dropout(torch.nn.Dropout):
     """
 
     def forward(self, x):
-        if not self.training or x.is_cuda:
+        if not self.training or x.device.type != "cpu":
             return super().forward(x)
         bits = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-2**63, None).view(torch.int16)
         keep = bits[:x.numel()].view_as(x) >= round(self.p * 2**16) - 2**15
@@ -679,8 +701,7 @@ def calibration(confidences, correct, bins=10):
 # ---- Checkpoint --------------------------------------------------------------------------------------------
 
 # what may change between two runs in one folder without making the trained weights something else
-FREE_KEYS = ("Name", "shorten", "wandb", "artifacts", "compile", "drive", "kaggle_download", "kaggle_submit",
-             "ablations")
+FREE_KEYS = ("Name", "data", "shorten", "wandb", "artifacts", "drive", "kaggle_submit", "ablations")
 
 
 def lock_run(folder):
@@ -742,7 +763,7 @@ def load_checkpoint(path, config=None):
                        "copy of it, or delete it to start afresh.") from None
     if config is not None:
         free = [*FREE_KEYS, *(["epochs"] if config["scheduler"] != "cosineanneal" else [])]
-        differences = [f"{key}: {saved.get(key)!r} there, {config.get(key)!r} now" for key in {**saved, **config}
+        differences = [f"{key}: {saved.get(key)!r} there, {config.get(key)!r} now" for key in config
                        if key not in free and saved.get(key) != config.get(key)]
         if differences:
             raise RunError(f"{path}: this run was started with another config:\n  " + "\n  ".join(differences) +
@@ -757,6 +778,7 @@ def snapshot(parts):
     state = {name: part.state_dict() for name, part in parts.items()}
     state["random"] = torch.get_rng_state()
     state["random_cuda"] = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    state["random_mps"] = torch.mps.get_rng_state() if torch.backends.mps.is_available() else None
     return state
 
 
@@ -772,6 +794,8 @@ def restore(state, parts):
     torch.set_rng_state(state["random"])
     if torch.cuda.is_available() and len(state["random_cuda"]) == torch.cuda.device_count():
         torch.cuda.set_rng_state_all(state["random_cuda"])
+    if torch.backends.mps.is_available() and state.get("random_mps") is not None:
+        torch.mps.set_rng_state(state["random_mps"])
 
 
 # ---- Submission --------------------------------------------------------------------------------------------
@@ -823,6 +847,149 @@ def score_submission(path, answers):
     """Accuracy (0-1 of all frames) of a CSV against the practice corpus's hidden labels, as Kaggle would score it."""
     truth = read_submission(answers)
     return float((read_submission(path, rows=len(truth)) == truth).mean())
+
+
+def kaggle(*arguments):
+    """Run the official `kaggle` command with the token that it finds. Returns what it printed.
+
+    Raises:
+        RunError: no credentials, no such command, refused, or failed; it says what to do.
+    """
+    folders = [Path(folder).expanduser() for folder in (os.environ.get("KAGGLE_CONFIG_DIR", "~/.kaggle"),
+                                                        "~/.config/kaggle")]
+    if not (have_keys("KAGGLE_API_TOKEN") or have_keys("KAGGLE_USERNAME", "KAGGLE_KEY")
+            or any((folder / name).exists() for folder in folders for name in ("kaggle.json", "access_token"))):
+        raise RunError("no Kaggle credentials: create an API token in your account's settings on kaggle.com, and put "
+                       "it into ~/.kaggle/, the environment (KAGGLE_API_TOKEN) or Colab's secrets; never into a cell")
+    if shutil.which("kaggle") is None:
+        raise RunError("the kaggle command is not installed: pip install kaggle")
+    result = subprocess.run(["kaggle", *map(str, arguments)], capture_output=True, text=True)
+    output = (result.stdout + result.stderr).strip()
+    if re.search(r"\b40[13]\b", output):
+        raise RunError(f"Kaggle refused: {output[-300:]}\n{KAGGLE_CAUSES}")
+    if result.returncode:
+        raise RunError(f"kaggle {' '.join(map(str, arguments))} failed: {output[-300:]}")
+    return output
+
+
+# ---- Where the data come from ------------------------------------------------------------------------------
+
+KAGGLE_CAUSES = ("The usual causes: the rules are not accepted yet (press Join on "
+                 f"kaggle.com/competitions/{COMPETITION}), or the token is missing or has expired: create a new one.")
+
+
+def get_data(choice, cache):
+    """The data folder that config["data"] asks for. What is not there yet is fetched or made first.
+
+    Args:
+        choice: "auto": $HW1P2_DATA, else Kaggle's data where they lie already, else the practice corpus;
+            "practice", "kaggle" (downloaded with kagglehub), "librispeech" (see `make_librispeech_corpus`).
+        cache: folder for a corpus that is made.
+
+    Raises:
+        RunError: it cannot be fetched or written; what is there already is kept for the next start.
+    """
+    if choice == "auto":
+        if os.environ.get("HW1P2_DATA"):
+            return Path(os.environ["HW1P2_DATA"])
+        choice = "kaggle" if _kaggle_folder() else "practice"
+    if choice == "kaggle":
+        return _kaggle_folder() or _download_from_kaggle()
+    folder, make = {"practice": ("practice-corpus", make_practice_corpus),
+                    "librispeech": ("librispeech", make_librispeech_corpus)}[choice]
+    return _made_once(Path(cache) / folder, make)
+
+
+def _kaggle_folder():
+    """Where the competition's data lie: beside the notebook, or attached to a notebook of Kaggle's; None if nowhere."""
+    for folder in (Path(KAGGLE_FOLDER), KAGGLE / "input" / COMPETITION):
+        if folder.is_dir():
+            return _course_root(folder)
+
+
+def _course_root(folder):
+    """The folder itself, or the one in it that has the partitions, as the archive has them in a folder of their own."""
+    inside = [path.parent for path in sorted(folder.glob(f"*/{PARTITIONS[0]}"))]
+    return folder if (folder / PARTITIONS[0]).is_dir() or not inside else inside[0]
+
+
+def _download_from_kaggle():
+    kagglehub = need("kagglehub")
+    try:  # it resumes a broken download, compares the checksum, unpacks, and knows Colab's secrets
+        return _course_root(Path(kagglehub.competition_download(COMPETITION)))
+    except Exception as error:  # its own, of the network, of the archive, of the disk
+        raise RunError(f"Kaggle's data could not be fetched ({type(error).__name__}: {str(error)[:300]}).\n"
+                       f"{KAGGLE_CAUSES} Or the disk is full: unpacking needs about 9 GB. What has been downloaded is "
+                       "kept: run again.") from error
+
+
+def _made_once(root, make):
+    """`root`, made by make(root) unless it is there. Of two notebooks that ask at once, the second one waits."""
+    if root.exists():
+        return root
+    try:
+        root.parent.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(root.with_name(f".{root.name}.lock"))
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            print(f"another notebook is making {root}: waiting for it")
+            lock.acquire()
+    except NotImplementedError:  # no locks on this file system
+        lock = contextlib.nullcontext()
+    except OSError as error:
+        raise RunError(f"{root} cannot be made: {error}") from error
+    with lock:
+        if not root.exists():
+            print(f"{root} is not there yet: making it")
+            make(root)
+    return root
+
+
+@contextlib.contextmanager
+def _worker_pool(processes):
+    """A pool of processes, one a core; they end when this process does."""
+    # a spawned process runs the main script again, which would start everything anew; it is shown an empty one
+    main, sys.modules["__main__"] = sys.modules["__main__"], types.ModuleType("__main__")
+    # spawn, as fork is unsafe once torch has started threads
+    pool = ProcessPoolExecutor(processes, get_context("spawn"), _start_worker)
+    try:
+        yield pool
+    finally:
+        pool.shutdown(cancel_futures=True)
+        sys.modules["__main__"] = main
+
+
+def _start_worker():
+    torch.set_num_threads(1)  # every core has its process
+
+    def end_with_parent():  # else a killed notebook's workers would wait for ever
+        parent_process().join()
+        os._exit(1)
+    threading.Thread(target=end_with_parent, daemon=True).start()
+
+
+@functools.cache
+def _feature_transform(rate):
+    # LibriSpeech's 16 kHz, windows of 25 ms every 10 ms. Without center, frame t is samples 160 t to
+    # 160 t + 511, and the window lies in their middle, at 160 t + 256. log_mels adds 1e-6: no log of zero.
+    mfcc = torchaudio.transforms.MFCC(16000, n_mfcc=COEFFICIENTS, log_mels=True, melkwargs={
+        "n_fft": 512, "win_length": 400, "hop_length": 160, "n_mels": 40, "center": False})
+    return torch.nn.Sequential(torchaudio.transforms.Resample(rate, 16000), mfcc)
+
+
+def speech_features(audio, rate):
+    """MFCCs of an utterance, float32 (T, 28), a frame every 10 ms; audio: float32 (samples,), `rate` in Hz."""
+    return np.ascontiguousarray(_feature_transform(rate)(torch.from_numpy(audio)).T.numpy())
+
+
+def label_frames(starts, phonemes, frames, rate):
+    """The phoneme at the centre of each frame's window: a list of `frames` names.
+
+    starts: ascending, where each of `phonemes` starts, in units of 1/rate s; before the first there is silence.
+    """
+    centres = (np.arange(frames) * 160 + 256) * rate / 16000
+    return [["[SIL]", *phonemes][i] for i in np.searchsorted(starts, centres, side="right")]
 
 
 # ---- Practice corpus ---------------------------------------------------------------------------------------
@@ -984,22 +1151,12 @@ def practice_script(partition, index, sentences=1, seed=23):
             "snr": float(rng.uniform(20, 40))}
 
 
-@functools.lru_cache(maxsize=1)
-def _practice_features():
-    # LibriSpeech's 16 kHz, windows of 25 ms every 10 ms. Without center, frame t is samples 160 t to
-    # 160 t + 511, and the window lies in their middle, at 160 t + 256. log_mels adds 1e-6: no log of zero.
-    return torch.nn.Sequential(
-        torchaudio.transforms.Resample(ESPEAK_RATE, 16000),
-        torchaudio.transforms.MFCC(16000, n_mfcc=28, log_mels=True, melkwargs={
-            "n_fft": 512, "win_length": 400, "hop_length": 160, "n_mels": 40, "center": False}))
-
-
 def frame_labels(events, frames):
     """The phoneme at the centre of each frame's window: a list of `frames` names, from `speak`'s events.
 
     Raises DataError for a mnemonic without an entry in ARPABET.
     """
-    starts, phonemes = [-1], ["[SIL]"]  # before the first event there is silence
+    starts, phonemes = [], []
     for (start, mnemonic), (end, _) in zip(events, [*events[1:], events[-1]]):
         if not mnemonic.startswith("_") and mnemonic not in ARPABET:
             raise DataError(f"eSpeak NG's phoneme {mnemonic!r} has no ARPAbet phone; known: {list(ARPABET)}")
@@ -1007,8 +1164,7 @@ def frame_labels(events, frames):
         phones = ["[SIL]"] if mnemonic.startswith("_") else ARPABET[mnemonic].split("+")
         starts += [start + i * (end - start) // len(phones) for i in range(len(phones))]
         phonemes += phones
-    centres = (np.arange(frames) * 160 + 256) * ESPEAK_RATE / 16000
-    return [phonemes[i] for i in np.searchsorted(starts, centres, side="right") - 1]
+    return label_frames(starts, phonemes, frames, ESPEAK_RATE)
 
 
 def _make_utterance(root, partition, index, sentences, seed):
@@ -1021,7 +1177,7 @@ def _make_utterance(root, partition, index, sentences, seed):
     audio = np.pad(samples.astype(np.float32) / 2**15, (before, after))
     noise = rng.standard_normal(len(audio), dtype=np.float32)
     audio += noise * np.float32(audio.std() * 10 ** (-script["snr"] / 20))
-    mfcc = np.ascontiguousarray(_practice_features()(torch.from_numpy(audio)).T.numpy())
+    mfcc = speech_features(audio, ESPEAK_RATE)
     labels = frame_labels(events, len(mfcc))
     np.save(root / PARTITIONS[partition] / "mfcc" / f"{index:06d}.npy", mfcc)
     if partition == 2:
@@ -1058,20 +1214,186 @@ def make_practice_corpus(root, utterances=(370, 52, 52), sentences=(1, 1, 1), se
         for folder in ("mfcc",) if name == "test-clean" else ("mfcc", "transcript"):
             (partial / name / folder).mkdir(parents=True)
     jobs = [(partial, p, i, sentences[p], seed) for p in range(3) for i in range(utterances[p])]
-    # spawn, as fork is unsafe once torch has started threads; one thread each, as every core has its process
-    pool = ProcessPoolExecutor(processes, get_context("spawn"), torch.set_num_threads, (1,))
-    with pool, open(partial / "answers.csv", "w", newline="") as file:
-        answers = csv.writer(file, lineterminator="\n")
-        answers.writerow(["id", "label"])
-        frame = 0
-        # a spawned process runs the main script again, which would start everything anew; it is shown an empty one
-        main = sys.modules["__main__"]
-        sys.modules["__main__"] = types.ModuleType("__main__")
-        try:
-            results = pool.map(_make_utterance, *zip(*jobs), chunksize=8)
-        finally:
-            sys.modules["__main__"] = main
-        for labels in tqdm(results, total=len(jobs), desc="practice corpus", leave=False, delay=30):
-            answers.writerows(enumerate(labels, start=frame))  # map keeps the order of jobs, so of files
-            frame += len(labels)
+    with _worker_pool(processes) as pool:
+        results = pool.map(_make_utterance, *zip(*jobs), chunksize=8)  # in the order of jobs, so of files
+        results = tqdm(results, total=len(jobs), desc="practice corpus", leave=False, delay=30)
+        write_submission(partial / "answers.csv", list(itertools.chain.from_iterable(results)))
     partial.rename(root)
+
+
+# ---- LibriSpeech corpus ------------------------------------------------------------------------------------
+# Real speech for those without the Kaggle data: the same recordings, aligned in the open.
+
+LIBRISPEECH = "gilkeyio/librispeech-alignments"
+LIBRISPEECH_UTTERANCES = {"train-clean-100": 28_539, "dev-clean": 2_703, "test-clean": 2_620}
+DEALT = ("train-clean-100", "train-clean-100", "train-clean-100", "dev-clean", "test-clean")
+SILENT = ("sil", "sp", "spn", "", None)  # spn: an unknown word
+
+
+def make_librispeech_corpus(root, source=LIBRISPEECH, processes=None):
+    """Make a corpus of real speech in the course's layout under `root` from LibriSpeech with its phones' times.
+
+    Read as a stream: neither the audio nor the dataset is ever whole on the disk or in memory. Killed or cut off, the
+    next call goes on with what is missing and ends with the same bytes. ROOT/answers.csv (`id,label`) has the test
+    frames' phonemes, ROOT/left-out.txt the utterances that have no alignment, or whose phones end more than half a
+    second before the audio.
+
+    Args:
+        source: a dataset of the Hugging Face hub, or a local .parquet file or a folder of them, with the columns `id`,
+            `audio` {bytes, path} and `phonemes` [{phoneme, start, end}] (ARPAbet, seconds). A file whose name starts
+            with train_clean_100, dev_clean or test_clean is of that partition; of another one, three utterances in
+            five go to train, one to dev, one to test.
+        processes: how many work; None: one a core.
+
+    Raises:
+        FileExistsError: `root` exists. RunError: the network or the disk; what is converted is kept in ROOT.partial.
+        DataError: damaged parquet or audio, an unknown phoneme, or nothing for one of the partitions.
+    """
+    root = Path(root)
+    if root.exists():
+        raise FileExistsError(f"{root} exists already: delete it to have it made again")
+    partial = root.with_name(root.name + ".partial")
+    shards, total, needed = _alignment_shards(source)
+    for name in PARTITIONS:
+        (partial / name / "mfcc").mkdir(parents=True, exist_ok=True)
+        _label_folder(partial, name).mkdir(exist_ok=True)
+    with _worker_pool(processes) as pool, tqdm(total=total, desc="LibriSpeech", unit=" utterances", leave=False) as bar:
+        for name, rows, deal in shards:
+            record = partial / "shards" / f"{name}.json"
+            if not record.exists():
+                counts = {"utterances": 0, "spn": 0, "left out": {}}
+                try:
+                    for utterance, spn, fault in _in_order(pool, _convert_utterance, (
+                            (partial, deal[i % len(deal)], row) for i, row in enumerate(rows))):
+                        counts["utterances"] += 1
+                        counts["spn"] += spn
+                        counts["left out"] |= {utterance: fault} if fault else {}
+                        bar.update()
+                    with replacing(record) as temporary:
+                        temporary.write_text(json.dumps(counts))
+                except RunError as error:
+                    there = sum(path.stat().st_size for path in partial.rglob("*") if path.is_file())
+                    raise RunError(f"{error}\nIn all, {root} needs about {needed / 1e6:,.0f} MB; {there / 1e6:,.0f} MB "
+                                   f"are there, kept in {partial}. The next start goes on with them.") from error
+            else:
+                bar.update(json.loads(record.read_text())["utterances"])
+    _finish_librispeech(root, partial)
+
+
+def _alignment_shards(source):
+    """[(name, iterable of rows, partitions that its rows go to in turn)], number of rows, bytes of the corpus."""
+    datasets = need("datasets")
+    need("soundfile")
+    if not Path(source).exists():
+        if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)):
+            raise DataError(f"{source}: no such file or folder; expected .parquet, or a dataset's name on the hub")
+        try:
+            streams = {name: datasets.load_dataset(source, split=name.replace("-", "_"), streaming=True)
+                       for name in PARTITIONS}
+        except Exception as error:  # a dozen kinds, of four libraries
+            raise _unreachable(source, error) from error
+        shards = [(f"{name}-{i:02d}", _rows(stream.shard(stream.num_shards, i), source), (name,))
+                  for name, stream in streams.items() for i in range(stream.num_shards)]
+        return shards, sum(LIBRISPEECH_UTTERANCES.values()), 5.6e9
+    files = sorted(Path(source).rglob("*.parquet")) if Path(source).is_dir() else [Path(source)]
+    shards, total = [], 0
+    for number, file in enumerate(files):
+        try:
+            total += importlib.import_module("pyarrow.parquet").read_metadata(file).num_rows
+            stream = datasets.load_dataset("parquet", data_files=str(file), split="train", streaming=True)
+        except Exception as error:
+            raise DataError(f"{file}: unreadable parquet ({error}); expected LibriSpeech alignments") from error
+        deal = next(((name,) for name in PARTITIONS if file.name.replace("_", "-").startswith(name)), DEALT)
+        shards.append((f"{number:03d}-{file.stem}", _rows(stream, file), deal))
+    return shards, total, 0.75 * sum(file.stat().st_size for file in files)
+
+
+def _unreachable(source, error):
+    return RunError(f"{source} could not be read from the Hugging Face hub ({type(error).__name__}: "
+                    f"{str(error)[:300]}). Check the connection and run again: what is converted is kept.")
+
+
+def _rows(stream, source):
+    """The rows of a stream; what it raises in between becomes a DataError (of a file) or a RunError (of the hub)."""
+    try:
+        # bytes, as datasets' own decoding needs torchcodec
+        stream = stream.select_columns(["id", "audio", "phonemes"])
+        yield from stream.cast_column("audio", need("datasets").Audio(decode=False))
+    except Exception as error:
+        if Path(source).exists():
+            raise DataError(f"{source}: {error}; expected LibriSpeech alignments (id, audio, phonemes)") from error
+        raise _unreachable(source, error) from error
+
+
+def _in_order(pool, function, jobs):
+    """The results of function(*job) in the pool, in order; only a few jobs are taken from the iterator ahead."""
+    pending = deque()
+    for job in jobs:
+        pending.append(pool.submit(function, *job))
+        if len(pending) >= 64:
+            yield pending.popleft().result()
+    while pending:
+        yield pending.popleft().result()
+
+
+def _label_folder(partial, partition):
+    return partial / "answers" if partition == "test-clean" else partial / partition / "transcript"
+
+
+def _convert_utterance(partial, partition, row):
+    """Write one utterance unless it is there. Returns (id, unknown words in it, why it is left out or None)."""
+    name, phones = row["id"], row["phonemes"] or []
+    if not re.fullmatch(r"[\w-]+", str(name)):  # it becomes the name of a file
+        raise DataError(f"the id {name!r} is no name of a file; expected one such as 103-1240-0000")
+    if isinstance(phones, dict):  # a list of structs in older versions of datasets
+        phones = [dict(zip(phones, values)) for values in zip(*phones.values())]
+    if not phones:
+        return name, 0, "no alignment"
+    soundfile = need("soundfile")
+    try:
+        audio, rate = soundfile.read(io.BytesIO(row["audio"]["bytes"]), dtype="float32")
+    except (RuntimeError, TypeError) as error:
+        raise DataError(f"{name}: the audio cannot be decoded ({error}); expected FLAC") from None
+    missing = len(audio) / rate - max(phone["end"] for phone in phones)
+    if missing > 0.5:
+        return name, 0, f"its phones end {missing:.2f} s before the audio"
+    mfcc_path, labels_path = (folder / f"{name}.npy" for folder in (partial / partition / "mfcc",
+                                                                    _label_folder(partial, partition)))
+    if not (mfcc_path.exists() and labels_path.exists()):
+        starts, names = [], []
+        for phone in sorted(phones, key=lambda phone: phone["start"]):
+            symbol = "[SIL]" if phone["phoneme"] in SILENT else phone["phoneme"].rstrip("012")
+            if symbol not in PHONEMES[:40]:
+                raise DataError(f"{name}: the phone {phone['phoneme']!r} at {phone['start']:.2f} s is unknown; expected"
+                                f" {' '.join(PHONEMES[1:40])}, with a stress digit or without, sil, sp or spn")
+            if starts and starts[-1] > phone["start"]:
+                starts[-1] = phone["start"]  # they overlap: the later one begins where it says
+            starts += [phone["start"], phone["end"]]
+            names += [symbol, "[SIL]"]  # a gap is silence; without one, the next phone begins at the same time
+        mfcc = speech_features(audio, rate)
+        labels = np.array(["[SOS]", *label_frames(starts, names, len(mfcc), 1), "[EOS]"], "<U5")
+        for path, array in ((mfcc_path, mfcc), (labels_path, labels)):
+            with replacing(path, array.nbytes) as temporary, open(temporary, "wb") as file:
+                np.save(file, array)
+    return name, sum(phone["phoneme"] == "spn" for phone in phones), None
+
+
+def _finish_librispeech(root, partial):
+    """Answers, list of what is left out, no traces of killed conversions; then the folder gets its name."""
+    for path in partial.rglob(".*.tmp"):
+        path.unlink()
+    for name in PARTITIONS:
+        if not any((partial / name / "mfcc").iterdir()):
+            raise DataError(f"{partial}: no utterances for {name}; expected some in each partition")
+    if not (partial / "answers.csv").exists():
+        labels = [np.load(path)[1:-1] for path in sorted((partial / "answers").iterdir())]
+        write_submission(partial / "answers.csv", np.concatenate(labels))
+    records = [json.loads(path.read_text()) for path in sorted((partial / "shards").iterdir())]
+    left_out = {name: fault for record in records for name, fault in record["left out"].items()}
+    with replacing(partial / "left-out.txt") as temporary:
+        temporary.write_text("".join(f"{name}: {fault}\n" for name, fault in sorted(left_out.items())))
+    shutil.rmtree(partial / "answers", ignore_errors=True)
+    partial.rename(root)
+    print(f"{root}: {sum(record['utterances'] for record in records) - len(left_out):,} utterances; {len(left_out):,} "
+          f"left out (their ids are in left-out.txt); {sum(record['spn'] for record in records):,} unknown words (spn) "
+          "count as silence")

@@ -53,7 +53,8 @@ def definitions(mixed=False):
     What is not installed is left out. mixed: with the precision that the notebook chooses, else float32.
     """
     import torch
-    wanted = {"device", "device_name", "config", "ACTIVATIONS", "criterion"} | ({"amp_dtype"} if mixed else set())
+    wanted = {"device", "data_device", "device_name", "config", "ACTIVATIONS", "criterion"}
+    wanted |= {"amp_dtype"} if mixed else set()
     namespace = {"__name__": "notebook", "amp_dtype": torch.float32}
 
     def sets(node):

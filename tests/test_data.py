@@ -207,16 +207,6 @@ def test_version_2_of_the_format_is_read(tmp_path):
     assert torch.equal(AudioDataset(tmp_path, "dev-clean").frames, expected)
 
 
-def test_the_data_folder_is_found(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv("HW1P2_DATA", raising=False)
-    assert helpers.find_data("practice") == Path("practice")
-    Path(helpers.KAGGLE_FOLDER).mkdir()
-    assert helpers.find_data("practice") == Path(helpers.KAGGLE_FOLDER)
-    monkeypatch.setenv("HW1P2_DATA", "elsewhere")
-    assert helpers.find_data("practice") == Path("elsewhere")
-
-
 # ---- Batches -----------------------------------------------------------------------------------------------
 
 def order_of(loader):

@@ -8,7 +8,6 @@ import sys
 
 import numpy as np
 import pytest
-import torch
 
 import helpers
 from helpers import ARPABET, GRAMMAR, PANGRAMS, PARTITIONS, PHONEMES, DataError
@@ -160,7 +159,7 @@ def test_labels_fit_the_sound(corpus):
 
 
 def test_silent_audio_has_finite_features():
-    assert helpers._practice_features()(torch.zeros(22050)).isfinite().all()
+    assert np.isfinite(helpers.speech_features(np.zeros(22050, np.float32), 22050)).all()
 
 
 def test_an_interrupted_build_does_not_look_finished(tmp_path, monkeypatch):

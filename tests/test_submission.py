@@ -1,24 +1,16 @@
-"""The submission: written, checked, scored and handed in; and the download, with a fake kaggle command."""
+"""The submission: written, checked, scored, and handed in with a fake kaggle command."""
 
 import os
-import shutil
 import stat
 import sys
 import textwrap
-import zipfile
 
 import numpy as np
 import pandas as pd
 import pytest
-from notebook import definitions
-from reference import write_partition
 
-import helpers
-from helpers import PHONEMES, DataError, RunError, read_submission, score_submission
+from helpers import PHONEMES, DataError, RunError, kaggle, read_submission, score_submission
 from helpers import write_submission as write
-
-NOTEBOOK = definitions()
-kaggle, download_data = NOTEBOOK["kaggle"], NOTEBOOK["download_data"]
 
 NAMES = np.array(PHONEMES)[[0, 1, 5, 39, 0, 0, 22]]
 
@@ -164,7 +156,7 @@ def account(tmp_path, monkeypatch):
 def fake(account, monkeypatch, code):
     """Put a `kaggle` on the PATH that runs this Python code and notes its arguments; with credentials."""
     command = account / "bin" / "kaggle"
-    command.write_text(f"#!{sys.executable}\nimport pathlib, shutil, sys\n"
+    command.write_text(f"#!{sys.executable}\nimport sys\n"
                        f"open({str(account / 'calls')!r}, 'a').write(' '.join(sys.argv[1:]) + '\\n')\n"
                        + textwrap.dedent(code))
     command.chmod(command.stat().st_mode | stat.S_IEXEC)
@@ -231,134 +223,3 @@ def test_other_failures(account, monkeypatch):
     with pytest.raises(RunError, match="failed: x+$") as caught:
         kaggle("competitions", "download")
     assert len(str(caught.value)) < 500
-
-
-# ---- The download ------------------------------------------------------------------------------------------
-
-def pack(source, archive, inside=helpers.KAGGLE_FOLDER, compression=zipfile.ZIP_DEFLATED):
-    with zipfile.ZipFile(archive, "w", compression) as file:
-        for path in sorted(source.rglob("*")):
-            file.write(path, f"{inside}/{path.relative_to(source)}" if inside else path.relative_to(source))
-
-
-@pytest.fixture
-def competition(account, monkeypatch):
-    """A fake `kaggle` that copies server.zip to where it is told, as the real one does: not over what is there."""
-    for partition in helpers.PARTITIONS:
-        write_partition(account / "source", partition, [30, 20, 10])
-    pack(account / "source", account / "server.zip")
-    fake(account, monkeypatch, f"""
-        target = pathlib.Path(sys.argv[sys.argv.index("-p") + 1], {helpers.COMPETITION!r} + ".zip")
-        if not target.exists():
-            shutil.copy({str(account / "server.zip")!r}, target)
-    """)
-    (account / "work").mkdir()
-    monkeypatch.chdir(account / "work")
-    return account
-
-
-def contents(folder):
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
-ARCHIVE, PARTIAL = f"{helpers.COMPETITION}.zip", f"{helpers.KAGGLE_FOLDER}.partial"
-
-
-@posix
-@pytest.mark.parametrize("inside", [helpers.KAGGLE_FOLDER, ""])
-def test_download_and_unpack(competition, inside):
-    pack(competition / "source", competition / "server.zip", inside)
-    sample = competition / "source" / "sample_submission.csv"  # at the top of the archive, whatever is inside a folder
-    sample.write_text("id,label\n0,AA\n")
-    with zipfile.ZipFile(competition / "server.zip", "a") as file:
-        file.write(sample, sample.name)
-    download_data()
-    work = competition / "work"
-    assert os.listdir(work) == [helpers.KAGGLE_FOLDER]  # neither the archive nor a partial folder is left
-    assert contents(work / helpers.KAGGLE_FOLDER) == contents(competition / "source")
-    assert calls(competition) == [f"competitions download -c {helpers.COMPETITION} -p {work}"]
-    download_data()
-    assert len(calls(competition)) == 1  # it is there
-    assert helpers.AudioDataset(helpers.find_data("practice"), "dev-clean").utterances == 3
-
-
-@posix
-def test_after_an_interrupted_unpacking_nothing_is_downloaded_again(competition, monkeypatch):
-    def interrupted(self, path):
-        target = path / self.namelist()[-1]
-        target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_bytes(b"half a fi")
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(zipfile.ZipFile, "extractall", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            download_data()
-    work = competition / "work"
-    assert set(os.listdir(work)) == {ARCHIVE, PARTIAL}
-    (competition / "server.zip").unlink(missing_ok=True)
-    download_data()
-    assert os.listdir(work) == [helpers.KAGGLE_FOLDER]
-    assert helpers.AudioDataset(helpers.find_data("practice"), "dev-clean").utterances == 3
-
-
-@posix
-def test_damaged_archives_are_told_and_then_replaced(competition):
-    whole = (competition / "server.zip").read_bytes()
-    work = competition / "work"
-    first = 300  # somewhere in the first member's compressed data
-    damaged = [b"", b"not a zip", whole[:len(whole) // 2], whole[:-30], whole[:first] + b"!" + whole[first + 1:],
-               whole[:first] + bytes(400) + whole[first + 400:]]
-    pack(competition / "source", competition / "server.zip", compression=zipfile.ZIP_STORED)
-    stored = (competition / "server.zip").read_bytes()  # one wrong byte shows only when all of the file is written
-    middle = stored.index((competition / "source" / "dev-clean" / "mfcc" / "0001.npy").read_bytes()) + 500
-    damaged.append(stored[:middle] + bytes([stored[middle] ^ 1]) + stored[middle + 1:])
-    for data in damaged:
-        (competition / "server.zip").write_bytes(data)
-        with pytest.raises(RunError, match="damaged or missing.*Delete it and run again") as caught:
-            download_data()
-        assert ARCHIVE in str(caught.value) and not (work / helpers.KAGGLE_FOLDER).exists()
-        (work / ARCHIVE).unlink()
-    (competition / "server.zip").write_bytes(whole)
-    download_data()  # nothing that the damaged ones left is taken for good
-    assert contents(work / helpers.KAGGLE_FOLDER) == contents(competition / "source")
-
-
-@posix
-def test_no_archive_came(competition, monkeypatch):
-    fake(competition, monkeypatch, "print('nothing')")
-    with pytest.raises(RunError, match="damaged or missing"):
-        download_data()
-
-
-@posix
-def test_a_refusal_leaves_nothing(competition, monkeypatch):
-    fake(competition, monkeypatch, "print('403 - Forbidden'); sys.exit(1)")
-    with pytest.raises(RunError, match="Kaggle refused"):
-        download_data()
-    assert os.listdir(competition / "work") == []
-
-
-@posix
-@pytest.mark.parametrize("missing", ["train-clean-100/mfcc/0001.npy", "dev-clean/transcript/0002.npy", "dev-clean",
-                                     "train-clean-100/transcript", "test-clean", "test-clean/mfcc"])
-def test_uneven_or_missing_files(competition, missing):
-    path = competition / "source" / missing
-    shutil.rmtree(path) if path.is_dir() else path.unlink()
-    pack(competition / "source", competition / "server.zip")
-    with pytest.raises(RunError, match="as many transcripts as MFCCs. Delete it and run again") as caught:
-        download_data()
-    assert missing.split("/")[0] in str(caught.value) and ARCHIVE in str(caught.value)
-    assert not (competition / "work" / helpers.KAGGLE_FOLDER).exists()
-
-
-@posix
-def test_too_little_space(competition, monkeypatch):
-    usage = shutil.disk_usage("/")
-    with monkeypatch.context() as patch:
-        patch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=100))
-        with pytest.raises(RunError, match="unpacking to .* needs 0.0 GB, 0.0 GB are free"):
-            download_data()
-    assert os.listdir(competition / "work") == [ARCHIVE]
-    download_data()
-    assert os.listdir(competition / "work") == [helpers.KAGGLE_FOLDER]

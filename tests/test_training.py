@@ -2,7 +2,6 @@
 
 import math
 import re
-import shutil
 from types import SimpleNamespace
 
 import numpy as np
@@ -483,24 +482,3 @@ def test_out_of_memory_names_the_batch_size_and_a_smaller_one(book, loaders, tmp
     with pytest.raises(RunError, match="memory.*256.*128"):
         fit(book, config, parts, loaders, tmp_path)
     assert helpers.load_checkpoint(tmp_path / "checkpoint.pt", config)["history"] == []
-
-
-# ---- torch.compile -----------------------------------------------------------------------------------------
-
-@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
-def test_compiled_training_is_the_same(book, data, tmp_path):
-    config = settings(book, epochs=2, num_layers=2, batch_norm=True, compile=True, optimizers="sgd", learning_rate=0.02)
-    # each size of a batch is compiled by itself, so here there is one for training and one for scoring
-    loaders = [helpers.make_loader(data[name], len(data[name]) // parts, shuffle=parts > 1)
-               for name, parts in (("train-clean-100", 4), ("dev-clean", 1))]
-    loaders[0].sampler.length = 4 * loaders[0].sampler.batch_size
-    plain, compiled = built(book, config), built(book, config)
-    compiled[0].compile(mode="reduce-overhead", dynamic=False)
-    expected = fit(book, config, plain, loaders, tmp_path / "plain")
-    actual = fit(book, config, compiled, loaders, tmp_path / "compiled")
-    for ours, theirs in zip(actual, expected):
-        for key in ("train_loss", "val_loss", "train_acc", "val_acc"):
-            assert ours[key] == pytest.approx(theirs[key], rel=1e-4, abs=1e-3)
-    assert set(compiled[0].state_dict()) == set(plain[0].state_dict())
-    for ours, theirs in zip(compiled[0].state_dict().values(), plain[0].state_dict().values()):
-        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)

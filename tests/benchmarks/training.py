@@ -1,7 +1,7 @@
 """How fast does it train? The usual loop and the notebook's own `train`, with the pencil network.
 
     python tests/benchmarks/training.py                         about a minute on two CPU cores
-    python tests/benchmarks/training.py --batch 8192 --compile both --steps 200        a GPU
+    python tests/benchmarks/training.py --batch 8192 --steps 200        a GPU
     python tests/benchmarks/training.py --full                  whole epochs of the real data's size, for one H100
 
 The limit is the matrix products of a step alone, in the same precision, measured in the same run: forward, gradient
@@ -28,8 +28,7 @@ import helpers
 NOTEBOOK = notebook.definitions(mixed=True)
 DTYPE = NOTEBOOK["amp_dtype"]
 # in this order, the first pattern that is found in the name of an operation (CPU) or kernel (GPU)
-GROUPS = {"fused by the compiler": r"triton",
-          "matrix products": r"aten::(add)?mm$|gemm|cutlass|nvjet|xmma|cublas|splitk",
+GROUPS = {"matrix products": r"aten::(add)?mm$|gemm|cutlass|nvjet|xmma|cublas|splitk",
           "optimizer": r"adam|multi_tensor|_foreach|lerp",
           "batch norm": r"batch_norm|batchnorm",
           "dropout": r"dropout|bernoulli|aten::random_|aten::mul$|aten::div_$",
@@ -61,9 +60,9 @@ class Steps:
 class Trainer:
     """A new network, and how it is trained: `usual` by the usual loop, else by the notebook's."""
 
-    def __init__(self, config, usual=False, compiled=False):
+    def __init__(self, config, usual=False):
         torch.manual_seed(23)
-        self.config, self.usual, self.compiled = config, usual, compiled
+        self.config, self.usual = config, usual
         self.model = NOTEBOOK["Network"]((2 * config["context"] + 1) * helpers.COEFFICIENTS, len(helpers.PHONEMES),
                                          config).to(common.DEVICE)
         # the usual precision on a GPU is float16 with a scaler; on a CPU both sides have the same
@@ -72,8 +71,6 @@ class Trainer:
                                             weight_decay=config["weight_decay"])
                           if usual else NOTEBOOK["make_optimizer"](config, self.model))
         self.scaler = torch.amp.GradScaler(common.DEVICE, enabled=self.dtype == torch.float16)
-        if compiled:
-            self.model.compile(mode="reduce-overhead", dynamic=False)  # as the notebook does it
 
     def train(self, batches):
         """Train on the batches; returns (seconds, what the loop returned)."""
@@ -125,8 +122,7 @@ def profile(trainer, batches, rows=12):
     groups = dict.fromkeys([*GROUPS, "other"], 0)
     for key, value in times.items():
         groups[next((name for name, pattern in GROUPS.items() if re.search(pattern, key, re.I)), "other")] += value
-    name = "compiled" if trainer.compiled else "eager"
-    print(f"Profile of our step ({name}): {total / 1e6 / len(batches) * 1e3:.1f} ms of operations in "
+    print(f"Profile of our step: {total / 1e6 / len(batches) * 1e3:.1f} ms of operations in "
           f"{seconds / len(batches) * 1e3:.1f} ms with the profiler on")
     for group, value in sorted(groups.items(), key=lambda item: -item[1]):
         print(f"  {group:26} {value / total:6.1%}")
@@ -168,18 +164,14 @@ def compare(arguments, config, data, description):
     usual_data.length -= usual_data.length % batch
     workers, speeds = best_workers(config, usual_data, min(steps, 4))
     usual, usual_batches = Trainer(config, usual=True), Steps(common.usual_loader(usual_data, batch, workers), steps)
-    modes = {"both": (False, True), "plain": (False,), "compiled": (True,)}[arguments.compile]
-    ours = {f"ours, {'compiled' if compiled else 'eager'}": Trainer(config, compiled=compiled) for compiled in modes}
+    ours = Trainer(config)
     batches = Steps(loader, steps)
     sides = {"usual": lambda: steps * batch / usual.train(usual_batches)[0]}
-    for name, trainer in ours.items():
-        sides[name] = lambda trainer=trainer: steps * batch / trainer.train(batches)[0]
+    sides["ours"] = lambda: steps * batch / ours.train(batches)[0]
     model = Trainer(config).model
     sides["matrix products alone (the limit)"] = lambda: limit(model, batch, max(5, steps // 8))[0]
     usual.train(Steps(usual_batches, 2))  # memory, libraries; not timed
-    for name, trainer in ours.items():
-        seconds, _ = trainer.train(Steps(loader, 3))
-        print(f"{name}: {seconds:.1f} s for the first three steps", flush=True)
+    ours.train(Steps(loader, 3))
     if common.DEVICE == "cuda":
         torch.cuda.reset_peak_memory_stats()
     common.report("Training", data=f"{description}; {len(dataset):,} training frames",
@@ -199,8 +191,7 @@ def compare(arguments, config, data, description):
         shares = [value / high for value, high in zip(values, top)]
         print(f"{name}: {statistics.median(shares):.1%} of the limit [{min(shares):.1%} - {max(shares):.1%}]")
     print_memory()
-    for trainer in ours.values():
-        profile(trainer, Steps(loader, min(steps, 10)))
+    profile(ours, Steps(loader, min(steps, 10)))
 
 
 def whole(arguments, config, data, description, cache):
@@ -225,38 +216,30 @@ def whole(arguments, config, data, description, cache):
     train_data, dev_data, test_data = datasets
 
     speeds = {}
-    modes = {"both": (False, True), "plain": (False,), "compiled": (True,)}[arguments.compile]
-    for compiled in modes:
-        for batch in arguments.batches:
-            name = f"batch {batch}, {'compiled' if compiled else 'eager'}"
-            if not left(120 if compiled else 60, name):
-                continue
-            if common.DEVICE == "cuda":
-                torch.cuda.empty_cache()
-                torch.cuda.reset_peak_memory_stats()
-            try:
-                trainer = Trainer({**config, "batch_size": batch}, compiled=compiled)
-                loader = helpers.make_loader(train_data, batch, shuffle=True)
-                for epoch in range(1, arguments.epochs + 2):
-                    loader.sampler.set_epoch(epoch)
-                    seconds, (loss, accuracy) = trainer.train(loader)
-                    note = " (with warm-up and compilation)" if epoch == 1 else ""
-                    print(f"{name}: epoch {epoch} {seconds:.2f} s, {len(train_data) / seconds:,.0f} frames/s, "
-                          f"loss {loss:.4f}, accuracy {accuracy:.2%}{note}", flush=True)
-                    if epoch > 1:
-                        speeds.setdefault(name, []).append(len(train_data) / seconds)
-                top, operations = limit(trainer.model, batch, 20 if common.DEVICE == "cuda" else 5)
-                print(f"{name}: {statistics.median(speeds[name]) / top:.1%} of the limit, {top:,.0f} frames/s, "
-                      f"{operations * top / 1e12:.2f} T/s; ", end="")
-                print_memory()
-                profile(trainer, Steps(loader, 10))
-                evaluate(trainer, dev_data, test_data, batch)
-            except Exception as error:  # the compiler, most likely: the rest is worth having
-                print(f"{name}: failed: {type(error).__name__}: {str(error)[:2000]}", flush=True)
-            trainer = loader = None
-            torch.compiler.reset()
-        if compiled == modes[0] and left(90, "the usual loop"):
-            against_usual(arguments, config, data, train_data)
+    for batch in arguments.batches:
+        name = f"batch {batch}"
+        if not left(60, name):
+            continue
+        if common.DEVICE == "cuda":
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+        trainer = Trainer({**config, "batch_size": batch})
+        loader = helpers.make_loader(train_data, batch, shuffle=True)
+        for epoch in range(1, arguments.epochs + 2):
+            loader.sampler.set_epoch(epoch)
+            seconds, (loss, accuracy) = trainer.train(loader)
+            print(f"{name}: epoch {epoch} {seconds:.2f} s, {len(train_data) / seconds:,.0f} frames/s, "
+                  f"loss {loss:.4f}, accuracy {accuracy:.2%}{' (with warm-up)' if epoch == 1 else ''}", flush=True)
+            if epoch > 1:
+                speeds.setdefault(name, []).append(len(train_data) / seconds)
+        top, operations = limit(trainer.model, batch, 20 if common.DEVICE == "cuda" else 5)
+        print(f"{name}: {statistics.median(speeds[name]) / top:.1%} of the limit, {top:,.0f} frames/s, "
+              f"{operations * top / 1e12:.2f} T/s; ", end="")
+        print_memory()
+        profile(trainer, Steps(loader, 10))
+        evaluate(trainer, dev_data, test_data, batch)
+    if left(90, "the usual loop"):
+        against_usual(arguments, config, data, train_data)
 
 
 def evaluate(trainer, dev_data, test_data, batch):
@@ -291,7 +274,7 @@ def against_usual(arguments, config, data, train_data):
         our_batches = Steps(helpers.make_loader(train_data, batch, shuffle=True), 10 * steps)
         usual.train(Steps(usual_batches, 3))
         ours.train(Steps(our_batches, 3))
-        print(f"batch {batch}, eager, {arguments.runs} runs, alternating: {steps} steps of the usual loop ({workers} "
+        print(f"batch {batch}, {arguments.runs} runs, alternating: {steps} steps of the usual loop ({workers} "
               f"workers, its best of { {n: round(speed) for n, speed in speeds.items()} }) and {10 * steps} of ours")
         common.print_table(common.alternate({
             "usual": lambda b=usual_batches, t=usual: steps * batch / t.train(b)[0],  # noqa: B023
@@ -307,7 +290,6 @@ def main():
     parser.add_argument("--context", type=int, default=50)
     parser.add_argument("--steps", type=int, default=200 if gpu else 6, help="a run")
     parser.add_argument("--epochs", type=int, default=1, help="with --full, timed ones after a first epoch")
-    parser.add_argument("--compile", choices=("both", "plain", "compiled"), default="both" if gpu else "plain")
     parser.add_argument("--usual-limit", type=int, help="only so many utterances for the usual way")
     parser.add_argument("--minutes", type=float, default=9, help="with --full: what does not fit is left out")
     parser.add_argument("--whole", action="store_true", help="what --full measures, on a corpus of --utterances")

@@ -1,0 +1,135 @@
+"""The code for CUDA, rehearsed without a GPU: fake tensors know their device and shape, and refuse to mix devices."""
+
+from contextlib import contextmanager
+
+import pytest
+import torch
+from notebook import TINY, definitions
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import helpers
+
+
+class NoWay(TorchDispatchMode):
+    """Fails where an operation has an input on CUDA and a result on the CPU."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        devices = [{leaf.device.type for leaf in tree_leaves(values) if isinstance(leaf, torch.Tensor)}
+                   for values in ((args, kwargs or {}), result)]
+        assert not ("cuda" in devices[0] and "cpu" in devices[1]), f"{function} brings something to the CPU"
+        return result
+
+
+@contextmanager
+def rehearsal():
+    with FakeTensorMode(allow_non_fake_inputs=True), NoWay():
+        yield
+
+
+@pytest.fixture(autouse=True)
+def no_gpu(monkeypatch):
+    """What needs a real GPU: generators; and reading a number, which a fake tensor does not have."""
+    class Generator:
+        def __init__(self, device):
+            assert torch.device(device).type == "cuda"
+
+        def manual_seed(self, seed):
+            pass
+    monkeypatch.setattr(torch, "Generator", Generator)
+
+    def truth(tensor):
+        assert tensor.device.type == "cpu", "an if on the GPU's result waits for the GPU"
+        return True
+    monkeypatch.setattr(torch.Tensor, "__bool__", truth)
+    yield
+    helpers._frequency_masks.cache_clear()  # of fake ones
+
+
+@pytest.fixture
+def dataset(corpus):
+    """Of a dataset on the CPU, what `device="cuda"` would make."""
+    def on_cuda(partition):
+        data = helpers.AudioDataset(corpus, partition, TINY["context"])
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            for name in ("frames", "starts", "ends", "labels"):
+                if getattr(data, name) is not None:
+                    setattr(data, name, getattr(data, name).to("cuda"))
+            data.windows = data.frames.as_strided(data.windows.shape, data.windows.stride(),
+                                                  data.windows.storage_offset())
+        return data
+    return on_cuda
+
+
+def check(tensor, *shape, dtype):
+    assert (tensor.device.type, tuple(tensor.shape), tensor.dtype) == ("cuda", shape, dtype)
+
+
+def test_the_rehearsal_notices_mixed_devices_and_copies():
+    with pytest.raises(RuntimeError, match="different devices|same device"), rehearsal():
+        torch.zeros(3, device="cuda") + torch.zeros(3)
+    with pytest.raises(AssertionError, match="to the CPU"), rehearsal():
+        torch.zeros(3, device="cuda").cpu()
+    with pytest.raises(AssertionError, match="waits"), rehearsal():
+        bool(torch.zeros(3, device="cuda").any())
+    with pytest.raises(DataDependentOutputException), rehearsal():
+        torch.zeros((), device="cuda").item()
+
+
+def test_batches_windows_and_the_order(dataset):
+    data, unlabelled = dataset("train-clean-100"), dataset("test-clean")
+    length, width = len(data), 2 * TINY["context"] + 1
+    with rehearsal():
+        loader = helpers.make_loader(data, 256, shuffle=True)
+        batches = list(loader.sampler)
+        assert len(batches) == len(loader)
+        check(batches[0], 256, dtype=torch.int32)
+        check(batches[-1], length - 256 * (len(loader) - 1), dtype=torch.int32)
+        for index in (batches[0], batches[0].long()):
+            frames, phonemes = data[index]
+            check(frames, 256, width, 28, dtype=torch.float16)
+            check(phonemes, 256, dtype=torch.int64)
+        check(data[5][0], width, 28, dtype=torch.float16)
+        [first, *_] = helpers.make_loader(unlabelled, 100).sampler
+        check(unlabelled[first], 100, width, 28, dtype=torch.float16)
+
+
+@pytest.mark.parametrize("augmentations", helpers.OPTIONS["augmentations"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_masks(augmentations, dtype):
+    with rehearsal():
+        frames = torch.zeros(64, 11, 28, dtype=dtype, device="cuda")
+        check(helpers.mask_frames(frames, augmentations), 64, 11, 28, dtype=dtype)
+
+
+@pytest.mark.parametrize("archetype", helpers.OPTIONS["archetype"])
+def test_the_loops_without_backward(dataset, monkeypatch, archetype):
+    book = definitions()
+    book["device"] = "cuda"
+    config = {**book["config"], **TINY, "archetype": archetype, "augmentations": "Both"}
+    train_data, test_data = dataset("train-clean-100"), dataset("test-clean")
+    read = []
+
+    def item(tensor):  # once an epoch for each number
+        read.append(tensor.device.type)
+        return 0.5
+    monkeypatch.setattr(torch.Tensor, "item", item)
+    monkeypatch.setattr(torch.Tensor, "backward", lambda tensor: check(tensor, dtype=torch.float32))
+    monkeypatch.setattr(torch.Tensor, "cpu", lambda tensor: tensor)  # the sums, at the end of an epoch
+    steps = []
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))])
+    optimizer.step = lambda: steps.append(1)
+    scaler = torch.amp.GradScaler("cuda", enabled=False)
+    with rehearsal():
+        with torch.device("cuda"):
+            model = book["Network"](11 * 28, 42, {**config, "weight_initialization": None})
+        book["train"](model, helpers.make_loader(train_data, 256, shuffle=True), book["criterion"], optimizer, scaler,
+                      config)
+        assert len(steps) == -(-len(train_data) // 256)
+        assert read.count("cuda") == 2  # the loss and the accuracy
+        book["eval"](model, helpers.make_loader(train_data, 256))
+        assert read.count("cuda") == 4
+        for logits, _ in book["infer"](model, helpers.make_loader(test_data, 256)):
+            assert logits.device.type == "cuda" and logits.dtype == torch.float32

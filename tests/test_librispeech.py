@@ -1,0 +1,263 @@
+"""LibriSpeech with its phones' times as a corpus: from parquet of synthetic speech, by the dataset's schema."""
+
+import io
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from notebook import ROOT, TINY, run_cells
+
+import helpers
+from helpers import DataError, RunError, make_librispeech_corpus
+
+pytest.importorskip("datasets")
+pq, pa, soundfile = (pytest.importorskip(name) for name in ("pyarrow.parquet", "pyarrow", "soundfile"))
+SPANS = pa.list_(pa.struct([("phoneme", pa.string()), ("start", pa.float64()), ("end", pa.float64())]))
+SCHEMA = pa.schema([("id", pa.string()), ("sex", pa.string()), ("subset", pa.string()),
+                    ("audio", pa.struct([("bytes", pa.binary()), ("path", pa.string())])),
+                    ("transcript", pa.string()), ("phonemes", SPANS)])
+RATE = 16000
+SEVEN = [("sil", 0.0, 0.3), ("AA1", 0.3, 0.5), ("T", 0.5, 0.6), ("spn", 0.6, 0.8), ("UW0", 0.9, 1.1), ("NG", 1.1, 1.2),
+         ("", 1.2, 1.4)]
+
+
+def row(name, spans=SEVEN, seconds=1.4, rate=RATE, audio=None):
+    if audio is None:
+        file = io.BytesIO()
+        noise = np.random.default_rng(sum(name.encode())).normal(0, 0.1, int(seconds * rate))
+        soundfile.write(file, noise, rate, format="FLAC")
+        audio = file.getvalue()
+    spans = spans and [dict(zip(("phoneme", "start", "end"), span)) for span in spans]
+    return {"id": name, "sex": "", "subset": "x", "audio": {"bytes": audio, "path": f"{name}.flac"}, "transcript": "",
+            "phonemes": spans}
+
+
+def write(path, rows):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(pa.Table.from_pylist(rows, SCHEMA), path, row_group_size=3)
+    return path
+
+
+def spoken(count):
+    """Rows of synthetic speech, with the phones and times that the synthesiser reports."""
+    rows = []
+    for i in range(count):
+        samples, events = helpers.speak(helpers.practice_script(0, i)["sentences"][0])
+        file, spans = io.BytesIO(), []
+        soundfile.write(file, samples, helpers.ESPEAK_RATE, format="FLAC")
+        for (start, mnemonic), (end, _) in zip(events, [*events[1:], (len(samples), "_")]):
+            phones = ["sil"] if mnemonic.startswith("_") else helpers.ARPABET[mnemonic].split("+")
+            borders = np.linspace(start, end, len(phones) + 1) / helpers.ESPEAK_RATE
+            spans += [(phone, *times) for phone, times in zip(phones, zip(borders, borders[1:]))]
+        spans[-1] = (*spans[-1][:2], len(samples) / helpers.ESPEAK_RATE)
+        rows.append(row(f"{i}-1-0000", spans, audio=file.getvalue()))
+    return rows
+
+
+@pytest.fixture(scope="module")
+def speech(tmp_path_factory):
+    """A folder of shards named as those of the hub, of ten utterances."""
+    folder, rows = tmp_path_factory.mktemp("speech"), spoken(10)
+    for name, part in (("train_clean_100-00000-of-00002", rows[:4]), ("train_clean_100-00001-of-00002", rows[4:6]),
+                       ("dev_clean-00000-of-00001", rows[6:8]), ("test_clean-00000-of-00001", rows[8:])):
+        write(folder / f"{name}.parquet", part)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def corpus(speech, tmp_path_factory):
+    root = tmp_path_factory.mktemp("converted") / "librispeech"
+    make_librispeech_corpus(root, speech, processes=1)
+    return root
+
+
+def contents(root):
+    return {str(path.relative_to(root)): path.read_bytes() for path in root.rglob("*") if path.is_file()}
+
+
+def slow_labels(spans, frames):
+    """Frame by frame: the phone that holds the centre of its window, else silence."""
+    labels = []
+    for t in range(frames):
+        centre = (160 * t + 256) / 16000
+        here = [phone for phone, start, end in spans if start <= centre < end]
+        labels.append("[SIL]" if not here or here[-1] in ("sil", "sp", "spn", "", None) else here[-1].strip("012"))
+    return labels
+
+
+def test_each_utterance_lies_in_its_partition_with_the_phones_at_its_frames(corpus, speech):
+    expected = {"train-clean-100": 6, "dev-clean": 2, "test-clean": 2}
+    assert {name: len(list((corpus / name / "mfcc").iterdir())) for name in expected} == expected
+    assert not (corpus / "test-clean" / "transcript").exists()
+    answers, frames = [], 0
+    for file in sorted(speech.iterdir()):
+        for utterance in pq.read_table(file).to_pylist():
+            [path] = corpus.glob(f"*/mfcc/{utterance['id']}.npy")
+            assert path.parts[-3].replace("-", "_") in file.name
+            mfcc = np.load(path)
+            audio, rate = soundfile.read(io.BytesIO(utterance["audio"]["bytes"]), dtype="float32")
+            assert np.array_equal(mfcc, helpers.speech_features(audio, rate)) and mfcc.dtype == np.float32
+            assert abs(len(mfcc) - len(audio) / rate * 100) < 4
+            labels = slow_labels([tuple(phone.values()) for phone in utterance["phonemes"]], len(mfcc))
+            if "test" in file.name:
+                answers += labels
+            else:
+                transcript = np.load(path.parents[1] / "transcript" / path.name)
+                assert transcript.tolist() == ["[SOS]", *labels, "[EOS]"] and len(set(labels)) > 5
+            frames += len(mfcc)
+    assert helpers.read_submission(corpus / "answers.csv").tolist() == answers
+    assert sum(len(helpers.AudioDataset(corpus, name)) for name in helpers.PARTITIONS) == frames
+
+
+def test_a_lone_file_is_dealt_out_and_symbols_gaps_and_stress_are_read(tmp_path, capsys):
+    make_librispeech_corpus(tmp_path / "a", write(tmp_path / "x.parquet", [row(f"{i}-0") for i in range(6)]), 1)
+    assert "6 utterances; 0 left out" in capsys.readouterr().out
+    names = [sorted(path.stem for path in (tmp_path / "a" / name / "mfcc").iterdir()) for name in helpers.PARTITIONS]
+    assert names == [["0-0", "1-0", "2-0", "5-0"], ["3-0"], ["4-0"]]
+    labels = np.load(tmp_path / "a" / "dev-clean" / "transcript" / "3-0.npy")[1:-1]
+    assert labels.tolist() == slow_labels(SEVEN, len(labels)) and len(labels) == 137
+    assert set(labels) == {"[SIL]", "AA", "T", "UW", "NG"}
+
+
+def test_what_is_left_out_and_unknown_words_are_counted(tmp_path, capsys):
+    rows = [row(f"{i}-0") for i in range(5)]
+    rows += [row("none-0", None), row("empty-0", []), row("short-0", seconds=2.0), row("enough-0", seconds=1.85)]
+    make_librispeech_corpus(tmp_path / "a", write(tmp_path / "x.parquet", rows), 1)
+    assert "6 utterances; 3 left out" in (printed := capsys.readouterr().out) and "6 unknown words" in printed
+    assert (tmp_path / "a" / "left-out.txt").read_text().splitlines() == [
+        "empty-0: no alignment", "none-0: no alignment", "short-0: its phones end 0.60 s before the audio"]
+    assert not list((tmp_path / "a").rglob("short-0.npy"))
+
+
+def test_other_rates_and_lists_of_structs_as_older_versions_give_them(tmp_path):
+    (tmp_path / "dev-clean" / "mfcc").mkdir(parents=True)
+    (tmp_path / "dev-clean" / "transcript").mkdir()
+    plain, rate = row("a"), row("b", rate=8000)
+    struct = {**plain, "id": "c", "phonemes": {key: [phone[key] for phone in plain["phonemes"]]
+                                               for key in ("phoneme", "start", "end")}}
+    for each in (plain, rate, struct):
+        assert helpers._convert_utterance(tmp_path, "dev-clean", each) == (each["id"], 1, None)
+    arrays = [np.load(tmp_path / "dev-clean" / "transcript" / f"{name}.npy") for name in "abc"]
+    assert np.array_equal(arrays[0], arrays[2])
+    assert len(arrays[1]) == len(arrays[0])
+
+
+BAD = {"an unknown phone": (row("0-0", [("QQ", 0.0, 1.4)]), "0-0: the phone 'QQ' at 0.00 s is unknown; expected AA"),
+       "no audio": (row("0-0", audio=b"nothing"), "0-0: the audio cannot be decoded"),
+       "a path for an id": (row("../0"), "no name of a file")}
+
+
+@pytest.mark.parametrize("bad, words", BAD.values(), ids=BAD)
+def test_bad_rows_are_named(tmp_path, bad, words):
+    with pytest.raises(DataError) as caught:
+        make_librispeech_corpus(tmp_path / "a", write(tmp_path / "x.parquet", [row("1-0"), bad]), 1)
+    assert words in str(caught.value) and not (tmp_path / "a").exists()
+
+
+def test_bad_sources_are_named(tmp_path):
+    with pytest.raises(DataError, match="no such file or folder"):
+        make_librispeech_corpus(tmp_path / "a", tmp_path / "nowhere.parquet")
+    (tmp_path / "x.parquet").write_bytes(b"PAR1 and so on")
+    with pytest.raises(DataError, match="x.parquet: unreadable parquet"):
+        make_librispeech_corpus(tmp_path / "a", tmp_path / "x.parquet")
+    pq.write_table(pa.table({"id": ["a"]}), tmp_path / "y.parquet")
+    with pytest.raises(DataError, match="y.parquet: .*expected LibriSpeech alignments"):
+        make_librispeech_corpus(tmp_path / "a", tmp_path / "y.parquet", 1)
+    with pytest.raises(DataError, match="no utterances for test-clean"):
+        make_librispeech_corpus(tmp_path / "b", write(tmp_path / "z.parquet", [row(f"{i}") for i in range(4)]), 1)
+    (tmp_path / "c").mkdir()
+    with pytest.raises(FileExistsError):
+        make_librispeech_corpus(tmp_path / "c", tmp_path / "z.parquet")
+
+
+class Hub:
+    """A stream of the hub's that breaks off after a few rows, unless told otherwise."""
+
+    def __init__(self, rows, fails_after=None):
+        self.rows, self.fails_after, self.num_shards = rows, fails_after, 1
+
+    def shard(self, num_shards, index):
+        return self
+
+    def select_columns(self, names):
+        return self
+
+    def cast_column(self, name, feature):
+        return self
+
+    def __iter__(self):
+        for i, each in enumerate(self.rows):
+            if i == self.fails_after:
+                raise ConnectionError("the line is dead")
+            yield each
+
+
+def test_a_network_that_fails_keeps_what_is_there(tmp_path, monkeypatch):
+    import datasets
+    rows = {name: [row(f"{name}-{i}") for i in range(4)] for name in ("train_clean_100", "dev_clean", "test_clean")}
+
+    def load(source, split, streaming, fails=()):
+        assert source == helpers.LIBRISPEECH and streaming
+        return Hub(rows[split], 2 if split in fails else None)
+    monkeypatch.setattr(datasets, "load_dataset", lambda *a, **k: load(*a, **k, fails=("dev_clean",)))
+    with pytest.raises(RunError, match="(?s)line is dead.*Check the connection and run again.*needs about 5,600 MB"):
+        make_librispeech_corpus(tmp_path / "a", processes=1)
+    assert len(list((tmp_path / "a.partial").rglob("train*.npy"))) == 8  # features and labels of four
+
+    rows["train_clean_100"] = None  # a finished shard is not fetched again
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    make_librispeech_corpus(tmp_path / "a", processes=1)
+    assert len(list((tmp_path / "a").rglob("*.npy"))) == 20
+
+    def unreachable(*args, **kwargs):
+        raise ConnectionError("no such host")
+    monkeypatch.setattr(datasets, "load_dataset", unreachable)
+    with pytest.raises(RunError, match="no such host.*Check the connection"):
+        make_librispeech_corpus(tmp_path / "b")
+
+
+def test_a_full_disk_is_told_with_what_is_needed(tmp_path, monkeypatch):
+    def full(pool, function, jobs):
+        for i, job in enumerate(jobs):
+            if i == 3:
+                raise RunError("x.npy could not be written (No space left on device)")
+            yield function(*job)
+    monkeypatch.setattr(helpers, "_in_order", full)
+    source = write(tmp_path / "x.parquet", [row(f"{i}") for i in range(5)])
+    with pytest.raises(RunError, match="(?s)No space left.*needs about [\\d,]+ MB; [\\d,]+ MB are there, kept"):
+        make_librispeech_corpus(tmp_path / "a", source, 1)
+    monkeypatch.undo()
+    make_librispeech_corpus(tmp_path / "a", source, 1)
+
+
+CONVERT = "import helpers, sys; helpers.make_librispeech_corpus(sys.argv[1], sys.argv[2], 2)"
+
+
+def test_killed_at_random_moments_it_ends_with_the_same_bytes(speech, corpus, tmp_path):
+    kills, draw = 0, random.Random()
+    while not (tmp_path / "librispeech").exists():
+        child = subprocess.Popen([sys.executable, "-c", CONVERT, tmp_path / "librispeech", speech],
+                                 stderr=subprocess.PIPE, env={**os.environ, "PYTHONPATH": str(ROOT)})
+        try:
+            _, errors = child.communicate(timeout=draw.uniform(2, 7) if kills < 4 else 120)
+            assert child.returncode == 0, errors.decode()
+        except subprocess.TimeoutExpired:
+            child.send_signal(signal.SIGKILL)
+            child.communicate()
+            kills += 1
+            time.sleep(0.1)
+    assert contents(tmp_path / "librispeech") == contents(corpus)
+    assert json.loads(contents(corpus)["shards/000-dev_clean-00000-of-00001.json"])["utterances"] == 2
+
+
+def test_the_notebook_trains_on_it_and_scores_itself(corpus, tmp_path, capsys):
+    run_cells({**TINY, "epochs": 1}, "table = wandb.Table(", tmp_path, corpus)
+    printed = capsys.readouterr().out
+    accuracy = helpers.score_submission(tmp_path / "pencil" / "submission.csv", corpus / "answers.csv")
+    assert f"{accuracy:.2%} of the test frames right" in printed and "PRACTICE" not in printed
