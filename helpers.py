@@ -1,6 +1,7 @@
 """Data, masks, metrics and files for the notebook hw1p2_starter.ipynb (frame-level phoneme classification).
 
-From top to bottom: constants, errors, reading, windows and loaders, masks, metrics, checkpoint, submission,
+From top to bottom: constants, errors, reading, windows and loaders, masks, metrics, sequence decoding, checkpoint,
+submission,
 corpora
 (practice and LibriSpeech). The network, the training loop and the config are in the notebook.
 """
@@ -68,9 +69,9 @@ OPTIONS = {  # config key -> the values it may take, or (type, lowest, highest)
     "weight_initialization": ["kaiming_normal", "kaiming_uniform", "uniform", "xavier_normal", "xavier_uniform", None],
     "augmentations": ["FreqMask", "TimeMask", "Both", None],
     "freq_mask_param": (int, 0, COEFFICIENTS), "time_mask_param": (int, 0, 2001),
-    "data": ["auto", "practice", "kaggle", "librispeech"], "shorten": [True, False],
-    "wandb": ["auto", "online", "offline", "disabled"], "artifacts": [True, False], "drive": [True, False],
-    "kaggle_submit": [True, False], "ablations": [True, False],
+    "smoothing": [True, False], "data": ["auto", "practice", "kaggle", "librispeech"],
+    "shorten": [True, False], "wandb": ["auto", "online", "offline", "disabled"], "artifacts": [True, False],
+    "drive": [True, False], "kaggle_submit": [True, False], "ablations": [True, False],
 }
 
 
@@ -698,10 +699,96 @@ def calibration(confidences, correct, bins=10):
     return confidence, accuracy, count, float(np.nansum(np.abs(confidence - accuracy) * count) / count.sum())
 
 
+# ---- Sequence decoding -------------------------------------------------------------------------------------
+
+def count_transitions(labels, starts):
+    """How phonemes follow each other, counted from frame to frame inside the utterances, add-one smoothed.
+
+    Args:
+        labels: integer (n,). starts: (utterances + 1,), the first frame of each utterance, and n.
+
+    Returns:
+        (log prior of each phoneme, float32 (42,); log probability of the next frame's phoneme, float32 (42, 42):
+        row = this frame's, column = the next one's), on the device of `labels`.
+    """
+    n, labels = len(PHONEMES), labels.long()
+    inside = torch.ones(len(labels), dtype=torch.bool, device=labels.device)
+    inside[starts[:-1]] = False  # the first frame of an utterance follows nothing
+    pairs = (labels[:-1] * n + labels[1:])[inside[1:]]
+    counts = torch.bincount(pairs, minlength=n * n).view(n, n).float() + 1
+    prior = torch.bincount(labels, minlength=n).float() + 1
+    return (prior / prior.sum()).log(), (counts / counts.sum(1, keepdim=True)).log()
+
+
+def viterbi(scores, transitions, starts):
+    """The best path through each utterance: the largest sum of its frames' scores and of its transitions.
+
+    Viterbi's algorithm (Rabiner, "A tutorial on hidden Markov models", 1989, III.B; every start is equally likely), one
+    frame of all utterances at a time.
+
+    Args:
+        scores: float32 (n, k) for each frame and state. transitions: float32 (k, k), row = from, column = to.
+        starts: (utterances + 1,), the first frame of each utterance, and n.
+
+    Returns:
+        int64 (n,), the state of each frame, on the device of `scores`.
+    """
+    device, states = scores.device, scores.shape[1]
+    lengths, order = starts.to(device).diff().sort(descending=True)
+    first = starts.to(device)[:-1][order]
+    lengths = np.array(lengths.tolist())
+    active = (lengths > np.arange(lengths[0])[:, None]).sum(1).tolist()  # how many utterances have a frame t
+    best = scores.clone()  # the score of the best path to each state, up to a constant of the frame
+    for t in range(1, len(active)):
+        frame = first[:active[t]] + t
+        total = (best[frame - 1].unsqueeze(2) + transitions).amax(1)
+        best[frame] += total - total.amax(1, keepdim=True)  # small numbers stay exact
+    # backwards, the state before a known one is the best one for it; behind the last frame there is none
+    to_next = torch.cat([transitions.T, torch.zeros(1, states, device=device)])
+    state = torch.full((len(first),), states, device=device)
+    path = torch.empty(len(scores), dtype=torch.int64, device=device)
+    for t in reversed(range(len(active))):
+        frame = first[:active[t]] + t
+        state[:active[t]] = path[frame] = (best[frame] + to_next[state[:active[t]]]).argmax(1)
+    return path
+
+
+class Decoder:
+    """Viterbi over the network's log posteriors, with the training set's transitions.
+
+    A frame's score for a phoneme is its log posterior - `scale` x its log prior; a step's is `weight` x the log
+    probability of the transition.
+
+    Example:
+        decoder = Decoder(train_data.labels, train_data.starts)
+        decoder.choose(log_posteriors, val_data.labels, val_data.starts)
+        indexes = decoder(test_log_posteriors, test_data.starts)  # (n, 42) -> int64 (n,)
+    """
+
+    def __init__(self, labels, starts, scale=0.0, weight=1.0):
+        self.prior, self.transitions = count_transitions(labels, starts)
+        self.scale, self.weight = scale, weight
+
+    def __call__(self, log_posteriors, starts):
+        device = log_posteriors.device
+        return viterbi(log_posteriors - self.scale * self.prior.to(device), self.weight * self.transitions.to(device),
+                       starts)
+
+    def choose(self, log_posteriors, labels, starts, frames=100_000):
+        """Set `scale` and `weight` to the pair with the most right frames, on the first utterances (some `frames`)."""
+        last = min(int(torch.searchsorted(starts, torch.tensor(frames, device=starts.device))), len(starts) - 1)
+        starts = starts[:last + 1]
+        log_posteriors, labels = log_posteriors[:starts[-1]], labels[:starts[-1]].to(log_posteriors.device)
+        right = {}
+        for self.scale, self.weight in itertools.product((0, 0.15, 0.3, 0.45), (0.25, 0.5, 0.75, 1, 1.5)):
+            right[self.scale, self.weight] = (self(log_posteriors, starts) == labels).sum().item()
+        self.scale, self.weight = max(right, key=right.get)
+
+
 # ---- Checkpoint --------------------------------------------------------------------------------------------
 
 # what may change between two runs in one folder without making the trained weights something else
-FREE_KEYS = ("Name", "data", "shorten", "wandb", "artifacts", "drive", "kaggle_submit", "ablations")
+FREE_KEYS = ("Name", "smoothing", "data", "shorten", "wandb", "artifacts", "drive", "kaggle_submit", "ablations")
 
 
 def lock_run(folder):

@@ -5,7 +5,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 from notebook import TINY, definitions
-from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -133,3 +133,11 @@ def test_the_loops_without_backward(dataset, monkeypatch, archetype):
         assert read.count("cuda") == 4
         for logits, _ in book["infer"](model, helpers.make_loader(test_data, 256)):
             assert logits.device.type == "cuda" and logits.dtype == torch.float32
+
+
+def test_viterbi(monkeypatch):
+    monkeypatch.setattr(FakeTensor, "tolist", lambda tensor: [3, 2, 1])  # the lengths, read once
+    with rehearsal():
+        scores, transitions = torch.zeros(6, 42, device="cuda"), torch.zeros(42, 42, device="cuda")
+        starts = torch.tensor([0, 3, 5, 6], device="cuda")
+        check(helpers.viterbi(scores, transitions, starts), 6, dtype=torch.int64)

@@ -1,0 +1,109 @@
+"""Sequence decoding against all paths of short sequences, and its counts against a loop."""
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from helpers import PHONEMES, Decoder, count_transitions, viterbi
+
+repeatable = settings(derandomize=True, deadline=None, database=None, max_examples=60)
+
+
+def starts_of(lengths):
+    return torch.tensor([0, *itertools.accumulate(lengths)])
+
+
+def best_path(scores, transitions):
+    """The best of all paths of one utterance (T, k), by trying each."""
+    def total(path):
+        return (sum(scores[t, state] for t, state in enumerate(path))
+                + sum(transitions[a, b] for a, b in zip(path, path[1:])))
+    return max(itertools.product(range(scores.shape[1]), repeat=len(scores)), key=total)
+
+
+@repeatable
+@given(lengths=st.lists(st.integers(1, 6), min_size=1, max_size=5), states=st.integers(1, 3), seed=st.integers(0, 999))
+def test_viterbi_finds_the_best_of_all_paths_of_each_utterance(lengths, states, seed):
+    rng = np.random.default_rng(seed)
+    scores, transitions = rng.normal(size=(sum(lengths), states)), rng.normal(size=(states, states))
+    starts = starts_of(lengths)
+    path = viterbi(torch.tensor(scores, dtype=torch.float32), torch.tensor(transitions, dtype=torch.float32), starts)
+    expected = [state for first, end in zip(starts, starts[1:]) for state in best_path(scores[first:end], transitions)]
+    assert path.dtype == torch.int64 and path.tolist() == expected
+
+
+def test_no_transition_crosses_the_border_of_an_utterance():
+    scores = torch.tensor([[1.0, 0.0]] * 3 + [[0.0, 1.0]] * 3)
+    stay = torch.tensor([[0.0, -100.0], [-100.0, 0.0]])
+    assert viterbi(scores, stay, torch.tensor([0, 3, 6])).tolist() == [0, 0, 0, 1, 1, 1]
+    assert len(set(viterbi(scores, stay, torch.tensor([0, 6])).tolist())) == 1
+
+
+def test_long_utterances_are_decoded_exactly():
+    torch.manual_seed(1)
+    scores, transitions = torch.randn(20_000, 5) - 50, torch.randn(5, 5)
+    starts = torch.tensor([0, 19_990, 20_000])
+    exact = viterbi(scores.double(), transitions.double(), starts)  # sums of a million
+    assert (viterbi(scores, transitions, starts) == exact).float().mean() > 0.9999
+
+
+@repeatable
+@given(lengths=st.lists(st.integers(1, 9), min_size=1, max_size=6), seed=st.integers(0, 99))
+def test_transitions_are_counted_inside_utterances_with_add_one(lengths, seed):
+    n, starts = len(PHONEMES), starts_of(lengths)
+    labels = torch.from_numpy(np.random.default_rng(seed).integers(0, 5, sum(lengths)).astype(np.uint8))
+    pairs, single = np.ones((n, n)), np.ones(n)
+    for first, end in zip(starts.tolist(), starts.tolist()[1:]):
+        for t in range(first, end):
+            single[labels[t]] += 1
+            if t > first:
+                pairs[labels[t - 1], labels[t]] += 1
+    prior, transitions = count_transitions(labels, starts)
+    assert prior.dtype == transitions.dtype == torch.float32
+    np.testing.assert_allclose(prior.exp(), single / single.sum(), rtol=1e-5)
+    np.testing.assert_allclose(transitions.exp(), pairs / pairs.sum(1, keepdims=True), rtol=1e-5)
+
+
+@pytest.fixture
+def noisy():
+    """Labels that stay for ten frames, and posteriors that are wrong at random: log posteriors, labels, starts."""
+    torch.manual_seed(2)
+    labels = torch.randint(0, 40, (60,)).repeat_interleave(10)
+    logits = 2.0 * torch.nn.functional.one_hot(labels, 42) + torch.randn(600, 42)
+    return logits.log_softmax(1), labels.to(torch.uint8), torch.tensor([0, 200, 230, 600])
+
+
+def test_decoding_repairs_flickering_and_the_choice_is_the_best_pair(noisy):
+    log_posteriors, labels, starts = noisy
+    decoder = Decoder(labels, starts)
+    decoder.choose(log_posteriors, labels, starts)
+    accuracy = (decoder(log_posteriors, starts) == labels).float().mean()
+    assert accuracy > (log_posteriors.argmax(1) == labels).float().mean() + 0.2
+    for scale, weight in ((0, 0.25), (0.3, 1), (0.45, 1.5)):
+        other = Decoder(labels, starts, scale, weight)
+        assert (other(log_posteriors, starts) == labels).float().mean() <= accuracy
+
+
+def test_without_transitions_it_is_frame_by_frame(noisy):
+    log_posteriors, labels, starts = noisy
+    assert torch.equal(Decoder(labels, starts, 0, 0)(log_posteriors, starts), log_posteriors.argmax(1))
+
+
+def test_scale_takes_the_prior_out(noisy):
+    log_posteriors, labels, starts = noisy
+    decoder = Decoder(labels, starts, scale=0.5, weight=0)
+    prior, _ = count_transitions(labels, starts)
+    assert torch.equal(decoder(log_posteriors, starts), (log_posteriors - 0.5 * prior).argmax(1))
+    assert not torch.equal(decoder(log_posteriors, starts), log_posteriors.argmax(1))
+
+
+def test_the_choice_may_be_made_on_the_first_utterances(noisy):
+    log_posteriors, labels, starts = noisy
+    first, same = Decoder(labels, starts), Decoder(labels, starts)
+    first.choose(log_posteriors, labels, starts, frames=210)  # ends in the second one, which is taken whole
+    same.choose(log_posteriors[:230], labels[:230], starts[:3])
+    assert (first.scale, first.weight) == (same.scale, same.weight)
