@@ -734,8 +734,8 @@ def viterbi(scores, transitions, starts):
         int64 (n,), the state of each frame, on the device of `scores`.
     """
     device, states = scores.device, scores.shape[1]
-    lengths, order = starts.to(device).diff().sort(descending=True)
-    first = starts.to(device)[:-1][order]
+    lengths, order = starts.diff().sort(descending=True)
+    first = starts[:-1][order].to(device)
     lengths = np.array(lengths.tolist())
     active = (lengths > np.arange(lengths[0])[:, None]).sum(1).tolist()  # how many utterances have a frame t
     best = scores.clone()  # the score of the best path to each state, up to a constant of the frame
