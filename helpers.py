@@ -1,9 +1,8 @@
 """Data, masks, metrics and files for the notebook hw1p2_starter.ipynb (frame-level phoneme classification).
 
 From top to bottom: constants, errors, reading, windows and loaders, masks, metrics, sequence decoding, checkpoint,
-submission,
-corpora
-(practice and LibriSpeech). The network, the training loop and the config are in the notebook.
+submission, where the data come from, practice corpus, LibriSpeech corpus. The network, the training loop and the config
+are in the notebook.
 """
 
 import _ctypes
@@ -936,6 +935,10 @@ def score_submission(path, answers):
     return float((read_submission(path, rows=len(truth)) == truth).mean())
 
 
+KAGGLE_CAUSES = ("The usual causes: the rules are not accepted yet (press Join on "
+                 f"kaggle.com/competitions/{COMPETITION}), or the token is missing or has expired: create a new one.")
+
+
 def kaggle(*arguments):
     """Run the official `kaggle` command with the token that it finds. Returns what it printed.
 
@@ -960,10 +963,6 @@ def kaggle(*arguments):
 
 
 # ---- Where the data come from ------------------------------------------------------------------------------
-
-KAGGLE_CAUSES = ("The usual causes: the rules are not accepted yet (press Join on "
-                 f"kaggle.com/competitions/{COMPETITION}), or the token is missing or has expired: create a new one.")
-
 
 def get_data(choice, cache):
     """The data folder that config["data"] asks for. What is not there yet is fetched or made first.
@@ -1312,7 +1311,7 @@ def make_practice_corpus(root, utterances=(370, 52, 52), sentences=(1, 1, 1), se
 # Real speech for those without the Kaggle data: the same recordings, aligned in the open.
 
 LIBRISPEECH = "gilkeyio/librispeech-alignments"
-LIBRISPEECH_UTTERANCES = {"train-clean-100": 28_539, "dev-clean": 2_703, "test-clean": 2_620}
+LIBRISPEECH_UTTERANCES = 33_862
 DEALT = ("train-clean-100", "train-clean-100", "train-clean-100", "dev-clean", "test-clean")
 SILENT = ("sil", "sp", "spn", "", None)  # spn: an unknown word
 
@@ -1347,23 +1346,23 @@ def make_librispeech_corpus(root, source=LIBRISPEECH, processes=None):
     with _worker_pool(processes) as pool, tqdm(total=total, desc="LibriSpeech", unit=" utterances", leave=False) as bar:
         for name, rows, deal in shards:
             record = partial / "shards" / f"{name}.json"
-            if not record.exists():
-                counts = {"utterances": 0, "spn": 0, "left out": {}}
-                try:
-                    for utterance, spn, fault in _in_order(pool, _convert_utterance, (
-                            (partial, deal[i % len(deal)], row) for i, row in enumerate(rows))):
-                        counts["utterances"] += 1
-                        counts["spn"] += spn
-                        counts["left out"] |= {utterance: fault} if fault else {}
-                        bar.update()
-                    with replacing(record) as temporary:
-                        temporary.write_text(json.dumps(counts))
-                except RunError as error:
-                    there = sum(path.stat().st_size for path in partial.rglob("*") if path.is_file())
-                    raise RunError(f"{error}\nIn all, {root} needs about {needed / 1e6:,.0f} MB; {there / 1e6:,.0f} MB "
-                                   f"are there, kept in {partial}. The next start goes on with them.") from error
-            else:
+            if record.exists():
                 bar.update(json.loads(record.read_text())["utterances"])
+                continue
+            counts = {"utterances": 0, "spn": 0, "left out": {}}
+            jobs = ((partial, deal[i % len(deal)], row) for i, row in enumerate(rows))
+            try:
+                for utterance, spn, fault in _in_order(pool, _convert_utterance, jobs):
+                    counts["utterances"] += 1
+                    counts["spn"] += spn
+                    counts["left out"] |= {utterance: fault} if fault else {}
+                    bar.update()
+                with replacing(record) as temporary:
+                    temporary.write_text(json.dumps(counts))
+            except RunError as error:
+                there = sum(path.stat().st_size for path in partial.rglob("*") if path.is_file())
+                raise RunError(f"{error}\nIn all, {root} needs about {needed / 1e6:,.0f} MB; {there / 1e6:,.0f} MB "
+                               f"are there, kept in {partial}. The next start goes on with them.") from error
     _finish_librispeech(root, partial)
 
 
@@ -1371,6 +1370,7 @@ def _alignment_shards(source):
     """[(name, iterable of rows, partitions that its rows go to in turn)], number of rows, bytes of the corpus."""
     datasets = need("datasets")
     need("soundfile")
+    from pyarrow import parquet  # comes with datasets
     if not Path(source).exists():
         if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)):
             raise DataError(f"{source}: no such file or folder; expected .parquet, or a dataset's name on the hub")
@@ -1381,12 +1381,12 @@ def _alignment_shards(source):
             raise _unreachable(source, error) from error
         shards = [(f"{name}-{i:02d}", _rows(stream.shard(stream.num_shards, i), source), (name,))
                   for name, stream in streams.items() for i in range(stream.num_shards)]
-        return shards, sum(LIBRISPEECH_UTTERANCES.values()), 5.6e9
+        return shards, LIBRISPEECH_UTTERANCES, 5.6e9
     files = sorted(Path(source).rglob("*.parquet")) if Path(source).is_dir() else [Path(source)]
     shards, total = [], 0
     for number, file in enumerate(files):
         try:
-            total += importlib.import_module("pyarrow.parquet").read_metadata(file).num_rows
+            total += parquet.read_metadata(file).num_rows
             stream = datasets.load_dataset("parquet", data_files=str(file), split="train", streaming=True)
         except Exception as error:
             raise DataError(f"{file}: unreadable parquet ({error}); expected LibriSpeech alignments") from error
@@ -1427,6 +1427,21 @@ def _label_folder(partial, partition):
     return partial / "answers" if partition == "test-clean" else partial / partition / "transcript"
 
 
+def _alignment_labels(name, phones, frames):
+    """The phonemes of an utterance's frames, a list of `frames` names; a DataError where a phone is unknown."""
+    starts, names = [], []
+    for phone in sorted(phones, key=lambda phone: phone["start"]):
+        symbol = "[SIL]" if phone["phoneme"] in SILENT else phone["phoneme"].rstrip("012")
+        if symbol not in PHONEMES[:40]:
+            raise DataError(f"{name}: the phone {phone['phoneme']!r} at {phone['start']:.2f} s is unknown; expected "
+                            f"{' '.join(PHONEMES[1:40])}, with a stress digit or without, sil, sp or spn")
+        if starts and starts[-1] > phone["start"]:
+            starts[-1] = phone["start"]  # they overlap: the later one begins where it says
+        starts += [phone["start"], phone["end"]]
+        names += [symbol, "[SIL]"]  # a gap is silence; without one, the next phone begins at the same time
+    return label_frames(starts, names, frames, 1)
+
+
 def _convert_utterance(partial, partition, row):
     """Write one utterance unless it is there. Returns (id, unknown words in it, why it is left out or None)."""
     name, phones = row["id"], row["phonemes"] or []
@@ -1447,18 +1462,8 @@ def _convert_utterance(partial, partition, row):
     mfcc_path, labels_path = (folder / f"{name}.npy" for folder in (partial / partition / "mfcc",
                                                                     _label_folder(partial, partition)))
     if not (mfcc_path.exists() and labels_path.exists()):
-        starts, names = [], []
-        for phone in sorted(phones, key=lambda phone: phone["start"]):
-            symbol = "[SIL]" if phone["phoneme"] in SILENT else phone["phoneme"].rstrip("012")
-            if symbol not in PHONEMES[:40]:
-                raise DataError(f"{name}: the phone {phone['phoneme']!r} at {phone['start']:.2f} s is unknown; expected"
-                                f" {' '.join(PHONEMES[1:40])}, with a stress digit or without, sil, sp or spn")
-            if starts and starts[-1] > phone["start"]:
-                starts[-1] = phone["start"]  # they overlap: the later one begins where it says
-            starts += [phone["start"], phone["end"]]
-            names += [symbol, "[SIL]"]  # a gap is silence; without one, the next phone begins at the same time
         mfcc = speech_features(audio, rate)
-        labels = np.array(["[SOS]", *label_frames(starts, names, len(mfcc), 1), "[EOS]"], "<U5")
+        labels = np.array(["[SOS]", *_alignment_labels(name, phones, len(mfcc)), "[EOS]"], "<U5")
         for path, array in ((mfcc_path, mfcc), (labels_path, labels)):
             with replacing(path, array.nbytes) as temporary, open(temporary, "wb") as file:
                 np.save(file, array)
