@@ -21,7 +21,6 @@ import shutil
 import subprocess
 import sys
 import threading
-import time
 import types
 import warnings
 import zipfile
@@ -35,6 +34,8 @@ import pandas as pd
 import torch
 import torchaudio
 from filelock import FileLock, Timeout
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch.utils.data import DataLoader, Dataset, Sampler
 from tqdm.auto import tqdm
 
@@ -172,7 +173,7 @@ def replacing(path, size=0):
         # torch.save buries a full disk's OSError under a RuntimeError of its own, or loses it
         if isinstance(error, RuntimeError) and isinstance(error.__context__, OSError):
             error = error.__context__
-        if isinstance(error, OSError) or (isinstance(error, RuntimeError) and "PytorchStreamWriter" in str(error)):
+        if isinstance(error, (OSError, SafetensorError)) or "PytorchStreamWriter" in str(error):
             free = shutil.disk_usage(path.parent).free if path.parent.exists() else 0
             needed = f"{size / 1e6:.1f} MB are needed there, " if size else ""
             raise RunError(f"{path} could not be written ({error}): {needed}{free / 1e6:.1f} MB are free. "
@@ -180,146 +181,196 @@ def replacing(path, size=0):
         raise
 
 
+def in_order(pool, function, jobs):
+    """Yield function(*job) for each job, worked on by the pool, in order; few jobs are taken in advance."""
+    pending = deque()
+    for job in jobs:
+        pending.append(pool.submit(function, *job))
+        if len(pending) >= 64:
+            yield pending.popleft().result()
+    while pending:
+        yield pending.popleft().result()
+
+
+@contextlib.contextmanager
+def alone(path):
+    """Of two notebooks that make the same thing, let one into the block and the other wait until it comes out.
+
+    Raises:
+        RunError: the folder of `path` cannot be written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(path.with_name(f".{path.name}.lock"))
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            print(f"another notebook is making {path}: waiting for it")
+            lock.acquire()
+    except NotImplementedError:  # no locks on this file system
+        lock = contextlib.nullcontext()
+    except OSError as error:
+        raise RunError(f"{path} cannot be made: {error}") from error
+    with lock:
+        yield
+
+
 # ---- Reading: a folder of .npy files -> one packed array ---------------------------------------------------
 
 GAP = 50  # zero rows between utterances, at least; contexts up to this share one cache file
-_SORTED_PHONEMES = np.array(sorted(PHONEMES))
-_INDEX_OF_SORTED = np.array([PHONEMES.index(name) for name in _SORTED_PHONEMES], np.uint8)
+_INDEX = {phoneme: i for i, phoneme in enumerate(PHONEMES[:40])}
 
 
-def _list_folder(folder):
-    """Sorted names of the .npy files in a folder, and the names of the other (ignored) entries."""
-    if not folder.is_dir():
-        raise DataError(f"{folder}: there is no such folder; expected ROOT/{{train-clean-100,dev-clean}}/"
-                        "{mfcc,transcript}/*.npy and ROOT/test-clean/mfcc/*.npy")
-    names = sorted(os.listdir(folder))
-    wanted = [name for name in names if name.endswith(".npy") and not name.startswith(".")]
-    return wanted, sorted(set(names) - set(wanted))
-
-
-@functools.cache  # files of the same length have the same header: parse it once
-def _parse_header(header):
-    file = io.BytesIO(header)
-    version = np.lib.format.read_magic(file)
-    if version not in ((1, 0), (2, 0)):
-        raise DataError(f"version {version} of the .npy format; expected 1.0 or 2.0")
-    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-    try:
-        shape, fortran_order, dtype = read(file)
-    except Exception as error:  # from numpy's parser, Python's, and Python's tokenizer
-        raise DataError(f"unreadable header ({error})") from None
-    if dtype.hasobject:
-        raise DataError("a pickled object array; expected plain numbers or text")
-    return shape, dtype, file.tell(), "F" if fortran_order else "C"
-
-
-def _read_header(path):
-    """(shape, dtype, offset of the data in bytes, order "C" or "F") of a .npy file whose size matches its header."""
-    with open(path, "rb", buffering=0) as file:
-        header = file.read(12)
-        wide = header[6:7] == b"\2"  # in version 2, the length of the header has four bytes instead of two
-        header += file.read(min(int.from_bytes(header[8:12 if wide else 10], "little") - (0 if wide else 2), 2**16))
-        size = os.fstat(file.fileno()).st_size
-    shape, dtype, offset, order = _parse_header(header)
-    missing = offset + dtype.itemsize * math.prod(shape) - size
-    if missing:
-        raise DataError(f"truncated: {missing:,} bytes are missing at the end" if missing > 0 else
-                        f"{-missing:,} bytes too many at the end")
-    return shape, dtype, offset, order
-
-
-def _check_mfcc(path):
-    shape, dtype, *place = _read_header(path)
-    if dtype.kind != "f" or dtype.itemsize > 8:
-        raise DataError(f"dtype {dtype}; expected float32")
-    if len(shape) != 2 or shape[0] < 1 or shape[1] != COEFFICIENTS:
-        raise DataError(f"shape {shape}; expected (frames, {COEFFICIENTS}) with at least one frame")
-    return shape[0], shape, dtype, *place
-
-
-def _check_transcript(path):
-    shape, dtype, *place = _read_header(path)
-    if dtype.kind != "U":
-        raise DataError(f"dtype {dtype}; expected text, <U5")
-    if len(shape) != 1 or shape[0] < 3:
-        raise DataError(f"shape {shape}; expected (frames + 2,) for [SOS], one phoneme a frame, [EOS]")
-    return shape[0] - 2, shape, dtype, *place
-
-
-def _read_array(path, header):
-    """The data behind a header that was checked before, in the machine's byte order; one read, no pickle."""
-    _, shape, dtype, offset, order = header
-    data = np.fromfile(path, dtype, offset=offset).reshape(shape, order=order)
-    return data.astype(dtype.newbyteorder("="), copy=False)
-
-
-def _normalise(mfcc):
-    """Cepstral mean and variance normalisation, (x - mean) / (std + 1e-8) over time; (T, 28) -> float64 (T, 28)."""
-    with np.errstate(all="ignore"):  # NaN and infinity are reported below, with the name of the file
+def _mfccs(array):
+    """Check one utterance's MFCCs and normalise them over time: (x - mean) / (std + 1e-8), and that std (28,)."""
+    if array.dtype.kind != "f" or array.dtype.itemsize > 8:
+        raise ValueError(f"dtype {array.dtype}; expected float32")
+    if array.ndim != 2 or len(array) < 1 or array.shape[1] != COEFFICIENTS:
+        raise ValueError(f"shape {array.shape}; expected (frames, {COEFFICIENTS}) with at least one frame")
+    with np.errstate(all="ignore"):
         # less the first row, a constant coefficient is exactly zero; a rounding error over 1e-8 would be anything
-        mfcc = np.subtract(mfcc, mfcc[0], dtype=np.float64)
-        mfcc -= mfcc.mean(axis=0)
-        deviation = np.sqrt(np.einsum("ij,ij->j", mfcc, mfcc) / len(mfcc))
-        mfcc /= deviation + 1e-8
+        array = np.subtract(array, array[0], dtype=np.float64)
+        array -= array.mean(axis=0)
+        deviation = np.sqrt((array**2).mean(axis=0))
+        array /= deviation + 1e-8
     if not np.isfinite(deviation).all():  # infinite too where the values are so large that their squares overflow
-        raise DataError("NaN, infinite or absurdly large values; expected finite MFCCs")
-    return mfcc
+        raise ValueError("NaN, infinite or absurdly large values; expected finite MFCCs")
+    return array, deviation
 
 
-def _label_indexes(transcript):
-    """Text (T+2,) -> uint8 indexes into PHONEMES (T,); a lookup per phone, not per frame: labels come in runs."""
-    first, last = transcript[0], transcript[-1]
-    if first != "[SOS]" or last != "[EOS]":
-        raise DataError(f"it starts with {_text(first)} and ends with {_text(last)}; expected [SOS] and [EOS]")
-    labels = transcript[1:-1]
-    starts = np.flatnonzero(np.concatenate(([True], labels[1:] != labels[:-1])))
-    names = labels[starts]
-    found = np.searchsorted(_SORTED_PHONEMES, names).clip(max=len(PHONEMES) - 1)
-    unknown = np.flatnonzero((_SORTED_PHONEMES[found] != names) | (names == "[SOS]") | (names == "[EOS]"))
-    if len(unknown):
-        raise DataError(f"{_text(names[unknown[0]])} at frame {starts[unknown[0]]} is not a phoneme; expected one of "
-                        f"{' '.join(PHONEMES[:-2])}")
-    return np.repeat(_INDEX_OF_SORTED[found], np.diff(starts, append=len(labels)))
+def _labels(array):
+    """Check one utterance's transcript, text (T+2,), and turn it into indexes into PHONEMES, uint8 (T,)."""
+    if array.dtype.kind != "U":
+        raise ValueError(f"dtype {array.dtype}; expected text, <U5")
+    if array.ndim != 1 or len(array) < 3:
+        raise ValueError(f"shape {array.shape}; expected (frames + 2,) for [SOS], one phoneme a frame, [EOS]")
+    first, *phonemes, last = array.tolist()
+    if (first, last) != ("[SOS]", "[EOS]"):
+        raise ValueError(f"it starts with {first!r} and ends with {last!r}; expected [SOS] and [EOS]")
+    for t, phoneme in enumerate(phonemes):
+        if phoneme not in _INDEX:
+            raise ValueError(f"{phoneme!r} at frame {t} is not a phoneme; expected one of {' '.join(_INDEX)}")
+    return np.array([_INDEX[phoneme] for phoneme in phonemes], np.uint8)
 
 
-def _printable(name):
-    """Text with file names as it can be printed: their bytes that are no text are escaped."""
-    return name.encode(errors="backslashreplace").decode()
-
-
-def _text(value):
+def _content(path):
+    """The bytes of a file, or the error that they cannot be read."""
     try:
-        return repr(str(value))
-    except ValueError:  # bytes that are no Unicode characters
-        return "text that cannot be shown"
+        return path.read_bytes()
+    except OSError as error:
+        return error
 
 
-def _for_each(pool, function, items, describe, folder, faults):
-    """[function(item)], in a thread pool where that helps; None for a faulty item, its fault appended to `faults`."""
-    def attempt(item):
-        try:
-            return function(item)
-        except (MemoryError, RunError):
-            raise
-        except Exception as error:  # whatever a damaged file provokes, it is that file's fault
-            return DataError(f"{folder / describe(item)}: {error or type(error).__name__}")
+def _load_npy(content):
+    file = io.BytesIO(content)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # numpy's and Python's, about what stands in a damaged header
+            array = np.lib.format.read_array(file, allow_pickle=False)
+        if file.read(1):
+            raise ValueError("there is more in it")
+        return array
+    except Exception as error:  # numpy's parser, Python's, and Python's tokenizer have a dozen kinds
+        raise ValueError(f"{error}; expected one whole array in an .npy file") from None
 
-    # threads help where a file is waited for, as on Drive; on a quick disk they only get into each other's way
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # numpy's and Python's, about what stands in a damaged header
-        start = time.perf_counter()
-        results = list(map(attempt, items[:50]))
-        slow = time.perf_counter() - start > 0.003 * len(results)
-        rest = (pool.map if slow else map)(attempt, items[50:])
-        results += tqdm(rest, desc=f"reading {folder.name}", total=len(items) - len(results), leave=False, delay=10)
-    faults += [str(result) for result in results if isinstance(result, DataError)]
-    return [None if isinstance(result, DataError) else result for result in results]
+
+def _convert(path, content, convert, faults):
+    """What `convert` makes of the array in an .npy file of this content; None, and a line in `faults`, if it is bad."""
+    try:
+        if isinstance(content, OSError):
+            raise content
+        return convert(_load_npy(content))
+    except Exception as error:  # whatever a damaged file provokes, it is that file's fault
+        faults.append(f"{path}: {error}")
 
 
 def _raise_faults(folder, faults):
     if faults:
         more = [f"... and {len(faults) - 10:,} more"] if len(faults) > 10 else []
         raise DataError(_printable("\n".join([f"{folder}: {len(faults):,} fault(s) in the data", *faults[:10], *more])))
+
+
+def _printable(text):
+    """Text with file names as it can be printed: their bytes that are no text are escaped."""
+    return text.encode(errors="backslashreplace").decode()
+
+
+def _pack(folder, names, labelled, gap):
+    """Read, check, normalise and pack the utterances of these names: what `read_partition` returns."""
+    kinds = ("mfcc", "transcript") if labelled else ("mfcc",)
+    mfcc_paths = [folder / "mfcc" / name for name in names]
+    # room for as many frames as the files can hold; what is not written to takes no memory
+    rows = sum(os.path.getsize(path) for path in mfcc_paths if path.exists()) // (2 * COEFFICIENTS)
+    # from numpy, as torch converts to float16 many times as fast
+    frames = torch.from_numpy(np.zeros((rows + gap * (len(names) + 1), COEFFICIENTS), np.float16))
+    labels, lengths, deviations, faults, row = [], [], [], [], gap
+    with ThreadPoolExecutor(16) as pool:  # small files on a slow disk (Drive) are waited for more than worked on
+        contents = in_order(pool, _content, ((folder / kind / name,) for name in names for kind in kinds))
+        for path in tqdm(mfcc_paths, desc=f"reading {folder.name}", leave=False, delay=10):
+            mfccs = _convert(path, next(contents), _mfccs, faults)
+            path = folder / "transcript" / path.name
+            phonemes = _convert(path, next(contents), _labels, faults) if labelled else None
+            if mfccs is None or labelled and phonemes is None:
+                continue
+            mfcc, deviation = mfccs
+            if labelled and len(phonemes) != len(mfcc):
+                faults.append(f"{path}: {len(phonemes)} phonemes; expected {len(mfcc)}, one a frame")
+                continue
+            frames[row:row + len(mfcc)] = torch.from_numpy(mfcc)
+            row += len(mfcc) + gap
+            lengths.append(len(mfcc))
+            deviations.append(deviation)
+            labels.append(phonemes)
+    _raise_faults(folder, faults)
+    return {"frames": frames[:row], "starts": torch.tensor([0, *itertools.accumulate(lengths)]),
+            "labels": torch.from_numpy(np.concatenate(labels) if labelled else np.zeros(0, np.uint8)),
+            "deviations": torch.tensor(np.mean(deviations, axis=0), dtype=torch.float32)}
+
+
+def _list_utterances(folder, labelled, subset):
+    """Sorted names of a partition's first utterances; a DataError where one has no counterpart or none is left."""
+    names = {}
+    for kind in ("mfcc", "transcript") if labelled else ("mfcc",):
+        if not (folder / kind).is_dir():
+            raise DataError(f"{folder / kind}: there is no such folder; expected ROOT/{{train-clean-100,dev-clean}}/"
+                            "{mfcc,transcript}/*.npy and ROOT/test-clean/mfcc/*.npy")
+        found = sorted(os.listdir(folder / kind))
+        names[kind] = [name for name in found if name.endswith(".npy") and not name.startswith(".")]
+        if ignored := sorted({*found} - {*names[kind]}):
+            print(f"{folder.name}: ignored {len(ignored)} file(s) in {kind} that are not utterances: "
+                  + ", ".join(map(_printable, ignored[:5])))
+    mfccs, total = names["mfcc"], len(names["mfcc"])
+    if not mfccs:
+        raise DataError(f"{folder / 'mfcc'}: there are no .npy files in it; expected one for each utterance")
+    if not labelled:
+        return mfccs
+    transcripts = names["transcript"]
+    _raise_faults(folder, [f"{folder / 'mfcc' / name}: no transcript of the same name in {folder / 'transcript'}"
+                           for name in sorted({*mfccs} - {*transcripts})]
+                  + [f"{folder / 'transcript' / name}: no MFCC file of the same name in {folder / 'mfcc'}"
+                     for name in sorted({*transcripts} - {*mfccs})])
+    if int(subset * total) < 1:
+        raise DataError(f"{folder}: subset {subset} of its {total} utterances is none; expected at least one")
+    return mfccs[:int(subset * total)]
+
+
+def _cache_key(folder, names, labelled, gap):
+    """A digest of all that changes what the cache holds: format, gap, and each file's name, size and time."""
+    def stamp(kind, name):
+        with contextlib.suppress(OSError):  # a link to nowhere: reading it tells
+            stat = os.stat(folder / kind / name)
+            return name, stat.st_size, stat.st_mtime_ns
+
+    with ThreadPoolExecutor(16) as pool:
+        stamps = [*in_order(pool, stamp, itertools.product(("mfcc", "transcript") if labelled else ("mfcc",), names))]
+    return hashlib.sha256(repr(("packed 3", folder.name, gap, stamps)).encode()).hexdigest()
+
+
+def _open_cache(path, key):
+    """The packed tensors of a cache file, mapped into memory; None where it is missing, partial or foreign."""
+    with contextlib.suppress(Exception), safe_open(path, "pt") as file:  # whatever is wrong with it, it is made anew
+        if file.metadata() == {"key": key}:
+            return {name: file.get_tensor(name) for name in file.keys()}
 
 
 def read_partition(root, partition, subset=1, gap=GAP, cache=None):
@@ -330,134 +381,34 @@ def read_partition(root, partition, subset=1, gap=GAP, cache=None):
         partition: "train-clean-100", "dev-clean", or "test-clean" (which has no transcripts and is always whole).
         subset: the first int(subset * n) utterances of the n, in sorted order.
         gap: rows of zeros before, between and after the utterances.
-        cache: folder for a packed copy, written while the files are read and then mapped; the next call only maps.
+        cache: folder for a packed copy (safetensors), written once and then mapped.
 
     Returns:
         dict of CPU tensors: "frames" float16 (rows, 28), normalised per utterance, in zero rows of `gap`;
         "labels" uint8 (n frames,), empty for test; "starts" int64 (utterances + 1,), the first frame of each utterance
-        and the number of all, counted without the gaps.
+        and the number of all, counted without the gaps; "deviations" float32 (28,), the mean over the utterances of
+        each coefficient's standard deviation before normalisation.
 
     Raises:
         DataError: names the faulty files, all of them (the first ten by name).
     """
-    folder = Path(root) / partition
-    labelled = partition != "test-clean"
-    names, ignored = _list_folder(folder / "mfcc")
-    if not names:
-        raise DataError(f"{folder / 'mfcc'}: there are no .npy files in it; expected one for each utterance")
-    if labelled:
-        transcripts, more_ignored = _list_folder(folder / "transcript")
-        ignored += more_ignored
-        faults = [f"{folder / 'mfcc' / name}: no transcript of the same name in {folder / 'transcript'}"
-                  for name in sorted(set(names) - set(transcripts))]
-        faults += [f"{folder / 'transcript' / name}: no MFCC file of the same name in {folder / 'mfcc'}"
-                   for name in sorted(set(transcripts) - set(names))]
-        _raise_faults(folder, faults)
-        total = len(names)
-        names = names[:int(subset * total)]
-        if not names:
-            raise DataError(f"{folder}: subset {subset} of its {total} utterances is none; expected at least one")
-    if ignored:
-        print(f"{partition}: ignored {len(ignored)} file(s) that are not utterances: "
-              + ", ".join(map(_printable, ignored[:5])))
-
-    # many threads, because small files on a slow disk (Drive) are waited for more than they are worked on
-    with ThreadPoolExecutor(2 * (os.cpu_count() or 1) + 2) as pool:
-        if cache is None:
-            return _read_files(folder, names, labelled, gap, pool)
-        key = _cache_key(folder, names, labelled, gap, pool)
-        path = Path(cache) / f"{partition}-{key[:16]}.npy"
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            lock = FileLock(path.with_suffix(".lock")).acquire()
-        except (OSError, NotImplementedError) as error:  # it cannot be written, or knows no locks
-            print(f"going on without a cache: {error}")
-            return _read_files(folder, names, labelled, gap, pool)
-        with lock:  # of two runs that start together, one reads the files
-            packed = _open_cache(path, key)
-            if packed is None:
-                try:
-                    with replacing(path) as temporary, open(temporary, "wb") as file:
-                        _read_files(folder, names, labelled, gap, pool, file)
-                        np.save(file, key)
-                    packed = _open_cache(path, key)
-                except RunError as error:  # the cache is a convenience
-                    print(f"going on without a cache: {error}")
-        return packed or _read_files(folder, names, labelled, gap, pool)
-
-
-def _read_files(folder, names, labelled, gap, pool, file=None):
-    """The packed arrays in memory; or written to an open file: frames, labels and starts as .npy, one after another."""
-    # first all headers: sizes for one exact allocation, and most faults, before any content is read
-    faults = []
-    mfcc = _for_each(pool, lambda name: _check_mfcc(folder / "mfcc" / name), names, str, folder / "mfcc", faults)
-    if labelled:
-        transcript = _for_each(pool, lambda name: _check_transcript(folder / "transcript" / name), names, str,
-                               folder / "transcript", faults)
-        faults += [f"{folder / 'transcript' / name}: {text[0]} phonemes; expected {header[0]}, one a frame"
-                   for name, header, text in zip(names, mfcc, transcript) if header and text and text[0] != header[0]]
-    _raise_faults(folder, faults)
-    lengths = np.array([header[0] for header in mfcc], np.int64)
-    starts = np.concatenate(([0], lengths.cumsum()))
-    labels = np.zeros(starts[-1] if labelled else 0, np.uint8)
-    rows = int(starts[-1]) + gap * (len(names) + 1)
-    if file is None:
-        frames = torch.from_numpy(np.zeros((rows, COEFFICIENTS), np.float16))  # numpy's, for its large pages of memory
-    else:
-        layout = {"descr": "<f2", "fortran_order": False, "shape": (rows, COEFFICIENTS)}
-        np.lib.format.write_array_header_1_0(file, layout)
-        offset, turn = file.tell(), threading.Lock()
-
-    def read_mfcc(i):
-        first = int(starts[i]) + gap * (i + 1)
-        mfccs = torch.from_numpy(_normalise(_read_array(folder / "mfcc" / names[i], mfcc[i])))
-        if file is None:
-            frames[first:first + len(mfccs)] = mfccs
-            return
-        try:
-            with turn:
-                file.seek(offset + first * 2 * COEFFICIENTS)
-                file.write(mfccs.half().numpy())  # torch's cast is many times as fast as numpy's
-        except OSError as error:
-            raise RunError(str(error)) from error
-
-    def read_transcript(i):
-        labels[starts[i]:starts[i + 1]] = _label_indexes(_read_array(folder / "transcript" / names[i], transcript[i]))
-
-    _for_each(pool, read_mfcc, range(len(names)), lambda i: names[i], folder / "mfcc", faults)
-    if labelled:
-        _for_each(pool, read_transcript, range(len(names)), lambda i: names[i], folder / "transcript", faults)
-    _raise_faults(folder, faults)
-    if file is None:
-        return {"frames": frames, "labels": torch.from_numpy(labels), "starts": torch.from_numpy(starts)}
-    file.seek(offset + rows * 2 * COEFFICIENTS)  # what was not written, the gaps, reads as zeros
-    np.save(file, labels)
-    np.save(file, starts)
-
-
-def _cache_key(folder, names, labelled, gap, pool):
-    """A digest of all that changes what the cache holds: format, gap, and each file's name, size and time."""
-    kinds = ("mfcc", "transcript") if labelled else ("mfcc",)
-
-    def stamp(name):
-        stats = [os.stat(os.path.join(folder, kind, name)) for kind in kinds]
-        return name, *((stat.st_size, stat.st_mtime_ns) for stat in stats)
-
-    stamps = _for_each(pool, stamp, names, str, folder, [])  # None for a link to nowhere: reading it tells
-    return hashlib.sha256(repr(("packed 2", folder.name, gap, *stamps)).encode()).hexdigest()
-
-
-def _open_cache(path, key):
-    """The packed arrays of a cache file, frames mapped into memory; None where it is missing, partial or foreign."""
+    folder, labelled, packed = Path(root) / partition, partition != "test-clean", None
+    names = _list_utterances(folder, labelled, subset)
+    if cache is None:
+        return _pack(folder, names, labelled, gap)
+    key = _cache_key(folder, names, labelled, gap)
+    path = Path(cache) / f"{partition}-{key[:16]}.safetensors"
     try:
-        frames = np.lib.format.open_memmap(path, mode="c")  # c: what is changed in memory stays there
-        with open(path, "rb") as file:
-            file.seek(frames.offset + frames.nbytes)
-            labels, starts, saved = (np.load(file, allow_pickle=False) for _ in range(3))
-        packed = {"frames": frames, "labels": labels, "starts": starts}
-        return {name: torch.from_numpy(array) for name, array in packed.items()} if saved == key else None
-    except Exception:  # whatever is wrong with it, it is made anew
-        return None
+        with alone(path):  # of two runs that start together, one reads the files
+            if not (mapped := _open_cache(path, key)):
+                packed = _pack(folder, names, labelled, gap)
+                with replacing(path, packed["frames"].nbytes) as temporary:
+                    save_file(packed, temporary, {"key": key})
+                mapped = _open_cache(path, key)
+            return mapped
+    except RunError as error:  # the cache is a convenience
+        print(f"going on without a cache: {error}")
+        return packed or _pack(folder, names, labelled, gap)
 
 
 # ---- Windows and loaders -----------------------------------------------------------------------------------
@@ -465,8 +416,14 @@ def _open_cache(path, key):
 class AudioDataset(Dataset):
     """Frames of one partition, each with `context` frames on either side; zeros beyond the ends of its utterance.
 
-    All utterances lie in one array on the device, zero rows between them. A window is a stretch of that array: the
-    strided view `windows` shows every window without copying one, and a batch is one gather from it.
+    The utterances lie in one array on the device, rows of zeros between them. A window is 2c+1 of its rows. The view
+    `windows`, whose row i shows the array from row i on, holds all of them without a copy; a batch is one gather.
+
+        array     0 0 a b c d 0 0 e f g 0 0       two utterances, abcd and efg; context 2
+        windows  [0 0 a b c]                      row 0: the window of frame a
+                   [0 a b c d]                    row 1: of frame b
+                              ...
+                             [0 0 e f g]          row 6: of frame e
 
     Args:
         root, partition, subset, cache: see `read_partition`.
@@ -486,16 +443,12 @@ class AudioDataset(Dataset):
     def __init__(self, root, partition="train-clean-100", context=50, subset=1, device="cpu", cache=None):
         self.partition, self.context, self.gap = partition, context, max(GAP, context)
         packed = read_partition(root, partition, subset, self.gap, cache)
-        self.frames = packed["frames"].to(device)
-        self.starts = packed["starts"].to(device)
+        self.frames, self.starts, self.deviations = (packed[name].to(device)
+                                                     for name in ("frames", "starts", "deviations"))
         self.labels = packed["labels"].to(device) if len(packed["labels"]) else None
         self.length, self.utterances = int(packed["starts"][-1]), len(packed["starts"]) - 1
-        self.ends = self.starts[1:].int()
-        # Row i of the view is rows i ... i + 2c of the array, end to end: both strides step through the same memory.
-        # It begins at the window of the first frame.
-        width, first = 2 * context + 1, self.gap - context
-        self.windows = self.frames.as_strided((len(self.frames) - first - width + 1, width * COEFFICIENTS),
-                                              (COEFFICIENTS, 1), first * COEFFICIENTS)
+        width = 2 * context + 1
+        self.windows = self.frames.as_strided((len(self.frames) - width + 1, width * COEFFICIENTS), (COEFFICIENTS, 1))
 
     def __len__(self):
         return self.length
@@ -508,14 +461,10 @@ class AudioDataset(Dataset):
         return batch[0] if self.labels is None else (batch[0][0], batch[1][0])
 
     def _batch(self, index):
-        index = index.int()
-        # from one utterance to the next, a window lies `gap` rows further on
-        rows = torch.add(index, torch.searchsorted(self.ends, index, right=True, out_int32=True), alpha=self.gap)
-        out = None
-        if self.frames.device.type == "cpu":  # numpy asks the system for large pages, which is quicker; torch does not
-            out = torch.from_numpy(np.empty((len(index), self.windows.shape[1]), np.float16))
-        frames = torch.index_select(self.windows, 0, rows, out=out).view(len(index), 2 * self.context + 1, COEFFICIENTS)
-        return frames if self.labels is None else (frames, self.labels.index_select(0, index).long())
+        gaps = torch.searchsorted(self.starts, index, right=True)  # that lie before the frame: one an utterance
+        frames = self.windows.index_select(0, index + self.gap * gaps - self.context)
+        frames = frames.unflatten(1, (-1, COEFFICIENTS))
+        return frames if self.labels is None else (frames, self.labels[index].long())
 
     def utterance(self, i):
         """(MFCCs float16 (T, 28), phoneme indexes uint8 (T,) or None for test) of the i-th utterance."""
@@ -525,7 +474,7 @@ class AudioDataset(Dataset):
 
 
 class Batches(Sampler):
-    """Batches of frame indexes: int32 tensors on the device, shuffled by `seed` and the epoch, or in order.
+    """Batches of frame indexes: int64 tensors on the device, shuffled by `seed` and the epoch, or in order.
 
     torch's RandomSampler makes a Python list of all indexes, a gigabyte for 36 million frames.
     """
@@ -541,12 +490,9 @@ class Batches(Sampler):
     def __iter__(self):
         if self.shuffle:
             generator = torch.Generator(self.device).manual_seed(self.seed + self.epoch)
-            order = torch.randperm(self.length, generator=generator, device=self.device, dtype=torch.int32)
-            if order.device.type == "cpu":  # a batch has no order of its own; memory is read faster in one direction
-                whole = self.length - self.length % self.batch_size
-                order[:whole].view(-1, self.batch_size).numpy().sort(axis=1)
+            order = torch.randperm(self.length, generator=generator, device=self.device)
         else:
-            order = torch.arange(self.length, device=self.device, dtype=torch.int32)
+            order = torch.arange(self.length, device=self.device)
         return iter(order.split(self.batch_size)[:len(self)])
 
     def __len__(self):
@@ -561,25 +507,20 @@ def make_loader(dataset, batch_size, shuffle=False, seed=23):
     It yields float16 (B, 2c+1, 28) and int64 (B,), or the frames alone for test, on the dataset's device. No workers:
     a batch is one gather, which is quicker than passing it between processes.
     """
-    sampler = Batches(len(dataset), batch_size, shuffle, seed, dataset.frames.device)
-    if dataset.frames.device.type == "cpu":
-        _keep_freed_memory()
-    return DataLoader(dataset, sampler=sampler, batch_size=None)
-
-
-def _keep_freed_memory():
-    """Let this process keep the memory of one batch for the next, where the C library is glibc.
-
-    glibc gives large blocks back to the system when they are freed, and the page faults of taking them anew cost as
-    much as the gather itself.
-    """
-    with contextlib.suppress(OSError, AttributeError, TypeError):  # another C library
-        libc = ctypes.CDLL(None)
-        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
-        libc.mallopt(-3, 2**30) or libc.mallopt(-3, 2**25)  # M_MMAP_THRESHOLD; older versions allow 32 MiB at most
+    return DataLoader(dataset, sampler=Batches(len(dataset), batch_size, shuffle, seed, dataset.frames.device),
+                      batch_size=None)
 
 
 # ---- Masks -------------------------------------------------------------------------------------------------
+
+def _stretches(windows, size, param, device):
+    """Bool (windows, size): in each a stretch of 0 ... param places, its width and its start uniform."""
+    width, start = torch.rand(2, windows, 1, device=device)
+    width = (width * (min(param, size) + 1)).long()
+    start = (start * (size - width + 1)).long()
+    place = torch.arange(size, device=device)
+    return (place >= start) & (place < start + width)
+
 
 def mask_frames(frames, augmentations="Both", freq_mask_param=4, time_mask_param=8):
     """SpecAugment's masks: a stretch of coefficients and/or of frames set to zero, drawn anew for every window.
@@ -589,60 +530,18 @@ def mask_frames(frames, augmentations="Both", freq_mask_param=4, time_mask_param
     the last row. Zero is the mean after normalisation.
 
     Args:
-        frames: float16 or float32 (B, 2c+1, 28), contiguous; changed in place.
+        frames: float16 or float32 (B, 2c+1, 28); changed in place.
         augmentations: "FreqMask", "TimeMask", "Both" or None.
 
     Returns:
         frames.
-
-    Raises:
-        ValueError: frames are not contiguous.
     """
-    if not frames.is_contiguous():  # they are changed through other views of their memory
-        raise ValueError("frames are not contiguous in memory: mask_frames(frames.contiguous(), ...) works on a copy")
-
-    def draw(size, param):
-        """Width and start of a mask in every window, int64 (B,) each."""
-        u, v = torch.rand(2, len(frames), device=frames.device)
-        width = (u * (param + 1)).long()
-        return width, (v * (size - width + 1)).long()
-
-    # On a CPU, AND with all bits or none, 64 at a time, is several times as fast as float16's masked_fill.
-    _, rows, coefficients = frames.shape
-    words = frames.view(torch.int64)
+    windows, rows, coefficients = frames.shape
     if augmentations in ("FreqMask", "Both"):
-        width, start = draw(coefficients, min(freq_mask_param, coefficients))
-        masks = _frequency_masks(coefficients, frames.dtype, frames.device)
-        keep = masks.index_select(0, width * (coefficients + 1) + start)
-        # eight rows at a time, as long loops are quicker than short ones; then the rest
-        windows, whole = words.flatten(1), rows // 8 * keep.shape[1]
-        windows[:, :whole].unflatten(1, (-1, keep.shape[1])).bitwise_and_(keep.unsqueeze(1))
-        windows[:, whole:].bitwise_and_(keep[:, :windows.shape[1] - whole])
+        frames.masked_fill_(_stretches(windows, coefficients, freq_mask_param, frames.device).unsqueeze(1), 0)
     if augmentations in ("TimeMask", "Both"):
-        param = min(time_mask_param, rows)
-        width, start = (drawn.unsqueeze(1) for drawn in draw(rows, param))
-        # only a stretch of `param` rows around the mask is touched: row i of the view is the one that begins at row i
-        first = start.clamp(max=rows - param)
-        row = first + torch.arange(param, device=frames.device)
-        keep = -((row < start) | (row >= start + width)).long().unsqueeze(2)
-        size = words.shape[2]
-        stretches = words.as_strided((len(words) * rows - param + 1, param, size), (size, size, 1))
-        which = (first + rows * torch.arange(len(frames), device=frames.device).unsqueeze(1)).flatten()
-        stretches.index_copy_(0, which, stretches.index_select(0, which) & keep)
+        frames.masked_fill_(_stretches(windows, rows, time_mask_param, frames.device).unsqueeze(2), 0)
     return frames
-
-
-@functools.cache
-def _frequency_masks(coefficients, dtype, device):
-    """Every mask there can be, eight times in a row, as int64 words of zeros where it is and ones elsewhere.
-
-    A mask of width w that starts at s is in row (coefficients + 1) w + s.
-    """
-    position = torch.arange(coefficients, device=device)
-    start = torch.arange(coefficients + 1, device=device).unsqueeze(1)
-    width, bits = start.unsqueeze(2), {2: torch.int16, 4: torch.int32}[dtype.itemsize]
-    keep = -((position < start) | (position >= start + width)).to(bits)
-    return keep.flatten(0, 1).view(torch.int64).repeat(1, 8)
 
 
 class Dropout(torch.nn.Dropout):
@@ -1011,24 +910,11 @@ def _download_from_kaggle():
 
 def _made_once(root, make):
     """`root`, made by make(root) unless it is there. Of two notebooks that ask at once, the second one waits."""
-    if root.exists():
-        return root
-    try:
-        root.parent.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(root.with_name(f".{root.name}.lock"))
-        try:
-            lock.acquire(timeout=0)
-        except Timeout:
-            print(f"another notebook is making {root}: waiting for it")
-            lock.acquire()
-    except NotImplementedError:  # no locks on this file system
-        lock = contextlib.nullcontext()
-    except OSError as error:
-        raise RunError(f"{root} cannot be made: {error}") from error
-    with lock:
-        if not root.exists():
-            print(f"{root} is not there yet: making it")
-            make(root)
+    if not root.exists():
+        with alone(root):
+            if not root.exists():
+                print(f"{root} is not there yet: making it")
+                make(root)
     return root
 
 
@@ -1352,7 +1238,7 @@ def make_librispeech_corpus(root, source=LIBRISPEECH, processes=None):
             counts = {"utterances": 0, "spn": 0, "left out": {}}
             jobs = ((partial, deal[i % len(deal)], row) for i, row in enumerate(rows))
             try:
-                for utterance, spn, fault in _in_order(pool, _convert_utterance, jobs):
+                for utterance, spn, fault in in_order(pool, _convert_utterance, jobs):
                     counts["utterances"] += 1
                     counts["spn"] += spn
                     counts["left out"] |= {utterance: fault} if fault else {}
@@ -1410,17 +1296,6 @@ def _rows(stream, source):
         if Path(source).exists():
             raise DataError(f"{source}: {error}; expected LibriSpeech alignments (id, audio, phonemes)") from error
         raise _unreachable(source, error) from error
-
-
-def _in_order(pool, function, jobs):
-    """The results of function(*job) in the pool, in order; only a few jobs are taken from the iterator ahead."""
-    pending = deque()
-    for job in jobs:
-        pending.append(pool.submit(function, *job))
-        if len(pending) >= 64:
-            yield pending.popleft().result()
-    while pending:
-        yield pending.popleft().result()
 
 
 def _label_folder(partial, partition):

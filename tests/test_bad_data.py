@@ -4,6 +4,7 @@ import collections
 import os
 import re
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -96,7 +97,7 @@ FAULTS = {  # what: (damage to the partition's folder, file named, words of the 
     "one phoneme too many": (change("transcript", lambda a: np.insert(a, 3, "AA")), TRANSCRIPT, "10 phonemes; expec"),
     "no [SOS]": (change("transcript", lambda a: put(a, 0, "AA")), TRANSCRIPT, "starts with 'AA' .*expected .SOS."),
     "no [EOS]": (change("transcript", lambda a: put(a, -1, "AA")), TRANSCRIPT, "ends with 'AA'; expected .*EOS"),
-    "neither": (change("transcript", lambda a: a[1:-1]), TRANSCRIPT, "7 phonemes; expected 9"),
+    "neither": (change("transcript", lambda a: a[1:-1]), TRANSCRIPT, r"expected \[SOS\] and \[EOS\]"),
     "swapped": (change("transcript", lambda a: a[::-1]), TRANSCRIPT, r"starts with '\[EOS\]' and ends with '\[SOS\]'"),
     "[SOS] inside": (change("transcript", lambda a: put(a, 4, "[SOS]")), TRANSCRIPT, r"'\[SOS\]' at frame 3 is not a"),
     "[EOS] inside": (change("transcript", lambda a: put(a, 9, "[EOS]")), TRANSCRIPT, r"'\[EOS\]' at frame 8 is not a"),
@@ -117,26 +118,23 @@ FAULTS = {  # what: (damage to the partition's folder, file named, words of the 
     **{f"{kind} {what}": (change_bytes(kind, function), f"{kind}/0001.npy", words)
        for kind in ("mfcc", "transcript") for what, function, words in (
            ("empty", lambda data: b"", "."),
-           ("one byte short", lambda data: data[:-1], "truncated: 1 bytes are missing at the end"),
-           ("without content", lambda data: data[:128], "truncated: .* bytes are missing"),
+           ("one byte short", lambda data: data[:-1], "EOF: reading array data.*expected one whole array"),
+           ("without content", lambda data: data[:128], "EOF: reading array data, .* got 0"),
            ("with half a header", lambda data: data[:64], "."),
-           ("with an extra byte", lambda data: data + b"\0", "1 bytes too many at the end"),
-           ("twice", lambda data: data * 2, "bytes too many at the end"),
+           ("with an extra byte", lambda data: data + b"\0", "there is more in it"),
+           ("twice", lambda data: data * 2, "there is more in it"),
            ("of zeros", lambda data: bytes(len(data)), "magic"),
            ("that is text", lambda data: b"<html>404 Not Found</html>", "magic"),
            ("that is a zip", lambda data: b"PK\3\4" + data, "magic"),
            ("of version 9", lambda data: data[:6] + b"\11" + data[7:], "version"),
            ("with a broken header", lambda data: data.replace(b"descr", b"dexcr"), "(?i)header"),
-           ("with an unclosed header", lambda data: data.replace(b"}", b" "), "(?i)header"),
+           ("with an unclosed header", lambda data: data.replace(b"}", b" "), "expected one whole array"),
            ("with a foreign dtype", lambda data: re.sub(rb"<[fU]\d", b"<q9", data, count=1), "q9"),
            ("with a negative shape", lambda data: data.replace(b"(", b"(-", 1).replace(b" \n", b"\n", 1), "."),
            ("with a huge shape", lambda data: data.replace(b"(", b"(9999999", 1).replace(b" " * 7 + b"\n", b"\n"),
-            "truncated: .* bytes are missing"))},
+            "EOF: reading array data"))},
     **{f"{kind} pickled": (change(kind, lambda a: a.astype(object), allow_pickle=True), f"{kind}/0001.npy",
-                           "a pickled object array; expected plain numbers or text")
-       for kind in ("mfcc", "transcript")},
-    **{f"{kind} version 3": (change(kind, lambda a: a, version=(3, 0)), f"{kind}/0001.npy",
-                             r"version \(3, 0\) of the .npy format; expected 1.0 or 2.0")
+                           "Object arrays cannot be loaded .*expected one whole array")
        for kind in ("mfcc", "transcript")},
     **{f"{kind} a folder": (lambda folder, kind=kind: make_folder(folder / kind / "0001.npy"), f"{kind}/0001.npy",
                             "directory|Permission") for kind in ("mfcc", "transcript")},
@@ -211,7 +209,8 @@ def test_strays_are_ignored_with_a_note(root, capsys):
     (root / "dev-clean" / "transcript" / "backup").mkdir()
     dataset = AudioDataset(root, "dev-clean")
     note = capsys.readouterr().out
-    assert note.startswith("dev-clean: ignored 6 file(s) that are not utterances: ")
+    assert "dev-clean: ignored 4 file(s) in mfcc that are not utterances: " in note
+    assert "dev-clean: ignored 2 file(s) in transcript that are not utterances: backup, desktop.ini" in note
     assert all(name in note for name in strays)
     assert dataset.frames.equal(expected.frames) and dataset.labels.equal(expected.labels)
     AudioDataset(root, "train-clean-100")
@@ -263,32 +262,17 @@ def test_faults_in_the_contents_are_told_together(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["mfcc", "transcript"])
-@pytest.mark.parametrize("change", ["deleted", "cut", "longer"])
-def test_a_file_that_changes_while_it_is_read(root, monkeypatch, kind, change):
-    path, read = root / "dev-clean" / kind / "0001.npy", helpers._read_array
-
-    def read_changed(name, header):
-        if name == path and path.exists():
-            if change == "deleted":
-                path.unlink(missing_ok=True)
-            else:
-                data = path.read_bytes()
-                path.write_bytes(data[:-20] if change == "cut" else data + data[-20:])
-        return read(name, header)
-    monkeypatch.setattr(helpers, "_read_array", read_changed)
-    assert str(path) in refusal(root)
-
-
-def test_a_file_that_cannot_be_read(root, monkeypatch):
-    path, header = root / "dev-clean" / "mfcc" / "0001.npy", helpers._read_header
+@pytest.mark.parametrize("error", [PermissionError(13, "Permission denied"), FileNotFoundError(2, "No such file")])
+def test_a_file_that_cannot_be_read(root, monkeypatch, kind, error):
+    path, read_bytes = root / "dev-clean" / kind / "0001.npy", Path.read_bytes
 
     def refuse(name):
         if name == path:
-            raise PermissionError(13, "Permission denied", str(name))
-        return header(name)
-    monkeypatch.setattr(helpers, "_read_header", refuse)
+            raise error
+        return read_bytes(name)
+    monkeypatch.setattr(Path, "read_bytes", refuse)
     message = refusal(root)
-    assert str(path) in message and "Permission denied" in message
+    assert str(path) in message and error.strerror in message
 
 
 def test_what_python_2_wrote_is_read_without_a_warning(root):

@@ -228,7 +228,7 @@ def test_a_full_disk_is_told_with_what_is_needed(tmp_path, monkeypatch):
             if i == 3:
                 raise RunError("x.npy could not be written (No space left on device)")
             yield function(*job)
-    monkeypatch.setattr(helpers, "_in_order", full)
+    monkeypatch.setattr(helpers, "in_order", full)
     source = write(tmp_path / "x.parquet", [row(f"{i}") for i in range(5)])
     with pytest.raises(RunError, match="(?s)No space left.*needs about [\\d,]+ MB; [\\d,]+ MB are there, kept"):
         make_librispeech_corpus(tmp_path / "a", source, 1)
