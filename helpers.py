@@ -69,10 +69,13 @@ OPTIONS = {  # config key -> the values it may take, or (type, lowest, highest)
     "weight_initialization": ["kaiming_normal", "kaiming_uniform", "uniform", "xavier_normal", "xavier_uniform", None],
     "augmentations": ["FreqMask", "TimeMask", "Both", None],
     "freq_mask_param": (int, 0, COEFFICIENTS), "time_mask_param": (int, 0, 2001),
-    "smoothing": [True, False], "data": ["auto", "practice", "kaggle", "librispeech"],
+    "recipe": ["best", "original"], "iid_masks": [True, False], "warp": (float, 0, 0.5), "peak": (float, 0, 1000),
+    "test_warps": (int, 1, 99), "smoothing": [True, False], "data": ["auto", "practice", "kaggle", "librispeech"],
     "shorten": [True, False], "wandb": ["auto", "online", "offline", "disabled"], "artifacts": [True, False],
     "drive": [True, False], "kaggle_submit": [True, False], "ablations": [True, False],
 }
+ORIGINAL = {  # what config["recipe"] = "original" sets
+    "iid_masks": False, "warp": 0, "peak": 0, "test_warps": 1, "smoothing": False}
 
 
 def check_config(config):
@@ -511,7 +514,7 @@ def make_loader(dataset, batch_size, shuffle=False, seed=23):
                       batch_size=None)
 
 
-# ---- Masks -------------------------------------------------------------------------------------------------
+# ---- Masks and warps ---------------------------------------------------------------------------------------
 
 def _stretches(windows, size, param, device):
     """Bool (windows, size): in each a stretch of 0 ... param places, its width and its start uniform."""
@@ -522,26 +525,65 @@ def _stretches(windows, size, param, device):
     return (place >= start) & (place < start + width)
 
 
-def mask_frames(frames, augmentations="Both", freq_mask_param=4, time_mask_param=8):
+def mask_frames(frames, augmentations="Both", freq_mask_param=4, time_mask_param=8, iid_masks=True):
     """SpecAugment's masks: a stretch of coefficients and/or of frames set to zero, drawn anew for every window.
 
     The width is uniform over 0 ... param and the position over all that fit (Park et al., "SpecAugment", 2019).
-    torchaudio's masks differ: one for the whole batch unless `iid_masks=True`, never as wide as param, and never over
-    the last row. Zero is the mean after normalisation.
+    Zero is the mean after normalisation.
 
     Args:
         frames: float16 or float32 (B, 2c+1, 28); changed in place.
         augmentations: "FreqMask", "TimeMask", "Both" or None.
+        iid_masks: False for torchaudio's: one mask for the whole batch, never as wide as param nor over the last row.
 
     Returns:
         frames.
     """
-    windows, rows, coefficients = frames.shape
-    if augmentations in ("FreqMask", "Both"):
-        frames.masked_fill_(_stretches(windows, coefficients, freq_mask_param, frames.device).unsqueeze(1), 0)
-    if augmentations in ("TimeMask", "Both"):
-        frames.masked_fill_(_stretches(windows, rows, time_mask_param, frames.device).unsqueeze(2), 0)
+    for name, axis, param in (("FreqMask", 2, freq_mask_param), ("TimeMask", 1, time_mask_param)):
+        if augmentations in (name, "Both") and iid_masks:
+            mask = _stretches(len(frames), frames.shape[axis], param, frames.device)
+            frames.masked_fill_(mask.unsqueeze(3 - axis), 0)
+        elif augmentations in (name, "Both"):
+            frames.copy_(torchaudio.functional.mask_along_axis(frames, param, 0.0, axis))
     return frames
+
+
+def warp_maps(strength, deviations, count=41, bands=40):
+    """Linear maps of MFCCs that stretch or squeeze the frequency axis, as a shorter or longer vocal tract does.
+
+    A vocal tract of another length moves all resonances by one factor (Jaitly and Hinton, "Vocal Tract Length
+    Perturbation improves speech recognition", 2013). MFCCs are the DCT of log energies in mel bands: go back to the
+    bands, read each at factor x its frequency, between two bands linearly, and take the DCT again. All of it is linear.
+
+    Args:
+        strength: the factors lie between 1 - strength and 1 + strength.
+        deviations: float (28,), by which the coefficients were divided when they were normalised.
+        count: of factors, evenly spaced. bands: of the mel scale (HTK's formula, 0 to 8 kHz); the maps hardly depend
+            on their number.
+
+    Returns:
+        float32 (count, 28, 28), on the device of `deviations`: normalised frames @ map are the warped ones.
+    """
+    def mel(hertz):
+        return 2595 * torch.log10(1 + hertz / 700)
+
+    step = mel(torch.tensor(8000.0)) / (bands + 1)
+    centres = 700 * (10 ** (torch.arange(1, bands + 1) * step / 2595) - 1)  # of the bands, in Hz
+    factors = torch.linspace(1 - strength, 1 + strength, count)
+    position = (mel(factors[:, None] * centres) / step - 1).clamp(0, bands - 1)  # (count, bands), in bands
+    read = (1 - (position[:, None] - torch.arange(bands)[:, None]).abs()).clamp(min=0)  # (count, from, to)
+    dct = torchaudio.functional.create_dct(COEFFICIENTS, bands, norm="ortho")  # (bands, 28)
+    deviations = deviations.clamp(min=deviations.max() / 1000)  # a constant coefficient has none
+    return deviations[:, None] * (dct.T @ read @ dct).to(deviations.device) / deviations
+
+
+def warp_frames(frames, maps):
+    """Send each window through one of the maps (see `warp_maps`), drawn at random; in place, returns frames.
+
+    frames: float16 or float32 (B, 2c+1, 28). maps: (n, 28, 28), in the precision of the products.
+    """
+    which = torch.randint(len(maps), (len(frames),), device=frames.device)
+    return frames.copy_(frames.to(maps.dtype) @ maps[which])
 
 
 class Dropout(torch.nn.Dropout):
@@ -686,7 +728,8 @@ class Decoder:
 # ---- Checkpoint --------------------------------------------------------------------------------------------
 
 # what may change between two runs in one folder without making the trained weights something else
-FREE_KEYS = ("Name", "smoothing", "data", "shorten", "wandb", "artifacts", "drive", "kaggle_submit", "ablations")
+FREE_KEYS = ("Name", "recipe", "test_warps", "smoothing", "data", "shorten", "wandb", "artifacts", "drive",
+             "kaggle_submit", "ablations")
 
 
 def lock_run(folder):

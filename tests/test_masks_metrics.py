@@ -10,7 +10,16 @@ import torchaudio
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from helpers import PHONEMES, Dropout, border_distance, calibration, confusion_matrix, mask_frames
+from helpers import (
+    PHONEMES,
+    Dropout,
+    border_distance,
+    calibration,
+    confusion_matrix,
+    mask_frames,
+    warp_frames,
+    warp_maps,
+)
 
 repeatable = settings(derandomize=True, deadline=None, database=None, max_examples=100)
 WINDOWS, FRAMES, COEFFICIENTS = 20_000, 21, 28
@@ -139,6 +148,76 @@ def test_beside_torchaudios_masks(augmentations, dim, param):
     np.testing.assert_allclose(our_rows[inside], their_rows[inside], rtol=0.16)  # fewer positions: each more likely
     assert their_rows[-1] < 0.25 * our_rows[-1]
     assert our_rows[0].item() == pytest.approx(our_rows[-1].item(), rel=0.15)
+
+
+@pytest.mark.parametrize("augmentations", ["FreqMask", "TimeMask", "Both"])
+def test_without_iid_masks_the_batch_has_one_mask_as_torchaudio_draws_it(augmentations):
+    transforms = {"FreqMask": [torchaudio.transforms.FrequencyMasking(9)],  # theirs want (B, frequencies, time)
+                  "TimeMask": [torchaudio.transforms.TimeMasking(8)]}
+    transforms["Both"] = transforms["FreqMask"] + transforms["TimeMask"]
+    for seed in range(50):
+        torch.manual_seed(seed)
+        ours = mask_frames(torch.ones(6, FRAMES, COEFFICIENTS).half(), augmentations, 9, 8, iid_masks=False)
+        torch.manual_seed(seed)
+        theirs = torch.ones(6, COEFFICIENTS, FRAMES)
+        for transform in transforms[augmentations]:
+            theirs = transform(theirs)
+        assert torch.equal(ours.float(), theirs.transpose(1, 2))
+
+
+# ---- Warps -------------------------------------------------------------------------------------------------
+
+def mel(hertz):
+    return 2595 * math.log10(1 + hertz / 700)
+
+
+def slowly_warped(mfcc, factor, bands):
+    """One frame (28,): back to the log energies of the bands, read at factor x their frequencies, and forth again."""
+    def basis(k, band):
+        return math.sqrt((1 if k == 0 else 2) / bands) * math.cos(math.pi * k * (band + 0.5) / bands)
+
+    energies = [sum(mfcc[k] * basis(k, band) for k in range(28)) for band in range(bands)]
+    centres = [mel(8000) * (band + 1) / (bands + 1) for band in range(bands)]  # in mel
+    moved = [mel(factor * 700 * (10 ** (centre / 2595) - 1)) for centre in centres]
+    energies = np.interp(moved, centres, energies)
+    return [sum(energies[band] * basis(k, band) for band in range(bands)) for k in range(28)]
+
+
+@pytest.mark.parametrize("bands", [40, 80])
+def test_warp_maps_are_the_way_through_the_mel_bands_and_back(bands):
+    deviations = torch.rand(28) * 10 + 0.1
+    maps = warp_maps(0.2, deviations, count=5, bands=bands)
+    assert maps.shape == (5, 28, 28) and maps.dtype == torch.float32
+    mfcc = torch.randn(28) * deviations
+    for factor, each in zip((0.8, 0.9, 1.0, 1.1, 1.2), maps):
+        expected = np.array(slowly_warped(mfcc.tolist(), factor, bands))
+        np.testing.assert_allclose((mfcc / deviations) @ each * deviations, expected, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(maps[2], torch.eye(28), rtol=0, atol=1e-4)
+
+
+def test_a_warp_moves_a_resonance():
+    bands = torch.arange(40)
+    energies = torch.exp(-((bands - 20) / 3.0) ** 2)
+    dct = torchaudio.functional.create_dct(28, 40, "ortho")
+    down, same, up = ((energies @ dct @ each @ dct.T).argmax() for each in warp_maps(0.2, torch.ones(28), 3))
+    assert up < same < down and same == 20  # read at a higher frequency, everything lies lower
+
+
+def test_maps_of_a_constant_coefficient_are_finite():
+    deviations = torch.rand(28) + 1
+    deviations[3] = 0
+    assert warp_maps(0.2, deviations).isfinite().all() and warp_maps(0, torch.zeros(28) + 1).isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_each_window_goes_through_one_of_the_maps(dtype):
+    maps = warp_maps(0.2, torch.ones(28), count=7)
+    original = torch.randn(300, 5, 28).to(dtype)
+    frames = original.clone()
+    assert warp_frames(frames, maps) is frames and frames.dtype == dtype
+    errors = torch.stack([(original.float() @ each - frames.float()).abs().amax((1, 2)) for each in maps])
+    assert errors.amin(0).max() < 0.02  # float16
+    assert set(errors.argmin(0).tolist()) == set(range(7))
 
 
 # ---- Metrics -----------------------------------------------------------------------------------------------

@@ -7,15 +7,16 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from notebook import TINY, definitions
+from notebook import TINY, definitions, run_cells
 from torch import nn
 
 import helpers
 from helpers import OPTIONS, PHONEMES, RunError
 
 PLAIN = {**TINY, "num_layers": 3, "context": 2, "batch_norm": False, "dropout": 0, "augmentations": None,
-         "wandb": "disabled"}
+         "wandb": "disabled", "warp": 0, "peak": 0}
 CONTEXT = 2
+STEPS = 10  # batches of an epoch, for schedules that count them
 INPUT = (2 * CONTEXT + 1) * helpers.COEFFICIENTS
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -50,7 +51,7 @@ def built(book, config, input_size=INPUT):
     torch.manual_seed(23)
     model = book.Network(input_size, len(PHONEMES), config)
     optimizer = book.make_optimizer(config, model)
-    return model, optimizer, book.make_scheduler(config, optimizer), torch.amp.GradScaler("cpu", enabled=False)
+    return model, optimizer, book.make_scheduler(config, optimizer, STEPS), torch.amp.GradScaler("cpu", enabled=False)
 
 
 def layer_names(model):
@@ -214,6 +215,36 @@ def test_cosineanneal_gives_the_rates_that_the_original_printed(book):
     assert (np.diff(actual) < 0).all() and actual[-1] > 0
 
 
+@pytest.mark.parametrize("epochs, steps", [(3, 130), (150, 20), (1, 1)])
+def test_with_peak_the_rate_rises_for_a_tenth_of_the_steps_and_falls_along_a_cosine_to_zero(book, epochs, steps):
+    config = settings(book, learning_rate=0.001, peak=4, epochs=epochs)
+    optimizer = book.make_optimizer(config, nn.Linear(2, 2))
+    scheduler, actual, total = book.make_scheduler(config, optimizer, steps), [], epochs * steps
+    for _ in range(total):
+        actual.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step()
+    expected = [0.004 * min((i + 1) / (0.1 * total), 0.5 + 0.5 * math.cos(math.pi * i / total)) for i in range(total)]
+    assert actual == pytest.approx(expected)
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(0, abs=1e-9)
+
+
+def test_peak_leaves_the_other_schedules_alone(book):
+    for name in OPTIONS["scheduler"]:
+        with_peak, without = (type(book.make_scheduler(settings(book, scheduler=name, peak=peak), book.make_optimizer(
+            settings(book), nn.Linear(2, 2)), STEPS)) for peak in (4, 0))
+        assert (with_peak is without) == (name != "cosineanneal")
+
+
+def test_the_schedule_with_peak_is_stepped_with_every_batch_and_the_others_with_every_epoch(book, loaders, tmp_path):
+    for peak in (0, 4):
+        config = settings(book, peak=peak, epochs=2)
+        parts = list(built(book, config))
+        parts[2] = book.make_scheduler(config, parts[1], len(loaders[0]))
+        fit(book, config, parts, loaders, tmp_path / str(peak))
+        assert parts[2].last_epoch == 2 * (len(loaders[0]) if peak else 1)
+
+
 def test_steplr_and_exponential(book):
     assert rates(book, 25, "steplr") == pytest.approx([0.001] * 10 + [0.0005] * 10 + [0.00025] * 5)
     assert rates(book, 25, "exponential") == pytest.approx(0.001 * 0.95 ** np.arange(25))
@@ -254,11 +285,51 @@ def test_masks_on_seventy_percent_of_the_train_batches_and_never_in_eval(book, l
         batches += len(loaders[0])
     share, error = len(calls) / batches, math.sqrt(0.7 * 0.3 / batches)
     assert abs(share - 0.7) < 3 * error
-    assert all(call[1:] == ("Both", 5, 7) for call in calls)
+    assert all(call[1:] == ("Both", 5, 7, True) for call in calls)
     calls.clear()
     book.eval(model, loaders[1])
-    book.test(model, loaders[2])
+    book.test(model, loaders[2], config)
     assert not calls
+
+
+@pytest.mark.parametrize("warp", [0, 0.2])
+def test_warps_in_the_batches_that_have_masks_if_the_config_says_so(book, loaders, monkeypatch, warp):
+    calls = []
+    book.namespace["warp_frames"] = lambda frames, maps: calls.append(("warp", len(maps)))
+    book.namespace["mask_frames"] = lambda *_: calls.append("mask")
+    config = settings(book, warp=warp)
+    model, optimizer, _, scaler = built(book, config)
+    book.train(model, loaders[0], book.criterion, optimizer, scaler, config)
+    masks = calls.count("mask")
+    assert masks and calls == ([("warp", 41), "mask"] if warp else ["mask"]) * masks
+    calls.clear()
+    book.eval(model, loaders[1])
+    assert not calls
+
+
+def test_the_prediction_is_the_mean_over_the_warps(book, data):
+    loader = helpers.make_loader(data["dev-clean"], 300)
+    config = settings(book, warp=0.2, test_warps=5)
+    model = built(book, config)[0].eval()
+    frames, _ = data["dev-clean"][torch.arange(len(data["dev-clean"]))]
+    expected = 0
+    for strength, which in ((0.08, 0), (0.04, 0), (0.04, 1), (0.04, 2), (0.08, 2)):  # 0.92, 0.96, 1, 1.04, 1.08
+        map = helpers.warp_maps(strength, data["dev-clean"].deviations, count=3)[which]
+        with torch.no_grad():
+            expected = expected + model(frames.float() @ map).log_softmax(1) / 5
+    ours = book.all_log_posteriors(model, loader, config)
+    torch.testing.assert_close(ours, expected.log_softmax(1), rtol=1e-3, atol=1e-3)
+    plain = torch.cat([logits.log_softmax(1) for logits, _ in book.infer(model, loader)])
+    assert (ours - plain).abs().max() > 0.01
+    for off in ({"test_warps": 1}, {"warp": 0}):
+        assert book.all_log_posteriors(model, loader, {**config, **off}).equal(plain)
+
+
+def test_recipe_original_switches_the_additions_off(corpus, tmp_path):
+    config = run_cells({"recipe": "original"}, "data_folder =", tmp_path, corpus)["config"]
+    assert {key: config[key] for key in helpers.ORIGINAL} == {
+        "iid_masks": False, "warp": 0, "peak": 0, "test_warps": 1, "smoothing": False}
+    assert all(definitions()["config"][key] != value for key, value in helpers.ORIGINAL.items())
 
 
 def with_options():
@@ -389,10 +460,11 @@ def test_a_train_step_is_that_of_the_textbook(book, data):
 
 
 def test_eval_leaves_weights_and_statistics_alone_and_is_repeatable(book, loaders):
-    model = built(book, settings(book, batch_norm=True, dropout=0.5, augmentations="Both"))[0].train()
+    config = settings(book, batch_norm=True, dropout=0.5, augmentations="Both", warp=0.2)
+    model = built(book, config)[0].train()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     assert book.eval(model, loaders[1]) == book.eval(model, loaders[1])
-    book.test(model, loaders[2])
+    book.test(model, loaders[2], config)
     assert all(tensor.equal(before[name]) for name, tensor in model.state_dict().items())
     assert all(parameter.grad is None for parameter in model.parameters())
 
@@ -400,7 +472,7 @@ def test_eval_leaves_weights_and_statistics_alone_and_is_repeatable(book, loader
 def test_test_gives_the_phonemes_of_infers_logits_in_order(book, data):
     dataset, labelled = data["test-clean"], data["dev-clean"]
     model = built(book, settings(book))[0]
-    predictions = book.test(model, helpers.make_loader(dataset, 300))
+    predictions = book.test(model, helpers.make_loader(dataset, 300), settings(book))
     assert predictions.shape == (len(dataset),)
     model.eval()
     with torch.no_grad():
