@@ -123,7 +123,7 @@ def test_variants_are_trained_once_compared_and_a_failed_one_is_noted(corpus, tm
     namespace["variants"] = [{"activations": "gelu"}, {"activations": "tanh", "num_layers": 3}, {"activations": "sine"}]
     namespace["config"]["ablations"] = True
     trained, train = [], namespace["train"]
-    namespace["train"] = lambda *arguments: trained.append(arguments[-1]["Name"]) or train(*arguments)
+    namespace["train"] = lambda *arguments: trained.append(arguments[5]["Name"]) or train(*arguments)
     for _ in range(2):  # the second time everything is there
         for source in cells[list_cell + 1:]:
             exec(source, namespace)
