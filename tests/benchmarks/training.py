@@ -43,6 +43,7 @@ class Steps:
 
     def __init__(self, loader, n):
         self.loader, self.n, self.sampler = loader, n, getattr(loader, "sampler", SimpleNamespace(epoch=0))
+        self.dataset = getattr(loader, "dataset", None)
         self.batches = iter(())
 
     def __len__(self):
@@ -164,14 +165,16 @@ def compare(arguments, config, data, description):
     usual_data.length -= usual_data.length % batch
     workers, speeds = best_workers(config, usual_data, min(steps, 4))
     usual, usual_batches = Trainer(config, usual=True), Steps(common.usual_loader(usual_data, batch, workers), steps)
-    ours = Trainer(config)
+    ours, original = Trainer(config), Trainer({**config, **helpers.ORIGINAL})
     batches = Steps(loader, steps)
     sides = {"usual": lambda: steps * batch / usual.train(usual_batches)[0]}
     sides["ours"] = lambda: steps * batch / ours.train(batches)[0]
+    sides['ours, recipe "original"'] = lambda: steps * batch / original.train(batches)[0]
     model = Trainer(config).model
     sides["matrix products alone (the limit)"] = lambda: limit(model, batch, max(5, steps // 8))[0]
     usual.train(Steps(usual_batches, 2))  # memory, libraries; not timed
     ours.train(Steps(loader, 3))
+    original.train(Steps(loader, 3))
     if common.DEVICE == "cuda":
         torch.cuda.reset_peak_memory_stats()
     common.report("Training", data=f"{description}; {len(dataset):,} training frames",
