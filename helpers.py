@@ -987,6 +987,53 @@ def _start_worker():
     threading.Thread(target=end_with_parent, daemon=True).start()
 
 
+# ---- Corpora -----------------------------------------------------------------------------------------------
+# Synthetic and real speech in the course's layout, for those without the Kaggle data.
+
+@contextlib.contextmanager
+def _new_corpus(root, resume=False):
+    """Give a folder ROOT.partial for `_write_utterance`; it becomes `root` if the block succeeds, never before.
+
+    At the end ROOT/answers.csv (`id,label`) gets the phonemes of the test frames, for scoring a submission.
+
+    Args:
+        resume: keep what an earlier call that did not come to its end has left there.
+
+    Raises:
+        FileExistsError: `root` exists.
+    """
+    if root.exists():
+        raise FileExistsError(f"{root} exists already: delete it to have it made again")
+    partial = root.with_name(root.name + ".partial")
+    if not resume:
+        shutil.rmtree(partial, ignore_errors=True)
+    for folder in (*(f"{name}/mfcc" for name in PARTITIONS), *(_label_folder(name) for name in PARTITIONS)):
+        (partial / folder).mkdir(parents=True, exist_ok=True)
+    yield partial
+    for path in partial.rglob(".*.tmp"):  # of a killed call
+        path.unlink()
+    for name in PARTITIONS:
+        if not any((partial / name / "mfcc").iterdir()):
+            raise DataError(f"{partial}: no utterances for {name}; expected some in each partition")
+    answers = partial / _label_folder("test-clean")
+    if not (partial / "answers.csv").exists():
+        write_submission(partial / "answers.csv",
+                         np.concatenate([np.load(path)[1:-1] for path in sorted(answers.iterdir())]))
+    shutil.rmtree(answers)
+    partial.rename(root)
+
+
+def _label_folder(partition):
+    return "answers" if partition == "test-clean" else f"{partition}/transcript"
+
+
+def _write_utterance(partial, partition, name, mfcc, labels):
+    for folder, array in ((f"{partition}/mfcc", mfcc),
+                          (_label_folder(partition), np.array(["[SOS]", *labels, "[EOS]"], "<U5"))):
+        with replacing(partial / folder / f"{name}.npy", array.nbytes) as temporary, open(temporary, "wb") as file:
+            np.save(file, array)
+
+
 @functools.cache
 def _feature_transform(rate):
     # LibriSpeech's 16 kHz, windows of 25 ms every 10 ms. Without center, frame t is samples 160 t to
@@ -1010,35 +1057,20 @@ def label_frames(starts, phonemes, frames, rate):
     return [["[SIL]", *phonemes][i] for i in np.searchsorted(starts, centres, side="right")]
 
 
-# ---- Practice corpus ---------------------------------------------------------------------------------------
-# In the course's layout, spoken by a synthesiser, for those without the Kaggle data.
+# ---- Practice corpus: synthetic speech
 
-# Who / did what / where / when: one entry of each makes a sentence (30 x 30 x 30 x 30, our own words).
+# Who / did what / where / when: one entry of each makes a sentence (12 x 12 x 12 x 12, our own words).
 WHO = """the baker, my youngest cousin, a cheerful farmer, the quiet teacher, both sailors, the village doctor,
-    my grandmother, a famous painter, some clever students, the orchestra, your older brother, the mayor, three
-    noisy boys, the gardener, the shy girl in yellow, her uncle George, a patient nurse, two royal guards, the
-    chess club, an author from Asia, my roommate, a curious child, the librarian, the choir, a wise judge, the
-    plumber, the girl next door, his favorite poet, the whole team, the astronomer"""
-DID = """mended a wooden chair, cooked a huge pot of soup, counted eleven white sheep, found a valuable coin,
-    watched a long television show, chose the cheapest bicycle, measured the depth of the pool, drew a map of the
-    island, fed the hungry goats, wrote a short letter, pushed the heavy cart, looked at an ancient book, took
-    forty photographs, shared a warm blanket, caught a silver fish, lost a leather glove, planted purple flowers,
-    laughed at every joke, boiled six fresh eggs, washed the muddy boots, practiced for the big game, hung a
-    bright picture, carried a basket of oranges, baked an apple pie, threw the ball too far, heard a strange
-    noise, fixed the broken engine, wore an unusual hat, sketched a pair of eagles, gave a speech on ethics"""
+    three noisy boys, the shy girl in yellow, her uncle George, an author from Asia, the orchestra, a wise judge"""
+DID = """mended a wooden chair, cooked a huge pot of soup, counted eleven white sheep, watched a long television show,
+    measured the depth of the pool, fed the hungry goats, pushed the heavy cart, shared a warm blanket,
+    hung a bright picture, boiled six fresh eggs, threw the ball too far, carried a basket of oranges"""
 WHERE = """in the kitchen, near the old bridge, at the railway station, under a maple tree, behind the red barn,
-    beside the church, across the street, in front of the bank, around the corner, below the castle, on a sunny
-    balcony, outside the bakery, along the northern path, at the edge of the forest, in a tiny studio, over the
-    bay, above the valley, next to the fountain, inside the tent, on the roof, at the airport, between two
-    hedges, on board the ferry, among the rose bushes, down by the harbor, in a crowded market, beyond the hill,
-    opposite the theater, on the tennis court, in our backyard"""
-WHEN = """before breakfast, after the storm had passed, on Thursday afternoon, because the bus was late, when the
-    bell rang, as soon as the snow melted, just for fun, although it was raining, without any help, in less than
-    an hour, for the second time, once the guests had gone, since nobody was there, with great pleasure, while
-    the dog slept, even though the shop was closed, to everyone's surprise, at exactly five o'clock, on the way
-    to work, in spite of the heat, as usual, because the weather was mild, during a power failure, when the sun
-    came out, in a rush, with both eyes shut, while the others chatted, long before sunrise, on a foggy winter
-    morning, in perfect silence"""
+    across the street, around the corner, above the valley, down by the harbor, beyond the hill, on the tennis court,
+    in our backyard"""
+WHEN = """before breakfast, on Thursday afternoon, because the bus was late, when the bell rang, just for fun,
+    although it was raining, in less than an hour, with great pleasure, as usual, during a power failure,
+    while the dog slept, with both eyes shut"""
 GRAMMAR = [[" ".join(entry.split()) for entry in entries.split(",")] for entries in (WHO, DID, WHERE, WHEN)]
 # The first utterance of each partition has all 39 phones: no class is missing, however small the corpus is.
 PANGRAMS = """They knew that noisy young boy very well: he put his hot yellow jacket on the chair, then sang
@@ -1063,14 +1095,10 @@ UNNATURAL = ("robo", "ricishay", "marco", "alicia", "announcer", "croak", "zac",
 ESPEAK_RATE = 22050  # Hz
 
 
-class _EventId(ctypes.Union):  # the union and the struct espeak_EVENT of eSpeak NG's speak_lib.h
-    _fields_ = [("number", ctypes.c_int), ("name", ctypes.c_char_p), ("string", ctypes.c_char * 8)]
-
-
-class _Event(ctypes.Structure):
+class _Event(ctypes.Structure):  # espeak_EVENT of eSpeak NG's speak_lib.h, its union as the text that we need of it
     _fields_ = [("type", ctypes.c_int), ("unique_identifier", ctypes.c_uint), ("text_position", ctypes.c_int),
                 ("length", ctypes.c_int), ("audio_position", ctypes.c_int), ("sample", ctypes.c_int),
-                ("user_data", ctypes.c_void_p), ("id", _EventId)]
+                ("user_data", ctypes.c_void_p), ("phoneme", ctypes.c_char * 8)]
 
 
 _SynthCallback = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(ctypes.c_short), ctypes.c_int,
@@ -1108,7 +1136,7 @@ def speak(text, voice="", rate=175, pitch=50):
             if event[i].type == 0:  # espeakEVENT_LIST_TERMINATED
                 return 0  # go on
             if event[i].type == 7:  # espeakEVENT_PHONEME
-                events.append((event[i].sample, event[i].id.string.decode().lstrip("',%=")))
+                events.append((event[i].sample, event[i].phoneme.decode().lstrip("',%=")))
 
     try:
         # 2: AUDIO_OUTPUT_SYNCHRONOUS; 1: PHONEME_EVENTS; 0x8000: DONT_EXIT, return an error instead
@@ -1147,24 +1175,19 @@ def _practice_shares(seed):
     return voices, np.array_split(rng.permutation(math.prod(map(len, GRAMMAR))), 3)
 
 
-def practice_script(partition, index, sentences=1, seed=23):
+def practice_script(partition, index, seed=23):
     """What utterance `index` of `partition` (0 train, 1 dev, 2 test) says, and how; from the arguments only.
 
-    Returns a dict: `sentences` (list of str), `voice`, `rate` (words a minute), `pitch` (0 to 99), `snr` (dB).
+    Returns a dict: `text`, `voice`, `rate` (words a minute), `pitch` (0 to 99), `snr` (dB).
     """
     rng = np.random.default_rng((seed, partition, index))
     voices, numbers = _practice_shares(seed)
-    most = math.ceil(2 * sentences)  # count is below this: utterances share no sentence while there are enough
-    count = int(rng.uniform(1, 2 * sentences - 1) + rng.random())  # rounded at random: exact mean
-    spoken = []
-    for number in numbers[partition].take(range(index * most, index * most + count), mode="wrap"):
-        who, did, where, when = (GRAMMAR[i][digit] for i, digit in
-                                 enumerate(np.unravel_index(number, [len(entries) for entries in GRAMMAR])))
-        text = f"{when}, {who} {did} {where}." if number % 3 == 0 else f"{who} {did} {where} {when}."
-        spoken.append(text[0].upper() + text[1:])
-    if index == 0:
-        spoken[0] = PANGRAMS[partition]
-    return {"sentences": spoken, "voice": voices[partition][index % len(voices[partition])],
+    number = numbers[partition][index % len(numbers[partition])]
+    who, did, where, when = (entries[i] for entries, i in
+                             zip(GRAMMAR, np.unravel_index(number, [len(entries) for entries in GRAMMAR])))
+    text = f"{when}, {who} {did} {where}." if number % 3 == 0 else f"{who} {did} {where} {when}."
+    return {"text": PANGRAMS[partition] if index == 0 else text[0].upper() + text[1:],
+            "voice": voices[partition][index % len(voices[partition])],
             "rate": int(rng.integers(140, 200)), "pitch": int(rng.integers(35, 66)),
             "snr": float(rng.uniform(20, 40))}
 
@@ -1185,10 +1208,9 @@ def frame_labels(events, frames):
     return label_frames(starts, phonemes, frames, ESPEAK_RATE)
 
 
-def _make_utterance(root, partition, index, sentences, seed):
-    """Writes one utterance; returns the labels of a test utterance (they have no file), else none."""
-    script = practice_script(partition, index, sentences, seed)
-    samples, events = speak(" ".join(script["sentences"]), script["voice"], script["rate"], script["pitch"])
+def _make_utterance(partial, partition, index, seed):
+    script = practice_script(partition, index, seed)
+    samples, events = speak(script["text"], script["voice"], script["rate"], script["pitch"])
     rng = np.random.default_rng((seed, partition, index, 1))
     before, after = rng.integers(ESPEAK_RATE // 8, ESPEAK_RATE // 2, 2)  # of silence; eSpeak alone starts at once
     events = [(start + before, mnemonic) for start, mnemonic in [*events, (len(samples), "_")]]
@@ -1196,106 +1218,37 @@ def _make_utterance(root, partition, index, sentences, seed):
     noise = rng.standard_normal(len(audio), dtype=np.float32)
     audio += noise * np.float32(audio.std() * 10 ** (-script["snr"] / 20))
     mfcc = speech_features(audio, ESPEAK_RATE)
-    labels = frame_labels(events, len(mfcc))
-    np.save(root / PARTITIONS[partition] / "mfcc" / f"{index:06d}.npy", mfcc)
-    if partition == 2:
-        return labels
-    transcript = np.array(["[SOS]", *labels, "[EOS]"], "<U5")
-    np.save(root / PARTITIONS[partition] / "transcript" / f"{index:06d}.npy", transcript)
-    return []
+    _write_utterance(partial, PARTITIONS[partition], f"{index:06d}", mfcc, frame_labels(events, len(mfcc)))
 
 
-def make_practice_corpus(root, utterances=(370, 52, 52), sentences=(1, 1, 1), seed=23, processes=None):
+def make_practice_corpus(root, utterances=(370, 52, 52), seed=23, processes=None):
     """Make a corpus in the course's layout under `root`, spoken by eSpeak NG: the same seed, the same bytes.
 
     Partitions share neither sentences nor voices. ROOT/answers.csv (`id,label`) has the test frames' phonemes, for
     scoring a submission. `root` appears when everything is written, never before.
 
     Args:
-        utterances, sentences: for train, dev and test: how many, and the mean number of sentences in one, at least 1.
-            The defaults make some 181,000, 25,000 and 26,000 frames; (28539, 2703, 2620) and (2.85, 1.65, 1.7) make
-            about as many as the real data have.
+        utterances: of train, dev and test, at least 1 each. The defaults make half an hour of speech.
         processes: how many work; None: one a core.
 
     Raises:
         FileExistsError: `root` exists. DataError: numbers below 1. ImportError: there is no eSpeak NG.
     """
-    root = Path(root)
-    if root.exists():
-        raise FileExistsError(f"{root} exists already: delete it to have it made again")
-    if len(utterances) != 3 or len(sentences) != 3 or min(*utterances, *sentences) < 1:
-        raise DataError(f"utterances {utterances}, sentences {sentences}: expected three numbers each, >= 1")
+    if len(utterances) != 3 or min(utterances) < 1:
+        raise DataError(f"utterances {utterances}: expected three numbers >= 1")
     _espeak_paths()  # fail now rather than in a process
-    partial = root.with_name(root.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)  # of a build that was killed
-    for name in PARTITIONS:
-        for folder in ("mfcc",) if name == "test-clean" else ("mfcc", "transcript"):
-            (partial / name / folder).mkdir(parents=True)
-    jobs = [(partial, p, i, sentences[p], seed) for p in range(3) for i in range(utterances[p])]
-    with _worker_pool(processes) as pool:
-        results = pool.map(_make_utterance, *zip(*jobs), chunksize=8)  # in the order of jobs, so of files
-        results = tqdm(results, total=len(jobs), desc="practice corpus", leave=False, delay=30)
-        write_submission(partial / "answers.csv", list(itertools.chain.from_iterable(results)))
-    partial.rename(root)
+    with _new_corpus(Path(root)) as partial, _worker_pool(processes) as pool:
+        jobs = [(partial, p, i, seed) for p in range(3) for i in range(utterances[p])]
+        deque(tqdm(in_order(pool, _make_utterance, jobs), total=len(jobs), desc="practice corpus", leave=False,
+                   delay=30), maxlen=0)
 
 
-# ---- LibriSpeech corpus ------------------------------------------------------------------------------------
-# Real speech for those without the Kaggle data: the same recordings, aligned in the open.
+# ---- LibriSpeech corpus: the course's own recordings, aligned in the open
 
 LIBRISPEECH = "gilkeyio/librispeech-alignments"
 LIBRISPEECH_UTTERANCES = 33_862
 DEALT = ("train-clean-100", "train-clean-100", "train-clean-100", "dev-clean", "test-clean")
 SILENT = ("sil", "sp", "spn", "", None)  # spn: an unknown word
-
-
-def make_librispeech_corpus(root, source=LIBRISPEECH, processes=None):
-    """Make a corpus of real speech in the course's layout under `root` from LibriSpeech with its phones' times.
-
-    Read as a stream: neither the audio nor the dataset is ever whole on the disk or in memory. Killed or cut off, the
-    next call goes on with what is missing and ends with the same bytes. ROOT/answers.csv (`id,label`) has the test
-    frames' phonemes, ROOT/left-out.txt the utterances that have no alignment, or whose phones end more than half a
-    second before the audio.
-
-    Args:
-        source: a dataset of the Hugging Face hub, or a local .parquet file or a folder of them, with the columns `id`,
-            `audio` {bytes, path} and `phonemes` [{phoneme, start, end}] (ARPAbet, seconds). A file whose name starts
-            with train_clean_100, dev_clean or test_clean is of that partition; of another one, three utterances in
-            five go to train, one to dev, one to test.
-        processes: how many work; None: one a core.
-
-    Raises:
-        FileExistsError: `root` exists. RunError: the network or the disk; what is converted is kept in ROOT.partial.
-        DataError: damaged parquet or audio, an unknown phoneme, or nothing for one of the partitions.
-    """
-    root = Path(root)
-    if root.exists():
-        raise FileExistsError(f"{root} exists already: delete it to have it made again")
-    partial = root.with_name(root.name + ".partial")
-    shards, total, needed = _alignment_shards(source)
-    for name in PARTITIONS:
-        (partial / name / "mfcc").mkdir(parents=True, exist_ok=True)
-        _label_folder(partial, name).mkdir(exist_ok=True)
-    with _worker_pool(processes) as pool, tqdm(total=total, desc="LibriSpeech", unit=" utterances", leave=False) as bar:
-        for name, rows, deal in shards:
-            record = partial / "shards" / f"{name}.json"
-            if record.exists():
-                bar.update(json.loads(record.read_text())["utterances"])
-                continue
-            counts = {"utterances": 0, "spn": 0, "left out": {}}
-            jobs = ((partial, deal[i % len(deal)], row) for i, row in enumerate(rows))
-            try:
-                for utterance, spn, fault in in_order(pool, _convert_utterance, jobs):
-                    counts["utterances"] += 1
-                    counts["spn"] += spn
-                    counts["left out"] |= {utterance: fault} if fault else {}
-                    bar.update()
-                with replacing(record) as temporary:
-                    temporary.write_text(json.dumps(counts))
-            except RunError as error:
-                there = sum(path.stat().st_size for path in partial.rglob("*") if path.is_file())
-                raise RunError(f"{error}\nIn all, {root} needs about {needed / 1e6:,.0f} MB; {there / 1e6:,.0f} MB "
-                               f"are there, kept in {partial}. The next start goes on with them.") from error
-    _finish_librispeech(root, partial)
 
 
 def _alignment_shards(source):
@@ -1344,10 +1297,6 @@ def _rows(stream, source):
         raise _unreachable(source, error) from error
 
 
-def _label_folder(partial, partition):
-    return partial / "answers" if partition == "test-clean" else partial / partition / "transcript"
-
-
 def _alignment_labels(name, phones, frames):
     """The phonemes of an utterance's frames, a list of `frames` names; a DataError where a phone is unknown."""
     starts, names = [], []
@@ -1380,33 +1329,65 @@ def _convert_utterance(partial, partition, row):
     missing = len(audio) / rate - max(phone["end"] for phone in phones)
     if missing > 0.5:
         return name, 0, f"its phones end {missing:.2f} s before the audio"
-    mfcc_path, labels_path = (folder / f"{name}.npy" for folder in (partial / partition / "mfcc",
-                                                                    _label_folder(partial, partition)))
-    if not (mfcc_path.exists() and labels_path.exists()):
+    if not (partial / _label_folder(partition) / f"{name}.npy").exists():  # it is written last
         mfcc = speech_features(audio, rate)
-        labels = np.array(["[SOS]", *_alignment_labels(name, phones, len(mfcc)), "[EOS]"], "<U5")
-        for path, array in ((mfcc_path, mfcc), (labels_path, labels)):
-            with replacing(path, array.nbytes) as temporary, open(temporary, "wb") as file:
-                np.save(file, array)
+        _write_utterance(partial, partition, name, mfcc, _alignment_labels(name, phones, len(mfcc)))
     return name, sum(phone["phoneme"] == "spn" for phone in phones), None
 
 
-def _finish_librispeech(root, partial):
-    """Answers, list of what is left out, no traces of killed conversions; then the folder gets its name."""
-    for path in partial.rglob(".*.tmp"):
-        path.unlink()
-    for name in PARTITIONS:
-        if not any((partial / name / "mfcc").iterdir()):
-            raise DataError(f"{partial}: no utterances for {name}; expected some in each partition")
-    if not (partial / "answers.csv").exists():
-        labels = [np.load(path)[1:-1] for path in sorted((partial / "answers").iterdir())]
-        write_submission(partial / "answers.csv", np.concatenate(labels))
-    records = [json.loads(path.read_text()) for path in sorted((partial / "shards").iterdir())]
-    left_out = {name: fault for record in records for name, fault in record["left out"].items()}
-    with replacing(partial / "left-out.txt") as temporary:
-        temporary.write_text("".join(f"{name}: {fault}\n" for name, fault in sorted(left_out.items())))
-    shutil.rmtree(partial / "answers", ignore_errors=True)
-    partial.rename(root)
+def _convert_shard(partial, name, rows, deal, pool, bar):
+    """Convert a shard unless its record is there. Returns the record: numbers of utterances and unknown words, and
+    {utterance that is left out: why}."""
+    path = partial / "shards" / f"{name}.json"
+    if path.exists():
+        record = json.loads(path.read_text())
+        bar.update(record["utterances"])
+        return record
+    record = {"utterances": 0, "spn": 0, "left out": {}}
+    jobs = ((partial, deal[i % len(deal)], row) for i, row in enumerate(rows))
+    for utterance, spn, fault in in_order(pool, _convert_utterance, jobs):
+        record["utterances"] += 1
+        record["spn"] += spn
+        record["left out"] |= {utterance: fault} if fault else {}
+        bar.update()
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(record))
+    return record
+
+
+def make_librispeech_corpus(root, source=LIBRISPEECH, processes=None):
+    """Make a corpus of real speech in the course's layout under `root` from LibriSpeech with its phones' times.
+
+    Read as a stream: neither the audio nor the dataset is ever whole on the disk or in memory. Killed or cut off, the
+    next call goes on with what is missing and ends with the same bytes. ROOT/answers.csv (`id,label`) has the test
+    frames' phonemes, ROOT/left-out.txt the utterances that have no alignment, or whose phones end more than half a
+    second before the audio.
+
+    Args:
+        source: a dataset of the Hugging Face hub, or a local .parquet file or a folder of them, with the columns `id`,
+            `audio` {bytes, path} and `phonemes` [{phoneme, start, end}] (ARPAbet, seconds). A file whose name starts
+            with train_clean_100, dev_clean or test_clean is of that partition; of another one, three utterances in
+            five go to train, one to dev, one to test.
+        processes: how many work; None: one a core.
+
+    Raises:
+        FileExistsError: `root` exists. RunError: the network or the disk; what is converted is kept in ROOT.partial.
+        DataError: damaged parquet or audio, an unknown phoneme, or nothing for one of the partitions.
+    """
+    root = Path(root)
+    with _new_corpus(root, resume=True) as partial:
+        shards, total, needed = _alignment_shards(source)
+        try:
+            with _worker_pool(processes) as pool, tqdm(total=total, desc="LibriSpeech", unit=" utterances",
+                                                       leave=False) as bar:
+                records = [_convert_shard(partial, *shard, pool, bar) for shard in shards]
+        except RunError as error:
+            there = sum(path.stat().st_size for path in partial.rglob("*") if path.is_file())
+            raise RunError(f"{error}\nIn all, {root} needs about {needed / 1e6:,.0f} MB; {there / 1e6:,.0f} MB are "
+                           f"there, kept in {partial}. The next start goes on with them.") from error
+        left_out = {name: fault for record in records for name, fault in record["left out"].items()}
+        with replacing(partial / "left-out.txt") as temporary:
+            temporary.write_text("".join(f"{name}: {fault}\n" for name, fault in sorted(left_out.items())))
     print(f"{root}: {sum(record['utterances'] for record in records) - len(left_out):,} utterances; {len(left_out):,} "
           f"left out (their ids are in left-out.txt); {sum(record['spn'] for record in records):,} unknown words (spn) "
           "count as silence")

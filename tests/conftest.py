@@ -12,9 +12,9 @@ import helpers  # noqa: E402
 
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory):
-    """A tiny practice corpus, read only: 12, 4 and 3 utterances."""
+    """A tiny practice corpus, read only: 24, 4 and 3 utterances."""
     root = tmp_path_factory.mktemp("practice") / "corpus"
-    helpers.make_practice_corpus(root, (12, 4, 3), (2, 1, 1), processes=2)
+    helpers.make_practice_corpus(root, (24, 4, 3), processes=2)
     return root
 
 

@@ -48,7 +48,7 @@ def spoken(count):
     """Rows of synthetic speech, with the phones and times that the synthesiser reports."""
     rows = []
     for i in range(count):
-        samples, events = helpers.speak(helpers.practice_script(0, i)["sentences"][0])
+        samples, events = helpers.speak(helpers.practice_script(0, i)["text"])
         file, spans = io.BytesIO(), []
         soundfile.write(file, samples, helpers.ESPEAK_RATE, format="FLAC")
         for (start, mnemonic), (end, _) in zip(events, [*events[1:], (len(samples), "_")]):

@@ -33,7 +33,6 @@ import helpers  # noqa: E402
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 FULL = (28539, 2703, 2620)                      # utterances of the real data in train, dev, test
 FULL_FRAMES = (36_091_157, 1_928_204, 1_934_138)
-SENTENCES = (2.85, 1.65, 1.70)                  # of the practice corpus, for utterances as long as the real ones
 
 
 # ---- Report ------------------------------------------------------------------------------------------------
@@ -140,7 +139,7 @@ def corpus(arguments):
             made = "kept from an earlier run"
         else:
             folder.parent.mkdir(parents=True, exist_ok=True)
-            make = random_corpus if random else lambda root, n: helpers.make_practice_corpus(root, n, SENTENCES)
+            make = random_corpus if random else helpers.make_practice_corpus
             make(folder, utterances)
             made = f"made in {time.perf_counter() - start:.1f} s"
         yield folder, f"{kind} corpus, {utterances} utterances in train, dev, test, {made}"

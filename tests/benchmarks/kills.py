@@ -27,7 +27,7 @@ def main(kills):
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         data = folder / "corpus"
-        helpers.make_practice_corpus(data, (12, 4, 3), (2, 1, 1))
+        helpers.make_practice_corpus(data, (24, 4, 3))
         references, seconds = {}, {}
         for i, (name, changes) in enumerate(CONFIGS.items()):
             for attempt in range(2):  # the second one without the server's start: the time of a run
