@@ -234,7 +234,7 @@ def _mfccs(array):
         # less the first row, a constant coefficient is exactly zero; a rounding error over 1e-8 would be anything
         array = np.subtract(array, array[0], dtype=np.float64)
         array -= array.mean(axis=0)
-        deviation = np.sqrt((array**2).mean(axis=0))
+        deviation = np.sqrt(np.einsum("ij,ij->j", array, array) / len(array))
         array /= deviation + 1e-8
     if not np.isfinite(deviation).all():  # infinite too where the values are so large that their squares overflow
         raise ValueError("NaN, infinite or absurdly large values; expected finite MFCCs")
@@ -247,21 +247,26 @@ def _labels(array):
         raise ValueError(f"dtype {array.dtype}; expected text, <U5")
     if array.ndim != 1 or len(array) < 3:
         raise ValueError(f"shape {array.shape}; expected (frames + 2,) for [SOS], one phoneme a frame, [EOS]")
-    first, *phonemes, last = array.tolist()
-    if (first, last) != ("[SOS]", "[EOS]"):
-        raise ValueError(f"it starts with {first!r} and ends with {last!r}; expected [SOS] and [EOS]")
-    for t, phoneme in enumerate(phonemes):
+    if (array[0], array[-1]) != ("[SOS]", "[EOS]"):
+        raise ValueError(f"it starts with {str(array[0])!r} and ends with {str(array[-1])!r}; expected [SOS] and [EOS]")
+    array = array[1:-1]
+    starts = np.flatnonzero(np.append(True, array[1:] != array[:-1]))  # a phoneme lasts: one lookup for all its frames
+    phonemes = array[starts].tolist()
+    for t, phoneme in zip(starts, phonemes):
         if phoneme not in _INDEX:
             raise ValueError(f"{phoneme!r} at frame {t} is not a phoneme; expected one of {' '.join(_INDEX)}")
-    return np.array([_INDEX[phoneme] for phoneme in phonemes], np.uint8)
+    return np.repeat(np.array([_INDEX[phoneme] for phoneme in phonemes], np.uint8), np.diff(starts, append=len(array)))
 
 
-def _content(path):
-    """The bytes of a file, or the error that they cannot be read."""
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        return error
+def _contents(*paths):
+    """The bytes of each file, or the error that it cannot be read."""
+    contents = []
+    for path in paths:
+        try:
+            contents.append(path.read_bytes())
+        except OSError as error:
+            contents.append(error)
+    return contents
 
 
 def _load_npy(content):
@@ -301,23 +306,22 @@ def _printable(text):
 def _pack(folder, names, labelled, gap):
     """Read, check, normalise and pack the utterances of these names: what `read_partition` returns."""
     kinds = ("mfcc", "transcript") if labelled else ("mfcc",)
-    mfcc_paths = [folder / "mfcc" / name for name in names]
+    paths = [[folder / kind / name for kind in kinds] for name in names]
     # room for as many frames as the files can hold; what is not written to takes no memory
-    rows = sum(os.path.getsize(path) for path in mfcc_paths if path.exists()) // (2 * COEFFICIENTS)
+    rows = sum(os.path.getsize(path) for path, *_ in paths if path.exists()) // (2 * COEFFICIENTS)
     # from numpy, as torch converts to float16 many times as fast
     frames = torch.from_numpy(np.zeros((rows + gap * (len(names) + 1), COEFFICIENTS), np.float16))
     labels, lengths, deviations, faults, row = [], [], [], [], gap
     with ThreadPoolExecutor(16) as pool:  # small files on a slow disk (Drive) are waited for more than worked on
-        contents = in_order(pool, _content, ((folder / kind / name,) for name in names for kind in kinds))
-        for path in tqdm(mfcc_paths, desc=f"reading {folder.name}", leave=False, delay=10):
-            mfccs = _convert(path, next(contents), _mfccs, faults)
-            path = folder / "transcript" / path.name
-            phonemes = _convert(path, next(contents), _labels, faults) if labelled else None
+        contents = in_order(pool, _contents, paths)
+        for both, content in tqdm(zip(paths, contents), f"reading {folder.name}", len(paths), leave=False, delay=10):
+            mfccs = _convert(both[0], content[0], _mfccs, faults)
+            phonemes = _convert(both[1], content[1], _labels, faults) if labelled else None
             if mfccs is None or labelled and phonemes is None:
                 continue
             mfcc, deviation = mfccs
             if labelled and len(phonemes) != len(mfcc):
-                faults.append(f"{path}: {len(phonemes)} phonemes; expected {len(mfcc)}, one a frame")
+                faults.append(f"{both[1]}: {len(phonemes)} phonemes; expected {len(mfcc)}, one a frame")
                 continue
             frames[row:row + len(mfcc)] = torch.from_numpy(mfcc)
             row += len(mfcc) + gap
@@ -359,13 +363,14 @@ def _list_utterances(folder, labelled, subset):
 
 def _cache_key(folder, names, labelled, gap):
     """A digest of all that changes what the cache holds: format, gap, and each file's name, size and time."""
-    def stamp(kind, name):
+    def stamp(name):
         with contextlib.suppress(OSError):  # a link to nowhere: reading it tells
-            stat = os.stat(folder / kind / name)
-            return name, stat.st_size, stat.st_mtime_ns
+            stats = [os.stat(os.path.join(folder, kind, name)) for kind in kinds]
+            return name, *((stat.st_size, stat.st_mtime_ns) for stat in stats)
 
+    kinds = ("mfcc", "transcript") if labelled else ("mfcc",)
     with ThreadPoolExecutor(16) as pool:
-        stamps = [*in_order(pool, stamp, itertools.product(("mfcc", "transcript") if labelled else ("mfcc",), names))]
+        stamps = [*in_order(pool, stamp, zip(names))]
     return hashlib.sha256(repr(("packed 3", folder.name, gap, stamps)).encode()).hexdigest()
 
 

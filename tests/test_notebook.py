@@ -112,7 +112,7 @@ def test_the_committed_notebook_is_one_honest_run():
     assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
     assert not outputs(notebook, "error")
     assert NOTEBOOK.stat().st_size < 1e6
-    assert max(len(cell.source.splitlines()) for cell in cells) <= 40
+    assert max(len(cell.source.splitlines()) for cell in cells) <= 30
 
 
 def test_variants_are_trained_once_compared_and_a_failed_one_is_noted(corpus, tmp_path, capsys):

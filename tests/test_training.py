@@ -441,7 +441,7 @@ def test_train_metrics_are_exact_over_all_frames(book, data):
 
 
 def test_a_train_step_is_that_of_the_textbook(book, data):
-    config = settings(book, optimizers="sgd", learning_rate=0.1, weight_decay=0.01, batch_norm=True)
+    config = settings(book, optimizers="sgd", learning_rate=0.01, weight_decay=0.01, batch_norm=True)
     loader = helpers.make_loader(data["dev-clean"], 600, shuffle=True)
     model, optimizer, _, scaler = built(book, config)
     reference = built(book, config)[0].train()
@@ -454,7 +454,7 @@ def test_a_train_step_is_that_of_the_textbook(book, data):
         with torch.no_grad():
             for parameter, gradient, momentum in zip(reference.parameters(), gradients, momenta):
                 momentum.mul_(0.9).add_(gradient + 0.01 * parameter)
-                parameter -= 0.1 * momentum
+                parameter -= 0.01 * momentum
     for (name, ours), theirs in zip(model.state_dict().items(), reference.state_dict().values()):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5, msg=name)
 
@@ -510,7 +510,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_leaves_the_checkpoint(book,
     config = settings(book, epochs=3)
     parts = built(book, config)
     in_epoch(loaders[0], 2, lambda: parts[0].model[0].weight.data.fill_(float("nan")))
-    with pytest.raises(RunError, match="epoch 2 is not finite.* epoch 1 is intact.*learning rate 7.5e-05,"):
+    with pytest.raises(RunError, match="epoch 2 is not finite.* epoch 1 is intact.*learning rate 0.0001,"):
         fit(book, config, parts, loaders, tmp_path)
     for name in ("checkpoint.pt", "best.pt"):
         assert torch.load(tmp_path / name)["model"]["model.0.weight"].isfinite().all()

@@ -33,7 +33,7 @@ def config_of(recipe, epochs):
     if recipe != "best":
         config |= helpers.ORIGINAL
     if "=" in recipe:
-        for change in recipe.split(","):
+        for change in recipe.removeprefix("original,").split(","):
             key, value = change.split("=")
             try:
                 config[key] = ast.literal_eval(value)
