@@ -1,8 +1,20 @@
-"""Data, masks, metrics and files for the notebook hw1p2_starter.ipynb (frame-level phoneme classification).
+"""All that the notebook hw1p2_starter.ipynb (frame-level phoneme classification) does not show: data, metrics, files.
 
-From top to bottom: constants, errors, reading, windows and loaders, masks, metrics, sequence decoding, checkpoint,
-submission, where the data come from, practice corpus, LibriSpeech corpus. The network, the training loop and the config
-are in the notebook.
+In the order in which the data flow:
+
+    read_partition                              a folder of .npy files -> one array, packed and cached
+    AudioDataset, make_loader                   windows of it, and batches of windows
+    warp_frames, mask_frames                    what training does to a batch
+    confusion_matrix, border_distance,
+    calibration                                 how good predictions are
+    Decoder                                     predictions -> the best path through each utterance
+    save_checkpoint, load_checkpoint,
+    snapshot, restore                           a run that can be carried on
+    write_submission, read_submission           the CSV
+    make_practice_corpus,
+    make_librispeech_corpus, get_data           data for those who have none
+
+The network, the training loop and the config are in the notebook.
 """
 
 import _ctypes
@@ -912,88 +924,12 @@ def kaggle(*arguments):
     return output
 
 
-# ---- Where the data come from ------------------------------------------------------------------------------
-
-def get_data(choice, cache):
-    """The data folder that config["data"] asks for. What is not there yet is fetched or made first.
-
-    Args:
-        choice: "auto": $HW1P2_DATA, else Kaggle's data where they lie already, else the practice corpus;
-            "practice", "kaggle" (downloaded with kagglehub), "librispeech" (see `make_librispeech_corpus`).
-        cache: folder for a corpus that is made.
-
-    Raises:
-        RunError: it cannot be fetched or written; what is there already is kept for the next start.
-    """
-    if choice == "auto":
-        if os.environ.get("HW1P2_DATA"):
-            return Path(os.environ["HW1P2_DATA"])
-        choice = "kaggle" if _kaggle_folder() else "practice"
-    if choice == "kaggle":
-        return _kaggle_folder() or _download_from_kaggle()
-    folder, make = {"practice": ("practice-corpus", make_practice_corpus),
-                    "librispeech": ("librispeech", make_librispeech_corpus)}[choice]
-    return _made_once(Path(cache) / folder, make)
-
-
-def _kaggle_folder():
-    """Where the competition's data lie: beside the notebook, or attached to a notebook of Kaggle's; None if nowhere."""
-    for folder in (Path(KAGGLE_FOLDER), KAGGLE / "input" / COMPETITION):
-        if folder.is_dir():
-            return _course_root(folder)
-
-
-def _course_root(folder):
-    """The folder itself, or the one in it that has the partitions, as the archive has them in a folder of their own."""
-    inside = [path.parent for path in sorted(folder.glob(f"*/{PARTITIONS[0]}"))]
-    return folder if (folder / PARTITIONS[0]).is_dir() or not inside else inside[0]
-
-
-def _download_from_kaggle():
-    kagglehub = need("kagglehub")
-    try:  # it resumes a broken download, compares the checksum, unpacks, and knows Colab's secrets
-        return _course_root(Path(kagglehub.competition_download(COMPETITION)))
-    except Exception as error:  # its own, of the network, of the archive, of the disk
-        raise RunError(f"Kaggle's data could not be fetched ({type(error).__name__}: {str(error)[:300]}).\n"
-                       f"{KAGGLE_CAUSES} Or the disk is full: unpacking needs about 9 GB. What has been downloaded is "
-                       "kept: run again.") from error
-
-
-def _made_once(root, make):
-    """`root`, made by make(root) unless it is there. Of two notebooks that ask at once, the second one waits."""
-    if not root.exists():
-        with alone(root):
-            if not root.exists():
-                print(f"{root} is not there yet: making it")
-                make(root)
-    return root
-
-
-@contextlib.contextmanager
-def _worker_pool(processes):
-    """A pool of processes, one a core; they end when this process does."""
-    # a spawned process runs the main script again, which would start everything anew; it is shown an empty one
-    main, sys.modules["__main__"] = sys.modules["__main__"], types.ModuleType("__main__")
-    # spawn, as fork is unsafe once torch has started threads
-    pool = ProcessPoolExecutor(processes, get_context("spawn"), _start_worker)
-    try:
-        yield pool
-    finally:
-        pool.shutdown(cancel_futures=True)
-        sys.modules["__main__"] = main
-
-
-def _start_worker():
-    torch.set_num_threads(1)  # every core has its process
-
-    def end_with_parent():  # else a killed notebook's workers would wait for ever
-        parent_process().join()
-        os._exit(1)
-    threading.Thread(target=end_with_parent, daemon=True).start()
-
-
 # ---- Corpora -----------------------------------------------------------------------------------------------
 # Synthetic and real speech in the course's layout, for those without the Kaggle data.
+
+def _label_folder(partition):
+    return "answers" if partition == "test-clean" else f"{partition}/transcript"
+
 
 @contextlib.contextmanager
 def _new_corpus(root, resume=False):
@@ -1028,15 +964,34 @@ def _new_corpus(root, resume=False):
     partial.rename(root)
 
 
-def _label_folder(partition):
-    return "answers" if partition == "test-clean" else f"{partition}/transcript"
-
-
 def _write_utterance(partial, partition, name, mfcc, labels):
     for folder, array in ((f"{partition}/mfcc", mfcc),
                           (_label_folder(partition), np.array(["[SOS]", *labels, "[EOS]"], "<U5"))):
         with replacing(partial / folder / f"{name}.npy", array.nbytes) as temporary, open(temporary, "wb") as file:
             np.save(file, array)
+
+
+@contextlib.contextmanager
+def _worker_pool(processes):
+    """A pool of processes, one a core; they end when this process does."""
+    # a spawned process runs the main script again, which would start everything anew; it is shown an empty one
+    main, sys.modules["__main__"] = sys.modules["__main__"], types.ModuleType("__main__")
+    # spawn, as fork is unsafe once torch has started threads
+    pool = ProcessPoolExecutor(processes, get_context("spawn"), _start_worker)
+    try:
+        yield pool
+    finally:
+        pool.shutdown(cancel_futures=True)
+        sys.modules["__main__"] = main
+
+
+def _start_worker():
+    torch.set_num_threads(1)  # every core has its process
+
+    def end_with_parent():  # else a killed notebook's workers would wait for ever
+        parent_process().join()
+        os._exit(1)
+    threading.Thread(target=end_with_parent, daemon=True).start()
 
 
 @functools.cache
@@ -1396,3 +1351,60 @@ def make_librispeech_corpus(root, source=LIBRISPEECH, processes=None):
     print(f"{root}: {sum(record['utterances'] for record in records) - len(left_out):,} utterances; {len(left_out):,} "
           f"left out (their ids are in left-out.txt); {sum(record['spn'] for record in records):,} unknown words (spn) "
           "count as silence")
+
+
+# ---- Where the data come from ------------------------------------------------------------------------------
+
+def _course_root(folder):
+    """The folder itself, or the one in it that has the partitions, as the archive has them in a folder of their own."""
+    inside = [path.parent for path in sorted(folder.glob(f"*/{PARTITIONS[0]}"))]
+    return folder if (folder / PARTITIONS[0]).is_dir() or not inside else inside[0]
+
+
+def _kaggle_folder():
+    """Where the competition's data lie: beside the notebook, or attached to a notebook of Kaggle's; None if nowhere."""
+    for folder in (Path(KAGGLE_FOLDER), KAGGLE / "input" / COMPETITION):
+        if folder.is_dir():
+            return _course_root(folder)
+
+
+def _download_from_kaggle():
+    kagglehub = need("kagglehub")
+    try:  # it resumes a broken download, compares the checksum, unpacks, and knows Colab's secrets
+        return _course_root(Path(kagglehub.competition_download(COMPETITION)))
+    except Exception as error:  # its own, of the network, of the archive, of the disk
+        raise RunError(f"Kaggle's data could not be fetched ({type(error).__name__}: {str(error)[:300]}).\n"
+                       f"{KAGGLE_CAUSES} Or the disk is full: unpacking needs about 9 GB. What has been downloaded is "
+                       "kept: run again.") from error
+
+
+def _made_once(root, make):
+    """`root`, made by make(root) unless it is there. Of two notebooks that ask at once, the second one waits."""
+    if not root.exists():
+        with alone(root):
+            if not root.exists():
+                print(f"{root} is not there yet: making it")
+                make(root)
+    return root
+
+
+def get_data(choice, cache):
+    """The data folder that config["data"] asks for. What is not there yet is fetched or made first.
+
+    Args:
+        choice: "auto": $HW1P2_DATA, else Kaggle's data where they lie already, else the practice corpus;
+            "practice", "kaggle" (downloaded with kagglehub), "librispeech" (see `make_librispeech_corpus`).
+        cache: folder for a corpus that is made.
+
+    Raises:
+        RunError: it cannot be fetched or written; what is there already is kept for the next start.
+    """
+    if choice == "auto":
+        if os.environ.get("HW1P2_DATA"):
+            return Path(os.environ["HW1P2_DATA"])
+        choice = "kaggle" if _kaggle_folder() else "practice"
+    if choice == "kaggle":
+        return _kaggle_folder() or _download_from_kaggle()
+    folder, make = {"practice": ("practice-corpus", make_practice_corpus),
+                    "librispeech": ("librispeech", make_librispeech_corpus)}[choice]
+    return _made_once(Path(cache) / folder, make)
