@@ -564,7 +564,7 @@ def mask_frames(frames, augmentations="Both", freq_mask_param=4, time_mask_param
             mask = _stretches(len(frames), frames.shape[axis], param, frames.device)
             frames.masked_fill_(mask.unsqueeze(3 - axis), 0)
         elif augmentations in (name, "Both"):
-            frames.copy_(torchaudio.functional.mask_along_axis(frames, param, 0.0, axis))
+            frames.copy_(torchaudio.functional.mask_along_axis(frames, min(param, frames.shape[axis]), 0.0, axis))
     return frames
 
 

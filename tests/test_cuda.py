@@ -101,6 +101,17 @@ def test_masks(augmentations, dtype):
         check(helpers.mask_frames(frames, augmentations), 64, 11, 28, dtype=dtype)
 
 
+@pytest.mark.parametrize("augmentations", helpers.OPTIONS["augmentations"])
+def test_one_mask_for_the_batch_and_warps(augmentations, monkeypatch):
+    monkeypatch.setattr(torch.Tensor, "__bool__", lambda tensor: tensor.device.type != "cpu")  # torchaudio's own checks
+    with rehearsal():
+        frames = torch.zeros(64, 11, 28, dtype=torch.float16, device="cuda")
+        check(helpers.mask_frames(frames, augmentations, iid_masks=False), 64, 11, 28, dtype=torch.float16)
+        for dtype in (torch.float16, torch.bfloat16, torch.float32):
+            maps = helpers.warp_maps(0.2, torch.ones(28, device="cuda")).to(dtype)
+            check(helpers.warp_frames(frames, maps), 64, 11, 28, dtype=torch.float16)
+
+
 @pytest.mark.parametrize("archetype", helpers.OPTIONS["archetype"])
 def test_the_loops_without_backward(dataset, monkeypatch, archetype):
     book = definitions()
@@ -130,6 +141,8 @@ def test_the_loops_without_backward(dataset, monkeypatch, archetype):
         assert read.count("cuda") == 4
         for logits, _ in book["infer"](model, helpers.make_loader(test_data, 256)):
             assert logits.device.type == "cuda" and logits.dtype == torch.float32
+        check(book["all_log_posteriors"](model, helpers.make_loader(test_data, 256), config), len(test_data), 42,
+              dtype=torch.float32)
 
 
 def test_viterbi(monkeypatch):

@@ -165,6 +165,13 @@ def test_without_iid_masks_the_batch_has_one_mask_as_torchaudio_draws_it(augment
         assert torch.equal(ours.float(), theirs.transpose(1, 2))
 
 
+@pytest.mark.parametrize("augmentations", ["FreqMask", "TimeMask", "Both"])
+def test_one_mask_for_the_batch_may_be_of_any_width(augmentations):
+    assert mask_frames(torch.ones(5, FRAMES, COEFFICIENTS), augmentations, 0, 0, iid_masks=False).all()
+    for _ in range(50):
+        mask_frames(torch.ones(5, FRAMES, COEFFICIENTS), augmentations, 28, 2001, iid_masks=False)
+
+
 # ---- Warps -------------------------------------------------------------------------------------------------
 
 def mel(hertz):
