@@ -898,29 +898,24 @@ def score_submission(path, answers):
 
 
 KAGGLE_CAUSES = ("The usual causes: the rules are not accepted yet (press Join on "
-                 f"kaggle.com/competitions/{COMPETITION}), or the token is missing or has expired: create a new one.")
+                 f"kaggle.com/competitions/{COMPETITION}), or the token is missing or has expired: create one in your "
+                 "account's settings on kaggle.com, and put it into ~/.kaggle/, the environment (KAGGLE_API_TOKEN) or "
+                 "Colab's secrets; never into a cell.")
 
 
 def kaggle(*arguments):
     """Run the official `kaggle` command with the token that it finds. Returns what it printed.
 
     Raises:
-        RunError: no credentials, no such command, refused, or failed; it says what to do.
+        RunError: there is no such command, or it failed; it says what to do.
     """
-    folders = [Path(folder).expanduser() for folder in (os.environ.get("KAGGLE_CONFIG_DIR", "~/.kaggle"),
-                                                        "~/.config/kaggle")]
-    if not (have_keys("KAGGLE_API_TOKEN") or have_keys("KAGGLE_USERNAME", "KAGGLE_KEY")
-            or any((folder / name).exists() for folder in folders for name in ("kaggle.json", "access_token"))):
-        raise RunError("no Kaggle credentials: create an API token in your account's settings on kaggle.com, and put "
-                       "it into ~/.kaggle/, the environment (KAGGLE_API_TOKEN) or Colab's secrets; never into a cell")
     if shutil.which("kaggle") is None:
         raise RunError("the kaggle command is not installed: pip install kaggle")
+    have_keys("KAGGLE_API_TOKEN", "KAGGLE_USERNAME", "KAGGLE_KEY")  # from Colab's secrets
     result = subprocess.run(["kaggle", *map(str, arguments)], capture_output=True, text=True)
     output = (result.stdout + result.stderr).strip()
-    if re.search(r"\b40[13]\b", output):
-        raise RunError(f"Kaggle refused: {output[-300:]}\n{KAGGLE_CAUSES}")
-    if result.returncode:
-        raise RunError(f"kaggle {' '.join(map(str, arguments))} failed: {output[-300:]}")
+    if result.returncode or re.search(r"\b40[13]\b", output):
+        raise RunError(f"kaggle {' '.join(map(str, arguments))} failed: {output[-300:]}\n{KAGGLE_CAUSES}")
     return output
 
 

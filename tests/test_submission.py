@@ -142,7 +142,7 @@ def test_a_failure_leaves_the_old_file(tmp_path, monkeypatch, step, error, raise
 
 @pytest.fixture
 def account(tmp_path, monkeypatch):
-    """A home without credentials, and a folder of commands that is all there is on the PATH."""
+    """A home, and a folder of commands that is all there is on the PATH."""
     for name in ("KAGGLE_API_TOKEN", "KAGGLE_USERNAME", "KAGGLE_KEY", "KAGGLE_CONFIG_DIR"):
         monkeypatch.delenv(name, raising=False)
     (tmp_path / "home").mkdir()
@@ -170,27 +170,8 @@ def calls(account):
 posix = pytest.mark.skipif(os.name == "nt", reason="the fake command is a script with a shebang")
 
 
-def test_without_credentials(account):
-    with pytest.raises(RunError, match="no Kaggle credentials: create an API token.*never into a cell"):
-        kaggle("competitions", "list")
-
-
-@pytest.mark.parametrize("file", [".kaggle/kaggle.json", ".kaggle/access_token", ".config/kaggle/kaggle.json"])
-def test_without_the_command(account, monkeypatch, file):
-    (account / "home" / file).parent.mkdir(parents=True)
-    (account / "home" / file).touch()
+def test_without_the_command(account):
     with pytest.raises(RunError, match="pip install kaggle"):
-        kaggle("competitions", "list")
-
-
-@pytest.mark.parametrize("variables", [{"KAGGLE_API_TOKEN": "x"}, {"KAGGLE_USERNAME": "x", "KAGGLE_KEY": "y"}])
-def test_credentials_in_the_environment(account, monkeypatch, variables):
-    for name, value in variables.items():
-        monkeypatch.setenv(name, value)
-    with pytest.raises(RunError, match="pip install kaggle"):
-        kaggle("competitions", "list")
-    monkeypatch.setenv(next(iter(variables)), "")
-    with pytest.raises(RunError, match="no Kaggle credentials"):
         kaggle("competitions", "list")
 
 
@@ -207,10 +188,10 @@ def test_its_output_and_its_arguments(account, monkeypatch):
                                   "print('401 Client Error: Unauthorized')"])
 def test_refused(account, monkeypatch, code):
     fake(account, monkeypatch, code)
-    with pytest.raises(RunError, match="Kaggle refused: 40[13]") as caught:
+    with pytest.raises(RunError, match="competitions download failed: .*40[13]") as caught:
         kaggle("competitions", "download")
     message = str(caught.value)
-    assert "press Join on kaggle.com/competitions/11785" in message and "create a new one" in message
+    assert "press Join on kaggle.com/competitions/11785" in message and "never into a cell" in message
     assert "not-a-real-one" not in message
 
 
@@ -220,6 +201,6 @@ def test_other_failures(account, monkeypatch):
     with pytest.raises(RunError, match="kaggle competitions download failed: 404 - Not Found"):
         kaggle("competitions", "download")
     fake(account, monkeypatch, "print('x' * 5000); sys.exit(2)")
-    with pytest.raises(RunError, match="failed: x+$") as caught:
+    with pytest.raises(RunError, match="failed: x{300}\n") as caught:
         kaggle("competitions", "download")
-    assert len(str(caught.value)) < 500
+    assert len(str(caught.value)) < 900
