@@ -101,12 +101,11 @@ def check_config(config):
                        for option in allowed):
                 faults.append(f"{key!r} is {config[key]!r}; allowed: {', '.join(map(repr, allowed))}")
         else:
-            kind, low, high = allowed
-            right = isinstance(config[key], (int, float) if kind is float else kind)
-            if isinstance(config[key], bool) or not right or not (
-                    low <= (len(config[key]) if kind is str else config[key]) <= high):
+            (kind, low, high), value = allowed, config[key]
+            right = isinstance(value, (int, float) if kind is float else kind) and not isinstance(value, bool)
+            if not (right and low <= (len(value) if kind is str else value) <= high):
                 what = {str: "characters", int: "(a whole number)", float: "(a number)"}[kind]
-                faults.append(f"{key!r} is {config[key]!r}; allowed: {low} to {high} {what}")
+                faults.append(f"{key!r} is {value!r}; allowed: {low} to {high} {what}")
     if re.search(r"[/\\]|^\.", str(config.get("Name"))):
         faults.append(f"'Name' is {config['Name']!r}; it names a folder, so it has no slashes and no dot at its start")
     if faults:
@@ -140,12 +139,10 @@ def need(module):
     except ImportError:
         print(f"installing {module}")
     result = subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", module], capture_output=True, text=True)
+    if result.returncode:
+        raise RunError(f"this needs the package {module}, and pip could not install it: {result.stderr[-300:]}")
     importlib.invalidate_caches()
-    try:
-        return importlib.import_module(module)
-    except ImportError:
-        raise RunError(f"this needs the package {module}, and pip could not install it: {result.stderr[-300:]}"
-                       ) from None
+    return importlib.import_module(module)
 
 
 def git_commit():
@@ -245,9 +242,8 @@ def _mfccs(array):
     with np.errstate(all="ignore"):
         # less the first row, a constant coefficient is exactly zero; a rounding error over 1e-8 would be anything
         array = np.subtract(array, array[0], dtype=np.float64)
-        array -= array.mean(axis=0)
-        deviation = np.sqrt(np.einsum("ij,ij->j", array, array) / len(array))
-        array /= deviation + 1e-8
+        deviation = array.std(axis=0)
+        array = (array - array.mean(axis=0)) / (deviation + 1e-8)
     if not np.isfinite(deviation).all():  # infinite too where the values are so large that their squares overflow
         raise ValueError("NaN, infinite or absurdly large values; expected finite MFCCs")
     return array, deviation
@@ -270,23 +266,11 @@ def _labels(array):
     return np.repeat(np.array([_INDEX[phoneme] for phoneme in phonemes], np.uint8), np.diff(starts, append=len(array)))
 
 
-def _contents(*paths):
-    """The bytes of each file, or the error that it cannot be read."""
-    contents = []
-    for path in paths:
-        try:
-            contents.append(path.read_bytes())
-        except OSError as error:
-            contents.append(error)
-    return contents
-
-
-def _load_npy(content):
-    file = io.BytesIO(content)
+def _load_npy(path):
+    """The array in an .npy file; a ValueError that says what is wrong with its content."""
+    file = io.BytesIO(path.read_bytes())
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # numpy's and Python's, about what stands in a damaged header
-            array = np.lib.format.read_array(file, allow_pickle=False)
+        array = np.lib.format.read_array(file, allow_pickle=False)
         if file.read(1):
             raise ValueError("there is more in it")
         return array
@@ -294,14 +278,20 @@ def _load_npy(content):
         raise ValueError(f"{error}; expected one whole array in an .npy file") from None
 
 
-def _convert(path, content, convert, faults):
-    """What `convert` makes of the array in an .npy file of this content; None, and a line in `faults`, if it is bad."""
-    try:
-        if isinstance(content, OSError):
-            raise content
-        return convert(_load_npy(content))
-    except Exception as error:  # whatever a damaged file provokes, it is that file's fault
-        faults.append(f"{path}: {error}")
+def _read_utterance(folder, name, labelled):
+    """(MFCCs, deviations, labels or None) of an utterance; in their place a list of what is wrong with its files."""
+    read, faults = {}, []
+    for kind, convert in (("mfcc", _mfccs), ("transcript", _labels))[:1 + labelled]:
+        try:
+            read[kind] = convert(_load_npy(folder / kind / name))
+        except Exception as error:  # whatever a damaged file provokes, it is that file's fault
+            faults.append(f"{folder / kind / name}: {error}")
+    if faults:
+        return faults
+    (mfcc, deviation), labels = read["mfcc"], read.get("transcript")
+    if labelled and len(labels) != len(mfcc):
+        return [f"{folder / 'transcript' / name}: {len(labels)} phonemes; expected {len(mfcc)}, one a frame"]
+    return mfcc, deviation, labels
 
 
 def _raise_faults(folder, faults):
@@ -317,24 +307,21 @@ def _printable(text):
 
 def _pack(folder, names, labelled, gap):
     """Read, check, normalise and pack the utterances of these names: what `read_partition` returns."""
-    kinds = ("mfcc", "transcript") if labelled else ("mfcc",)
-    paths = [[folder / kind / name for kind in kinds] for name in names]
     # room for as many frames as the files can hold; what is not written to takes no memory
-    rows = sum(os.path.getsize(path) for path, *_ in paths if path.exists()) // (2 * COEFFICIENTS)
+    paths = [folder / "mfcc" / name for name in names]
+    rows = sum(path.stat().st_size for path in paths if path.exists()) // (2 * COEFFICIENTS)
     # from numpy, as torch converts to float16 many times as fast
     frames = torch.from_numpy(np.zeros((rows + gap * (len(names) + 1), COEFFICIENTS), np.float16))
     labels, lengths, deviations, faults, row = [], [], [], [], gap
-    with ThreadPoolExecutor(16) as pool:  # small files on a slow disk (Drive) are waited for more than worked on
-        contents = in_order(pool, _contents, paths)
-        for both, content in tqdm(zip(paths, contents), f"reading {folder.name}", len(paths), leave=False, delay=10):
-            mfccs = _convert(both[0], content[0], _mfccs, faults)
-            phonemes = _convert(both[1], content[1], _labels, faults) if labelled else None
-            if mfccs is None or labelled and phonemes is None:
+    # small files on a slow disk (Drive) are waited for more than worked on
+    with ThreadPoolExecutor(16) as pool, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # numpy's and Python's, about what stands in a damaged header
+        utterances = in_order(pool, _read_utterance, ((folder, name, labelled) for name in names))
+        for utterance in tqdm(utterances, f"reading {folder.name}", len(names), leave=False, delay=10):
+            if isinstance(utterance, list):
+                faults += utterance
                 continue
-            mfcc, deviation = mfccs
-            if labelled and len(phonemes) != len(mfcc):
-                faults.append(f"{both[1]}: {len(phonemes)} phonemes; expected {len(mfcc)}, one a frame")
-                continue
+            mfcc, deviation, phonemes = utterance
             frames[row:row + len(mfcc)] = torch.from_numpy(mfcc)
             row += len(mfcc) + gap
             lengths.append(len(mfcc))
@@ -1373,16 +1360,6 @@ def _download_from_kaggle():
                        "kept: run again.") from error
 
 
-def _made_once(root, make):
-    """`root`, made by make(root) unless it is there. Of two notebooks that ask at once, the second one waits."""
-    if not root.exists():
-        with alone(root):
-            if not root.exists():
-                print(f"{root} is not there yet: making it")
-                make(root)
-    return root
-
-
 def get_data(choice, cache):
     """The data folder that config["data"] asks for. What is not there yet is fetched or made first.
 
@@ -1400,6 +1377,12 @@ def get_data(choice, cache):
         choice = "kaggle" if _kaggle_folder() else "practice"
     if choice == "kaggle":
         return _kaggle_folder() or _download_from_kaggle()
-    folder, make = {"practice": ("practice-corpus", make_practice_corpus),
-                    "librispeech": ("librispeech", make_librispeech_corpus)}[choice]
-    return _made_once(Path(cache) / folder, make)
+    name, make = {"practice": ("practice-corpus", make_practice_corpus),
+                  "librispeech": ("librispeech", make_librispeech_corpus)}[choice]
+    root = Path(cache) / name
+    if not root.exists():
+        with alone(root):  # of two notebooks that ask at once, the second one waits
+            if not root.exists():
+                print(f"{root} is not there yet: making it")
+                make(root)
+    return root

@@ -38,9 +38,9 @@ def row(name, spans=SEVEN, seconds=1.4, rate=RATE, audio=None):
             "phonemes": spans}
 
 
-def write(path, rows):
+def write(path, rows, schema=SCHEMA):
     path.parent.mkdir(parents=True, exist_ok=True)
-    pq.write_table(pa.Table.from_pylist(rows, SCHEMA), path, row_group_size=3)
+    pq.write_table(pa.Table.from_pylist(rows, schema), path, row_group_size=3)
     return path
 
 
@@ -135,17 +135,19 @@ def test_what_is_left_out_and_unknown_words_are_counted(tmp_path, capsys):
     assert not list((tmp_path / "a").rglob("short-0.npy"))
 
 
-def test_other_rates_and_lists_of_structs_as_older_versions_give_them(tmp_path):
-    (tmp_path / "dev-clean" / "mfcc").mkdir(parents=True)
-    (tmp_path / "dev-clean" / "transcript").mkdir()
-    plain, rate = row("a"), row("b", rate=8000)
-    struct = {**plain, "id": "c", "phonemes": {key: [phone[key] for phone in plain["phonemes"]]
-                                               for key in ("phoneme", "start", "end")}}
-    for each in (plain, rate, struct):
-        assert helpers._convert_utterance(tmp_path, "dev-clean", each) == (each["id"], 1, None)
-    arrays = [np.load(tmp_path / "dev-clean" / "transcript" / f"{name}.npy") for name in "abc"]
-    assert np.array_equal(arrays[0], arrays[2])
-    assert len(arrays[1]) == len(arrays[0])
+def test_other_rates_and_the_lists_that_older_versions_write(tmp_path):
+    rows = [row(f"{i}-0", rate=8000 if i == 1 else RATE) for i in range(5)]
+    make_librispeech_corpus(tmp_path / "new", write(tmp_path / "new.parquet", rows), 1)
+    lists = pa.struct([(field.name, pa.list_(field.type)) for field in SPANS.value_type])
+    for each in rows:
+        each["phonemes"] = {field.name: [phone[field.name] for phone in each["phonemes"]] for field in lists}
+    write(tmp_path / "old.parquet", rows, SCHEMA.set(SCHEMA.get_field_index("phonemes"), pa.field("phonemes", lists)))
+    make_librispeech_corpus(tmp_path / "old", tmp_path / "old.parquet", 1)
+    files = [{path: data for path, data in contents(tmp_path / name).items() if path.endswith("npy")}
+             for name in ("new", "old")]
+    assert files[0] == files[1] and len(files[0]) == 9
+    lengths = {len(np.load(path)) for path in (tmp_path / "new").rglob("transcript/*.npy")}
+    assert len(lengths) == 1
 
 
 BAD = {"an unknown phone": (row("0-0", [("QQ", 0.0, 1.4)]), "0-0: the phone 'QQ' at 0.00 s is unknown; expected AA"),

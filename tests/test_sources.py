@@ -75,7 +75,8 @@ def test_a_failed_download_says_what_to_do(monkeypatch, error):
 
 
 def test_what_cannot_be_installed_is_told(monkeypatch):
-    monkeypatch.setattr(helpers.subprocess, "run", lambda *_, **__: SimpleNamespace(stderr="no such package"))
+    monkeypatch.setattr(helpers.subprocess, "run",
+                        lambda *_, **__: SimpleNamespace(returncode=1, stderr="no such package"))
     with pytest.raises(RunError, match="needs the package no_such_module, .* no such package"):
         helpers.need("no_such_module")
 

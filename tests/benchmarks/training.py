@@ -2,20 +2,14 @@
 
     python tests/benchmarks/training.py                         about a minute on two CPU cores
     python tests/benchmarks/training.py --batch 8192 --steps 200        a GPU
-    python tests/benchmarks/training.py --full                  whole epochs of the real data's size, for one H100
 
 The limit is the matrix products of a step alone, in the same precision, measured in the same run: forward, gradient
 of the weights, and of the input except in the first layer. They are 110.7 million operations a frame. A profile of our
 step says what the rest is spent on.
-Targets: two CPU cores at least 75% of the limit; one H100 at least 2.4 million frames/s at batch 2048, 3.6 million at
-8192, and 20 times the usual loop.
 """
 
 import re
 import statistics
-import tempfile
-import time
-from pathlib import Path
 from types import SimpleNamespace
 
 import common
@@ -197,114 +191,17 @@ def compare(arguments, config, data, description):
     profile(ours, Steps(loader, min(steps, 10)))
 
 
-def whole(arguments, config, data, description, cache):
-    """Load a corpus of the real size, train whole epochs in every way, predict the test set."""
-    begin = time.perf_counter()
-
-    def left(needed, what):
-        spent = time.perf_counter() - begin
-        if spent + needed < 60 * arguments.minutes:
-            return True
-        print(f"left out, as {spent:.0f} s are spent and it may take {needed} s: {what}", flush=True)
-        return False
-
-    common.report("Training on the whole", data=description, precision=f"{DTYPE}", network="pencil")
-    for what in ("first load, writes the cache", "second load, from the cache"):
-        start = common.clock()
-        datasets = [helpers.AudioDataset(data, partition, config["context"], device=common.DEVICE, cache=cache)
-                    for partition in helpers.PARTITIONS]
-        print(f"{what}: {common.clock() - start:.1f} s; "
-              + ", ".join(f"{len(dataset):,}" for dataset in datasets) + " frames in train, dev, test; ", end="")
-        print_memory()
-    train_data, dev_data, test_data = datasets
-
-    speeds = {}
-    for batch in arguments.batches:
-        name = f"batch {batch}"
-        if not left(60, name):
-            continue
-        if common.DEVICE == "cuda":
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats()
-        trainer = Trainer({**config, "batch_size": batch})
-        loader = helpers.make_loader(train_data, batch, shuffle=True)
-        for epoch in range(1, arguments.epochs + 2):
-            loader.sampler.set_epoch(epoch)
-            seconds, (loss, accuracy) = trainer.train(loader)
-            print(f"{name}: epoch {epoch} {seconds:.2f} s, {len(train_data) / seconds:,.0f} frames/s, "
-                  f"loss {loss:.4f}, accuracy {accuracy:.2%}{' (with warm-up)' if epoch == 1 else ''}", flush=True)
-            if epoch > 1:
-                speeds.setdefault(name, []).append(len(train_data) / seconds)
-        top, operations = limit(trainer.model, batch, 20 if common.DEVICE == "cuda" else 5)
-        print(f"{name}: {statistics.median(speeds[name]) / top:.1%} of the limit, {top:,.0f} frames/s, "
-              f"{operations * top / 1e12:.2f} T/s; ", end="")
-        print_memory()
-        profile(trainer, Steps(loader, 10))
-        evaluate(trainer, dev_data, test_data, batch)
-    if left(90, "the usual loop"):
-        against_usual(arguments, config, data, train_data)
-
-
-def evaluate(trainer, dev_data, test_data, batch):
-    """Seconds for the dev set's score, the test set's prediction, and the CSV."""
-    loaders = [helpers.make_loader(dataset, 4 * batch) for dataset in (dev_data, test_data)]
-    for note in (" (first time)", ""):
-        start = common.clock()
-        loss, accuracy = NOTEBOOK["eval"](trainer.model, loaders[0])
-        scored = common.clock()
-        predictions = NOTEBOOK["test"](trainer.model, loaders[1])
-        predicted = common.clock()
-        print(f"evaluation of dev {scored - start:.2f} s (loss {loss:.4f}, accuracy {accuracy:.2%}), prediction of "
-              f"test {predicted - scored:.2f} s{note}")
-    with tempfile.TemporaryDirectory() as temporary:
-        start = time.perf_counter()
-        helpers.write_submission(Path(temporary) / "submission.csv", predictions)
-        print(f"CSV of {len(predictions):,} rows: {time.perf_counter() - start:.2f} s\n", flush=True)
-
-
-def against_usual(arguments, config, data, train_data):
-    """The usual loop on a part of the utterances, and ours beside it, alternating."""
-    usual_data = common.UsualDataset(data, context=config["context"], limit=arguments.usual_limit or 300,
-                                     masks=config["augmentations"])
-    for batch in arguments.batches:
-        if len(usual_data) < batch:
-            continue
-        config = {**config, "batch_size": batch}
-        steps = min(arguments.steps, len(usual_data) // batch)
-        workers, speeds = best_workers(config, usual_data, min(steps, 20))
-        usual, ours = Trainer(config, usual=True), Trainer(config)
-        usual_batches = Steps(common.usual_loader(usual_data, batch, workers), steps)
-        our_batches = Steps(helpers.make_loader(train_data, batch, shuffle=True), 10 * steps)
-        usual.train(Steps(usual_batches, 3))
-        ours.train(Steps(our_batches, 3))
-        print(f"batch {batch}, {arguments.runs} runs, alternating: {steps} steps of the usual loop ({workers} "
-              f"workers, its best of { {n: round(speed) for n, speed in speeds.items()} }) and {10 * steps} of ours")
-        common.print_table(common.alternate({
-            "usual": lambda b=usual_batches, t=usual: steps * batch / t.train(b)[0],  # noqa: B023
-            "ours": lambda b=our_batches, t=ours: 10 * steps * batch / t.train(b)[0]},  # noqa: B023
-            arguments.runs), "frames/s")
-
-
 def main():
     parser = common.parser(__doc__.splitlines()[0], utterances=(40, 4, 4))
     gpu = common.DEVICE == "cuda"
     parser.add_argument("--batch", type=int, default=2048)
-    parser.add_argument("--batches", type=int, nargs="+", default=[2048, 8192], help="with --full")
     parser.add_argument("--context", type=int, default=50)
     parser.add_argument("--steps", type=int, default=200 if gpu else 6, help="a run")
-    parser.add_argument("--epochs", type=int, default=1, help="with --full, timed ones after a first epoch")
     parser.add_argument("--usual-limit", type=int, help="only so many utterances for the usual way")
-    parser.add_argument("--minutes", type=float, default=9, help="with --full: what does not fit is left out")
-    parser.add_argument("--whole", action="store_true", help="what --full measures, on a corpus of --utterances")
     arguments = parser.parse_args()
-    full = arguments.whole or arguments.utterances == common.FULL
     config = {**NOTEBOOK["config"], "context": arguments.context, "batch_size": arguments.batch}
     with common.corpus(arguments) as (data, description):
-        if full:
-            with tempfile.TemporaryDirectory() as cache:
-                whole(arguments, config, data, description, cache)
-        else:
-            compare(arguments, config, data, description)
+        compare(arguments, config, data, description)
 
 
 if __name__ == "__main__":
