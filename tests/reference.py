@@ -3,6 +3,7 @@
 import os
 
 import numpy as np
+import torch
 
 from helpers import PHONEMES
 
@@ -57,3 +58,35 @@ def windows_of(mfcc, context):
     """List of T windows (2 * context + 1, 28) of one utterance (T, 28), zeros beyond its ends."""
     padded = np.pad(mfcc, ((context, context), (0, 0)))
     return [padded[t:t + 2 * context + 1] for t in range(len(mfcc))]
+
+
+def packed_equal(first, second):
+    return all(first[key].dtype == second[key].dtype and torch.equal(first[key], second[key]) for key in first)
+
+
+def check_windows(dataset, utterances, inside=5):
+    """Compare the windows at every border, and some inside, one by one and in one batch."""
+    context = dataset.context
+    assert len(dataset) == sum(len(mfcc) for mfcc, _ in utterances)
+    indexes, windows, labels, first = [], [], [], 0
+    for mfcc, phonemes in utterances:
+        length = len(mfcc)
+        wanted = {*range(min(context + 1, length)), *range(max(length - context - 1, 0), length),
+                  *np.linspace(0, length - 1, inside).astype(int).tolist()}
+        every = windows_of(mfcc, context)
+        for t in sorted(wanted):
+            indexes.append(first + t)
+            windows.append(every[t])
+            labels.append(phonemes and phonemes[t])
+        first += length
+    batch = dataset[torch.tensor(indexes)]
+    if dataset.partition == "test-clean":
+        frames, singles = batch, [dataset[i] for i in indexes]
+    else:
+        frames, phonemes = batch
+        singles, single_labels = zip(*(dataset[i] for i in indexes))
+        assert phonemes.dtype == torch.int64
+        assert phonemes.tolist() == labels == [int(label) for label in single_labels]
+    assert frames.shape == (len(indexes), 2 * context + 1, 28) and frames.dtype == torch.float16
+    np.testing.assert_allclose(frames.numpy().astype(np.float64), np.array(windows), **FLOAT16)
+    assert torch.equal(torch.stack(tuple(singles)), frames)

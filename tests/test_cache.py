@@ -1,0 +1,227 @@
+"""The packed copy of the data: what it holds, when it is made anew, and that it never stops a run."""
+
+import errno
+import os
+from concurrent.futures import ThreadPoolExecutor
+
+import killing
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+from reference import check_windows, packed_equal, read_partition, write_partition
+
+import helpers
+from helpers import AudioDataset
+
+PARTITIONS = helpers.PARTITIONS
+
+
+@pytest.fixture
+def small(tmp_path):
+    for partition in PARTITIONS:
+        write_partition(tmp_path / "data", partition, [20, 5, 1, 9])
+    return tmp_path / "data"
+
+
+def forbid_reading(monkeypatch):
+    def fail(*args):
+        raise AssertionError("the files were read")
+    monkeypatch.setattr(helpers, "_pack", fail)
+
+
+@pytest.mark.parametrize("partition", PARTITIONS)
+def test_the_second_load_is_the_first_without_reading(small, tmp_path, monkeypatch, partition):
+    plain = helpers.read_partition(small, partition)
+    first = helpers.read_partition(small, partition, cache=tmp_path / "deep" / "cache")
+    forbid_reading(monkeypatch)
+    second = helpers.read_partition(small, partition, cache=tmp_path / "deep" / "cache")
+    assert packed_equal(first, plain) and packed_equal(second, plain)
+    assert {path.suffix for path in (tmp_path / "deep" / "cache").iterdir()} <= {".safetensors", ".lock"}
+    check_windows(AudioDataset(small, partition, 7, cache=tmp_path / "deep" / "cache"),
+                  read_partition(small, partition))
+
+
+def test_contexts_up_to_the_gap_share_one_cache(small, tmp_path, monkeypatch):
+    AudioDataset(small, "dev-clean", 50, cache=tmp_path)
+    forbid_reading(monkeypatch)
+    for context in (0, 1, 30, 50):
+        check_windows(AudioDataset(small, "dev-clean", context, cache=tmp_path), read_partition(small, "dev-clean"))
+    with pytest.raises(AssertionError, match="were read"):
+        AudioDataset(small, "dev-clean", 51, cache=tmp_path)
+
+
+def rewrite_same_size(small):
+    path = small / "dev-clean" / "mfcc" / "0001.npy"
+    np.save(path, np.load(path)[::-1])
+    os.utime(path, ns=(0, path.stat().st_mtime_ns + 1))
+
+
+def rewrite_other_size_same_time(small):
+    for kind in ("mfcc", "transcript"):
+        path = small / "dev-clean" / kind / "0001.npy"
+        time = path.stat().st_mtime_ns
+        np.save(path, np.delete(np.load(path), 1, axis=0))
+        os.utime(path, ns=(time, time))
+
+
+def rewrite_transcript(small):
+    path = small / "dev-clean" / "transcript" / "0000.npy"
+    np.save(path, np.array(["[SOS]", *["OY"] * 20, "[EOS]"], "<U5"))
+    os.utime(path, ns=(0, path.stat().st_mtime_ns + 1))
+
+
+def add_file(small):
+    for kind in ("mfcc", "transcript"):
+        (small / "dev-clean" / kind / "0000b.npy").write_bytes((small / "dev-clean" / kind / "0003.npy").read_bytes())
+
+
+def remove_file(small):
+    for kind in ("mfcc", "transcript"):
+        (small / "dev-clean" / kind / "0002.npy").unlink()
+
+
+def rename_file(small):
+    for kind in ("mfcc", "transcript"):
+        (small / "dev-clean" / kind / "0002.npy").rename(small / "dev-clean" / kind / "9.npy")
+
+
+@pytest.mark.parametrize("change", [rewrite_same_size, rewrite_other_size_same_time, rewrite_transcript, add_file,
+                                    remove_file, rename_file])
+def test_a_stale_cache_is_made_anew(small, tmp_path, change):
+    old = helpers.read_partition(small, "dev-clean", cache=tmp_path)
+    change(small)
+    new = helpers.read_partition(small, "dev-clean")
+    assert packed_equal(helpers.read_partition(small, "dev-clean", cache=tmp_path), new)
+    assert not packed_equal(old, new)
+
+
+@pytest.mark.parametrize("arguments", [{"subset": 0.5}, {"gap": 60}, {"subset": 0.75, "gap": 1000}])
+def test_other_arguments_have_another_cache(small, tmp_path, arguments):
+    helpers.read_partition(small, "dev-clean", cache=tmp_path)
+    for _ in range(2):
+        assert packed_equal(helpers.read_partition(small, "dev-clean", cache=tmp_path, **arguments),
+                            helpers.read_partition(small, "dev-clean", **arguments))
+
+
+def test_partitions_do_not_mix(small, tmp_path):
+    for _ in range(2):
+        for partition in PARTITIONS:
+            assert packed_equal(helpers.read_partition(small, partition, cache=tmp_path),
+                                helpers.read_partition(small, partition))
+
+
+def test_damage_after_caching_is_seen(small, tmp_path):
+    helpers.read_partition(small, "dev-clean", cache=tmp_path)
+    with open(small / "dev-clean" / "mfcc" / "0002.npy", "ab") as file:
+        file.write(b"!")
+    with pytest.raises(helpers.DataError, match="0002.npy"):
+        helpers.read_partition(small, "dev-clean", cache=tmp_path)
+
+
+def nothing(data):
+    return b""
+
+
+def cut(share):
+    def keep(data):
+        return data[:int(share * len(data))]
+    return keep
+
+
+def random_bytes(data):
+    return np.random.default_rng(0).bytes(len(data))
+
+
+def another(**metadata):
+    """A whole file of the same container, which holds something else."""
+    return lambda data: safetensors.torch.save({"frames": torch.zeros(3, 28), "labels": torch.zeros(3)}, metadata)
+
+
+@pytest.mark.parametrize("damage", [
+    nothing, cut(0.001), cut(0.1), cut(0.5), cut(0.9), cut(0.999), lambda data: data[:-1], random_bytes,
+    lambda data: b"\0" * len(data), lambda data: random_bytes(data)[:100] + data[100:], another(),
+    another(key="another")])
+def test_partial_and_foreign_caches_are_made_anew(small, tmp_path, monkeypatch, damage):
+    cache = tmp_path / "cache"
+    expected = helpers.read_partition(small, "dev-clean")
+    helpers.read_partition(small, "dev-clean", cache=cache)
+    [path] = cache.glob("*.safetensors")
+    path.write_bytes(damage(path.read_bytes()))
+    assert packed_equal(helpers.read_partition(small, "dev-clean", cache=cache), expected)
+    forbid_reading(monkeypatch)  # and it is whole again
+    assert packed_equal(helpers.read_partition(small, "dev-clean", cache=cache), expected)
+
+
+def test_the_cache_of_another_partition_under_this_name_is_not_taken(small, tmp_path):
+    expected = helpers.read_partition(small, "dev-clean")
+    for partition in ("dev-clean", "train-clean-100"):
+        helpers.read_partition(small, partition, cache=tmp_path)
+    [dev], [train] = tmp_path.glob("dev-clean*.safetensors"), tmp_path.glob("train-clean-100*.safetensors")
+    dev.write_bytes(train.read_bytes())
+    assert packed_equal(helpers.read_partition(small, "dev-clean", cache=tmp_path), expected)
+
+
+@pytest.mark.parametrize("error", [PermissionError(errno.EACCES, "Permission denied"),
+                                   OSError(errno.EROFS, "Read-only file system")])
+def test_a_cache_folder_that_cannot_be_written_does_not_stop_loading(small, tmp_path, monkeypatch, capsys, error):
+    def refuse(*args, **kwargs):
+        raise error
+    monkeypatch.setattr(helpers.FileLock, "acquire", refuse)
+    assert packed_equal(helpers.read_partition(small, "dev-clean", cache=tmp_path / "cache"),
+                        helpers.read_partition(small, "dev-clean"))
+    assert "going on without a cache" in capsys.readouterr().out
+
+
+def test_a_file_system_without_locks_may_have_a_cache(small, tmp_path, monkeypatch):
+    def refuse(*args, **kwargs):
+        raise NotImplementedError("no locks on this file system")
+    monkeypatch.setattr(helpers.FileLock, "acquire", refuse)
+    expected = helpers.read_partition(small, "dev-clean")
+    assert packed_equal(helpers.read_partition(small, "dev-clean", cache=tmp_path / "cache"), expected)
+    forbid_reading(monkeypatch)
+    assert packed_equal(helpers.read_partition(small, "dev-clean", cache=tmp_path / "cache"), expected)
+
+
+def test_a_cache_folder_that_cannot_be_made_does_not_stop_loading(small, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    for cache in (tmp_path / "file", tmp_path / "file" / "cache"):
+        assert packed_equal(helpers.read_partition(small, "dev-clean", cache=cache),
+                            helpers.read_partition(small, "dev-clean"))
+        assert "going on without a cache" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("function", ["fsync", "replace"])
+def test_a_full_disk_does_not_stop_loading(small, tmp_path, monkeypatch, capsys, function):
+    def full(*args):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    with monkeypatch.context() as patch:
+        patch.setattr(helpers.os, function, full)
+        packed = helpers.read_partition(small, "dev-clean", cache=tmp_path / "cache")
+    assert packed_equal(packed, helpers.read_partition(small, "dev-clean"))
+    assert "going on without a cache" in capsys.readouterr().out
+    assert [path.suffix for path in (tmp_path / "cache").iterdir()] in ([], [".lock"])
+
+
+def test_of_two_loads_at_once_one_reads(small, tmp_path, monkeypatch):
+    read, calls = helpers._pack, []
+
+    def counted(*args):
+        calls.append(args)
+        return read(*args)
+    monkeypatch.setattr(helpers, "_pack", counted)
+    with ThreadPoolExecutor(4) as pool:
+        results = list(pool.map(lambda _: helpers.read_partition(small, "dev-clean", cache=tmp_path), range(4)))
+    assert len(calls) == 1
+    assert all(packed_equal(result, results[0]) for result in results)
+
+
+def load_beyond_the_limit(data, cache):
+    with killing.limited(1000):
+        assert helpers.read_partition(data, "dev-clean", cache=cache)["frames"].any()
+
+
+def test_a_disk_that_fills_up_while_the_cache_is_written_does_not_stop_loading(small, tmp_path):
+    pytest.importorskip("resource")
+    assert killing.in_child(load_beyond_the_limit, small, tmp_path) == 0
+    assert [path.suffix for path in tmp_path.iterdir() if path.is_file()] == [".lock"]
