@@ -81,13 +81,13 @@ OPTIONS = {  # config key -> the values it may take, or (type, lowest, highest)
     "weight_initialization": ["kaiming_normal", "kaiming_uniform", "uniform", "xavier_normal", "xavier_uniform", None],
     "augmentations": ["FreqMask", "TimeMask", "Both", None],
     "freq_mask_param": (int, 0, COEFFICIENTS), "time_mask_param": (int, 0, 2001),
-    "recipe": ["best", "original"], "iid_masks": [True, False], "warp": (float, 0, 0.5), "peak": (float, 0, 1000),
+    "recipe": ["best", "original"], "iid_masks": [True, False], "warp": (float, 0, 0.5),
     "test_warps": (int, 1, 99), "smoothing": [True, False], "data": ["auto", "practice", "kaggle", "librispeech"],
     "shorten": [True, False], "wandb": ["auto", "online", "offline", "disabled"], "artifacts": [True, False],
     "drive": [True, False], "kaggle_submit": [True, False], "ablations": [True, False],
 }
 ORIGINAL = {  # what config["recipe"] = "original" sets
-    "iid_masks": False, "warp": 0, "peak": 0, "test_warps": 1, "smoothing": False}
+    "iid_masks": False, "warp": 0, "test_warps": 1, "smoothing": False}
 
 
 def check_config(config):

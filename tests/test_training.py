@@ -14,9 +14,8 @@ import helpers
 from helpers import OPTIONS, PHONEMES, RunError
 
 PLAIN = {**TINY, "num_layers": 3, "context": 2, "batch_norm": False, "dropout": 0, "augmentations": None,
-         "wandb": "disabled", "warp": 0, "peak": 0}
+         "wandb": "disabled", "warp": 0}
 CONTEXT = 2
-STEPS = 10  # batches of an epoch, for schedules that count them
 INPUT = (2 * CONTEXT + 1) * helpers.COEFFICIENTS
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -51,7 +50,7 @@ def built(book, config, input_size=INPUT):
     torch.manual_seed(23)
     model = book.Network(input_size, len(PHONEMES), config)
     optimizer = book.make_optimizer(config, model)
-    return model, optimizer, book.make_scheduler(config, optimizer, STEPS), torch.amp.GradScaler("cpu", enabled=False)
+    return model, optimizer, book.make_scheduler(config, optimizer), torch.amp.GradScaler("cpu", enabled=False)
 
 
 def layer_names(model):
@@ -215,36 +214,6 @@ def test_cosineanneal_gives_the_rates_that_the_original_printed(book):
     assert (np.diff(actual) < 0).all() and actual[-1] > 0
 
 
-@pytest.mark.parametrize("epochs, steps", [(3, 130), (150, 20), (1, 1)])
-def test_with_peak_the_rate_rises_for_a_tenth_of_the_steps_and_falls_along_a_cosine_to_zero(book, epochs, steps):
-    config = settings(book, learning_rate=0.001, peak=4, epochs=epochs)
-    optimizer = book.make_optimizer(config, nn.Linear(2, 2))
-    scheduler, actual, total = book.make_scheduler(config, optimizer, steps), [], epochs * steps
-    for _ in range(total):
-        actual.append(optimizer.param_groups[0]["lr"])
-        optimizer.step()
-        scheduler.step()
-    expected = [0.004 * min((i + 1) / (0.1 * total), 0.5 + 0.5 * math.cos(math.pi * i / total)) for i in range(total)]
-    assert actual == pytest.approx(expected)
-    assert optimizer.param_groups[0]["lr"] == pytest.approx(0, abs=1e-9)
-
-
-def test_peak_leaves_the_other_schedules_alone(book):
-    for name in OPTIONS["scheduler"]:
-        with_peak, without = (type(book.make_scheduler(settings(book, scheduler=name, peak=peak), book.make_optimizer(
-            settings(book), nn.Linear(2, 2)), STEPS)) for peak in (4, 0))
-        assert (with_peak is without) == (name != "cosineanneal")
-
-
-def test_the_schedule_with_peak_is_stepped_with_every_batch_and_the_others_with_every_epoch(book, loaders, tmp_path):
-    for peak in (0, 4):
-        config = settings(book, peak=peak, epochs=2)
-        parts = list(built(book, config))
-        parts[2] = book.make_scheduler(config, parts[1], len(loaders[0]))
-        fit(book, config, parts, loaders, tmp_path / str(peak))
-        assert parts[2].last_epoch == 2 * (len(loaders[0]) if peak else 1)
-
-
 def test_steplr_and_exponential(book):
     assert rates(book, 25, "steplr") == pytest.approx([0.001] * 10 + [0.0005] * 10 + [0.00025] * 5)
     assert rates(book, 25, "exponential") == pytest.approx(0.001 * 0.95 ** np.arange(25))
@@ -328,7 +297,7 @@ def test_the_prediction_is_the_mean_over_the_warps(book, data):
 def test_recipe_original_switches_the_additions_off(corpus, tmp_path):
     config = run_cells({"recipe": "original"}, "data_folder =", tmp_path, corpus)["config"]
     assert {key: config[key] for key in helpers.ORIGINAL} == {
-        "iid_masks": False, "warp": 0, "peak": 0, "test_warps": 1, "smoothing": False}
+        "iid_masks": False, "warp": 0, "test_warps": 1, "smoothing": False}
     assert all(definitions()["config"][key] != value for key, value in helpers.ORIGINAL.items())
 
 

@@ -1,7 +1,7 @@
 """How many more frames does each change to the training get right? Recipes side by side, by the notebook's functions.
 
     python tests/benchmarks/accuracy.py DATA                     the original's recipe and ours: 3 epochs, one seed
-    python tests/benchmarks/accuracy.py DATA --epochs 3 10 --seeds 23 24 25 --recipes original warp=0.2 peak=4 best
+    python tests/benchmarks/accuracy.py DATA --epochs 3 10 --seeds 23 24 25 --recipes original warp=0.2 best
 
 DATA is a folder in the course's layout. A recipe is "best" (the notebook's config as it stands), "original" (that with
 `recipe` "original"), or changes to the original's: key=value,key=value. What is trained is kept in --folder and not
@@ -59,7 +59,7 @@ def train(config, seed, data, folder):
         model = NOTEBOOK["Network"]((2 * config["context"] + 1) * helpers.COEFFICIENTS, len(helpers.PHONEMES),
                                     config).to(common.DEVICE)
         optimizer = NOTEBOOK["make_optimizer"](config, model)
-        scheduler = NOTEBOOK["make_scheduler"](config, optimizer, len(loaders[0]))
+        scheduler = NOTEBOOK["make_scheduler"](config, optimizer)
         scaler = torch.amp.GradScaler(common.DEVICE, enabled=NOTEBOOK["amp_dtype"] == torch.float16)
         parts = (config, model, optimizer, scheduler, scaler)
         NOTEBOOK["begin"](*parts, folder, train_data)
