@@ -82,12 +82,13 @@ OPTIONS = {  # config key -> the values it may take, or (type, lowest, highest)
     "augmentations": ["FreqMask", "TimeMask", "Both", None],
     "freq_mask_param": (int, 0, COEFFICIENTS), "time_mask_param": (int, 0, 2001),
     "recipe": ["best", "original"], "iid_masks": [True, False], "warp": (float, 0, 0.5),
-    "test_warps": (int, 1, 99), "smoothing": [True, False], "data": ["auto", "practice", "kaggle", "librispeech"],
-    "shorten": [True, False], "wandb": ["auto", "online", "offline", "disabled"], "artifacts": [True, False],
+    "dropout_ramp": [True, False], "test_warps": (int, 1, 99), "smoothing": [True, False],
+    "data": ["auto", "practice", "kaggle", "librispeech"], "shorten": [True, False],
+    "wandb": ["auto", "online", "offline", "disabled"], "artifacts": [True, False],
     "drive": [True, False], "kaggle_submit": [True, False], "ablations": [True, False],
 }
 ORIGINAL = {  # what config["recipe"] = "original" sets
-    "iid_masks": False, "warp": 0, "test_warps": 1, "smoothing": False}
+    "iid_masks": False, "warp": 0, "dropout_ramp": False, "test_warps": 1, "smoothing": False}
 
 
 def check_config(config):
@@ -597,7 +598,12 @@ class Dropout(torch.nn.Dropout):
     """torch's Dropout, but quicker on a CPU: it saves about a sixth of the whole training step there.
 
     There, torch draws a random number for each unit; here, four units share the 64 bits of one (p in steps of 1/65536).
+    `rate` is the p it was made with, as p may grow over the epochs.
     """
+
+    def __init__(self, p):
+        super().__init__(p)
+        self.rate = p
 
     def forward(self, x):
         if not self.training or x.device.type != "cpu":
@@ -797,13 +803,14 @@ def load_checkpoint(path, config=None):
         raise RunError(f"{path}: damaged, or not a checkpoint of this notebook ({type(error).__name__}). Restore a "
                        "copy of it, or delete it to start afresh.") from None
     if config is not None:
-        free = [*FREE_KEYS, *(["epochs"] if config["scheduler"] != "cosineanneal" else [])]
+        planned = config["scheduler"] == "cosineanneal" or config["dropout_ramp"]
+        free = FREE_KEYS if planned else (*FREE_KEYS, "epochs")
         differences = [f"{key}: {saved.get(key)!r} there, {config.get(key)!r} now" for key in config
                        if key not in free and saved.get(key) != config.get(key)]
         if differences:
             raise RunError(f"{path}: this run was started with another config:\n  " + "\n  ".join(differences) +
                            "\nSet these back to carry on with it, or choose another config['Name'] for a fresh run."
-                           + (" (Cosine annealing is planned for a fixed number of epochs: they cannot change later.)"
+                           + (" (Cosine annealing and dropout_ramp are planned for a fixed number of epochs.)"
                               if any(line.startswith("epochs") for line in differences) else ""))
     return state
 

@@ -17,7 +17,8 @@ from helpers import RunError
 
 ADAMW = killing.CHANGES
 SGD = {**ADAMW, "optimizers": "sgd", "scheduler": "reducelronplateau"}
-QUICK = {**TINY, "wandb": "disabled", "num_layers": 2, "epochs": 1, "batch_size": 1024, "scheduler": "steplr"}
+QUICK = {**TINY, "wandb": "disabled", "num_layers": 2, "epochs": 1, "batch_size": 1024, "scheduler": "steplr",
+         "dropout_ramp": False}
 PAUSE = 0.03  # seconds for each step of writing a checkpoint, so that random kills land there too
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -148,6 +149,12 @@ def test_epochs_of_a_cosine_may_not_be_raised(corpus, tmp_path):
     train_to_the_end(tmp_path, corpus, scheduler="cosineanneal")
     with pytest.raises(RunError, match="epochs: 1 there, 2 now(.|\n)*Cosine annealing"):
         train_to_the_end(tmp_path, corpus, scheduler="cosineanneal", epochs=2)
+
+
+def test_epochs_may_not_be_raised_where_dropout_grows_with_them(corpus, tmp_path):
+    train_to_the_end(tmp_path, corpus, dropout_ramp=True)
+    with pytest.raises(RunError, match="epochs: 1 there, 2 now(.|\n)*dropout_ramp"):
+        train_to_the_end(tmp_path, corpus, dropout_ramp=True, epochs=2)
 
 
 def test_other_data_under_the_same_name_is_refused(runs, corpus, own_corpus):

@@ -14,7 +14,7 @@ import helpers
 from helpers import OPTIONS, PHONEMES, RunError
 
 PLAIN = {**TINY, "num_layers": 3, "context": 2, "batch_norm": False, "dropout": 0, "augmentations": None,
-         "wandb": "disabled", "warp": 0}
+         "wandb": "disabled", "warp": 0, "dropout_ramp": False}
 CONTEXT = 2
 INPUT = (2 * CONTEXT + 1) * helpers.COEFFICIENTS
 
@@ -294,10 +294,25 @@ def test_the_prediction_is_the_mean_over_the_warps(book, data):
         assert book.all_log_posteriors(model, loader, {**config, **off}).equal(plain)
 
 
+@pytest.mark.parametrize("rate, expected", [(0.2, [0.1, 0.2, 0.3]), (0.8, [0.4, 0.8, 0.99])])
+def test_dropout_grows_over_the_epochs_if_the_config_says_so(book, loaders, tmp_path, rate, expected):
+    for ramp in (True, False):
+        seen, config = {}, settings(book, dropout=rate, dropout_ramp=ramp, epochs=3)
+        parts = built(book, config)
+        layers = [layer for layer in parts[0].model if isinstance(layer, nn.Dropout)]
+
+        def note(*_):
+            seen[loaders[0].sampler.epoch] = [layer.p for layer in layers]  # noqa: B023
+        parts[0].register_forward_pre_hook(note)
+        fit(book, config, parts, loaders, tmp_path / str(ramp))
+        rates = expected if ramp else [rate] * 3
+        assert {epoch: pytest.approx([each] * len(layers)) for epoch, each in zip((1, 2, 3), rates)} == seen and layers
+
+
 def test_recipe_original_switches_the_additions_off(corpus, tmp_path):
     config = run_cells({"recipe": "original"}, "data_folder =", tmp_path, corpus)["config"]
     assert {key: config[key] for key in helpers.ORIGINAL} == {
-        "iid_masks": False, "warp": 0, "test_warps": 1, "smoothing": False}
+        "iid_masks": False, "warp": 0, "dropout_ramp": False, "test_warps": 1, "smoothing": False}
     assert all(definitions()["config"][key] != value for key, value in helpers.ORIGINAL.items())
 
 
