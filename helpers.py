@@ -243,8 +243,9 @@ def _mfccs(array):
     with np.errstate(all="ignore"):
         # less the first row, a constant coefficient is exactly zero; a rounding error over 1e-8 would be anything
         array = np.subtract(array, array[0], dtype=np.float64)
-        deviation = array.std(axis=0)
-        array = (array - array.mean(axis=0)) / (deviation + 1e-8)
+        array -= array.mean(axis=0)
+        deviation = np.sqrt(np.einsum("ij,ij->j", array, array) / len(array))
+        array /= deviation + 1e-8
     if not np.isfinite(deviation).all():  # infinite too where the values are so large that their squares overflow
         raise ValueError("NaN, infinite or absurdly large values; expected finite MFCCs")
     return array, deviation
@@ -267,9 +268,22 @@ def _labels(array):
     return np.repeat(np.array([_INDEX[phoneme] for phoneme in phonemes], np.uint8), np.diff(starts, append=len(array)))
 
 
-def _load_npy(path):
-    """The array in an .npy file; a ValueError that says what is wrong with its content."""
-    file = io.BytesIO(path.read_bytes())
+def _contents(paths):
+    """The bytes of each file, or the error that it cannot be read."""
+    contents = []
+    for path in paths:
+        try:
+            contents.append(path.read_bytes())
+        except OSError as error:
+            contents.append(error)
+    return contents
+
+
+def _load_npy(content):
+    """The array in an .npy file of these bytes; an error that says what is wrong with it."""
+    if isinstance(content, OSError):
+        raise content
+    file = io.BytesIO(content)
     try:
         array = np.lib.format.read_array(file, allow_pickle=False)
         if file.read(1):
@@ -279,19 +293,19 @@ def _load_npy(path):
         raise ValueError(f"{error}; expected one whole array in an .npy file") from None
 
 
-def _read_utterance(folder, name, labelled):
+def _convert(paths, contents):
     """(MFCCs, deviations, labels or None) of an utterance; in their place a list of what is wrong with its files."""
-    read, faults = {}, []
-    for kind, convert in (("mfcc", _mfccs), ("transcript", _labels))[:1 + labelled]:
+    arrays, faults = [], []
+    for path, content, convert in zip(paths, contents, (_mfccs, _labels)):
         try:
-            read[kind] = convert(_load_npy(folder / kind / name))
+            arrays.append(convert(_load_npy(content)))
         except Exception as error:  # whatever a damaged file provokes, it is that file's fault
-            faults.append(f"{folder / kind / name}: {error}")
+            faults.append(f"{path}: {error}")
     if faults:
         return faults
-    (mfcc, deviation), labels = read["mfcc"], read.get("transcript")
-    if labelled and len(labels) != len(mfcc):
-        return [f"{folder / 'transcript' / name}: {len(labels)} phonemes; expected {len(mfcc)}, one a frame"]
+    (mfcc, deviation), labels = arrays[0], arrays[1] if len(arrays) > 1 else None
+    if labels is not None and len(labels) != len(mfcc):
+        return [f"{paths[1]}: {len(labels)} phonemes; expected {len(mfcc)}, one a frame"]
     return mfcc, deviation, labels
 
 
@@ -308,17 +322,18 @@ def _printable(text):
 
 def _pack(folder, names, labelled, gap):
     """Read, check, normalise and pack the utterances of these names: what `read_partition` returns."""
+    paths = [[folder / kind / name for kind in ("mfcc", "transcript")[:1 + labelled]] for name in names]
     # room for as many frames as the files can hold; what is not written to takes no memory
-    paths = [folder / "mfcc" / name for name in names]
-    rows = sum(path.stat().st_size for path in paths if path.exists()) // (2 * COEFFICIENTS)
+    rows = sum(path.stat().st_size for path, *_ in paths if path.exists()) // (2 * COEFFICIENTS)
     # from numpy, as torch converts to float16 many times as fast
     frames = torch.from_numpy(np.zeros((rows + gap * (len(names) + 1), COEFFICIENTS), np.float16))
     labels, lengths, deviations, faults, row = [], [], [], [], gap
     # small files on a slow disk (Drive) are waited for more than worked on
     with ThreadPoolExecutor(16) as pool, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # numpy's and Python's, about what stands in a damaged header
-        utterances = in_order(pool, _read_utterance, ((folder, name, labelled) for name in names))
-        for utterance in tqdm(utterances, f"reading {folder.name}", len(names), leave=False, delay=10):
+        contents = in_order(pool, _contents, zip(paths))  # only read there: Python runs one thread at a time
+        for utterance in tqdm(map(_convert, paths, contents), f"reading {folder.name}", len(names), leave=False,
+                              delay=10):
             if isinstance(utterance, list):
                 faults += utterance
                 continue
