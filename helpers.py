@@ -231,6 +231,7 @@ def alone(path):
 # ---- Reading: a folder of .npy files -> one packed array ---------------------------------------------------
 
 GAP = 50  # zero rows between utterances, at least; contexts up to this share one cache file
+KINDS = ("mfcc", "transcript")  # folders of a partition; test has the first one only
 _INDEX = {phoneme: i for i, phoneme in enumerate(PHONEMES[:40])}
 
 
@@ -322,7 +323,7 @@ def _printable(text):
 
 def _pack(folder, names, labelled, gap):
     """Read, check, normalise and pack the utterances of these names: what `read_partition` returns."""
-    paths = [[folder / kind / name for kind in ("mfcc", "transcript")[:1 + labelled]] for name in names]
+    paths = [[folder / kind / name for kind in KINDS[:1 + labelled]] for name in names]
     # room for as many frames as the files can hold; what is not written to takes no memory
     rows = sum(path.stat().st_size for path, *_ in paths if path.exists()) // (2 * COEFFICIENTS)
     # from numpy, as torch converts to float16 many times as fast
@@ -352,7 +353,7 @@ def _pack(folder, names, labelled, gap):
 def _list_utterances(folder, labelled, subset):
     """Sorted names of a partition's first utterances; a DataError where one has no counterpart or none is left."""
     names = {}
-    for kind in ("mfcc", "transcript") if labelled else ("mfcc",):
+    for kind in KINDS[:1 + labelled]:
         if not (folder / kind).is_dir():
             raise DataError(f"{folder / kind}: there is no such folder; expected ROOT/{{train-clean-100,dev-clean}}/"
                             "{mfcc,transcript}/*.npy and ROOT/test-clean/mfcc/*.npy")
@@ -380,10 +381,9 @@ def _cache_key(folder, names, labelled, gap):
     """A digest of all that changes what the cache holds: format, gap, and each file's name, size and time."""
     def stamp(name):
         with contextlib.suppress(OSError):  # a link to nowhere: reading it tells
-            stats = [os.stat(os.path.join(folder, kind, name)) for kind in kinds]
+            stats = [os.stat(os.path.join(folder, kind, name)) for kind in KINDS[:1 + labelled]]
             return name, *((stat.st_size, stat.st_mtime_ns) for stat in stats)
 
-    kinds = ("mfcc", "transcript") if labelled else ("mfcc",)
     with ThreadPoolExecutor(16) as pool:
         stamps = [*in_order(pool, stamp, zip(names))]
     return hashlib.sha256(repr(("packed 3", folder.name, gap, stamps)).encode()).hexdigest()

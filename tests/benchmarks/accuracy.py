@@ -5,7 +5,8 @@
 
 DATA is a folder in the course's layout. A recipe is "best" (the notebook's config as it stands), "original" (that with
 `recipe` "original"), or changes to the original's: key=value,key=value. What is trained is kept in --folder and not
-trained again; killed, the next call goes on with the epoch. `test_warps` and `smoothing` need no training of their own.
+trained again; killed, the next call goes on with the epoch. `test_warps` (1 or the notebook's) and `smoothing` need no
+training of their own.
 """
 
 import argparse

@@ -68,15 +68,13 @@ class Trainer:
         self.scaler = torch.amp.GradScaler(common.DEVICE, enabled=self.dtype == torch.float16)
 
     def train(self, batches):
-        """Train on the batches; returns (seconds, what the loop returned)."""
+        """Train on the batches; returns the seconds."""
         start = common.clock()
         if self.usual:
-            result = common.usual_train(self.model, batches, NOTEBOOK["criterion"], self.optimizer, self.scaler,
-                                        self.dtype)
+            common.usual_train(self.model, batches, NOTEBOOK["criterion"], self.optimizer, self.scaler, self.dtype)
         else:
-            result = NOTEBOOK["train"](self.model, batches, NOTEBOOK["criterion"], self.optimizer, self.scaler,
-                                       self.config)
-        return common.clock() - start, result
+            NOTEBOOK["train"](self.model, batches, NOTEBOOK["criterion"], self.optimizer, self.scaler, self.config)
+        return common.clock() - start
 
 
 def limit(model, batch, repeats):
@@ -106,7 +104,7 @@ def profile(trainer, batches, rows=12):
     if common.DEVICE == "cuda":
         activities.append(torch.profiler.ProfilerActivity.CUDA)
     with torch.profiler.profile(activities=activities) as profiler:
-        seconds, _ = trainer.train(batches)
+        seconds = trainer.train(batches)
     times = {}
     for event in profiler.key_averages():
         on_gpu = event.device_type == torch.autograd.DeviceType.CUDA
@@ -141,7 +139,7 @@ def best_workers(config, usual_data, steps):
     for workers in common.worker_counts():
         batches = Steps(common.usual_loader(usual_data, config["batch_size"], workers), steps)
         trainer.train(batches)
-        speeds[workers] = steps * config["batch_size"] / trainer.train(batches)[0]
+        speeds[workers] = steps * config["batch_size"] / trainer.train(batches)
     return max(speeds, key=speeds.get), speeds
 
 
@@ -161,9 +159,9 @@ def compare(arguments, config, data, description):
     usual, usual_batches = Trainer(config, usual=True), Steps(common.usual_loader(usual_data, batch, workers), steps)
     ours, original = Trainer(config), Trainer({**config, **helpers.ORIGINAL})
     batches = Steps(loader, steps)
-    sides = {"usual": lambda: steps * batch / usual.train(usual_batches)[0]}
-    sides["ours"] = lambda: steps * batch / ours.train(batches)[0]
-    sides['ours, recipe "original"'] = lambda: steps * batch / original.train(batches)[0]
+    sides = {"usual": lambda: steps * batch / usual.train(usual_batches)}
+    sides["ours"] = lambda: steps * batch / ours.train(batches)
+    sides['ours, recipe "original"'] = lambda: steps * batch / original.train(batches)
     model = Trainer(config).model
     sides["matrix products alone (the limit)"] = lambda: limit(model, batch, max(5, steps // 8))[0]
     usual.train(Steps(usual_batches, 2))  # memory, libraries; not timed
