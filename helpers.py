@@ -1,20 +1,16 @@
-"""All that the notebook hw1p2_starter.ipynb (frame-level phoneme classification) does not show: data, metrics, files.
+"""What the notebook hw1p2_starter.ipynb (frame-level phoneme classification) does not show, as the data flow:
 
-In the order in which the data flow:
+    read_partition                                  a folder of .npy files -> one array, packed and cached
+    AudioDataset, make_loader                       windows of it, and batches of windows
+    mask_frames                                     SpecAugment's masks
+    confusion_matrix, border_distance               how good predictions are
+    save_checkpoint, load_checkpoint, snapshot,
+    restore, lock_run                               a run that can be carried on
+    write_submission, read_submission, submit       the CSV
+    make_practice_corpus, make_librispeech_corpus   speech for those who have no data
+    get_data                                        where the data come from
 
-    read_partition                              a folder of .npy files -> one array, packed and cached
-    AudioDataset, make_loader                   windows of it, and batches of windows
-    warp_frames, mask_frames                    what training does to a batch
-    confusion_matrix, border_distance,
-    calibration                                 how good predictions are
-    Decoder                                     predictions -> the best path through each utterance
-    save_checkpoint, load_checkpoint,
-    snapshot, restore                           a run that can be carried on
-    write_submission, read_submission           the CSV
-    make_practice_corpus,
-    make_librispeech_corpus, get_data           data for those who have none
-
-The network, the training loop and the config are in the notebook.
+Faulty data raise a DataError, what else stops a run a RunError; both say what to do.
 """
 
 import _ctypes
@@ -22,23 +18,17 @@ import contextlib
 import ctypes
 import functools
 import hashlib
-import importlib
 import io
 import itertools
 import json
-import math
 import os
 import re
 import shutil
 import subprocess
-import sys
-import threading
-import types
 import warnings
 import zipfile
 from collections import deque
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
-from multiprocessing import get_context, parent_process
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -55,105 +45,15 @@ from tqdm.auto import tqdm
 
 PHONEMES = ("[SIL] AA AE AH AO AW AY B CH D DH EH ER EY F G HH IH IY JH K L M N NG OW OY P R S SH T TH UH UW V W Y "
             "Z ZH [SOS] [EOS]").split()
-MANNERS = {  # manner of articulation -> phonemes, the order of the rows in the confusion matrix
-    "silence": "[SIL]".split(),
-    "vowels": "IY IH EH AE AH ER UW UH AO AA OW EY AY OY AW".split(),
-    "glides, liquids": "Y W R L".split(),
-    "nasals": "M N NG".split(),
-    "stops": "P B T D K G".split(),
-    "affricates": "CH JH".split(),
-    "fricatives": "F V TH DH S Z SH ZH HH".split(),
-}
 PARTITIONS = ("train-clean-100", "dev-clean", "test-clean")
+KINDS = ("mfcc", "transcript")  # folders of a partition; test has the first one only
 COEFFICIENTS = 28  # MFCCs a frame; a frame every 10 ms
 COMPETITION = "11785-spring-25-hw-1-p-2"
-KAGGLE_FOLDER = "11785-s25-hw1p2"
+KAGGLE_FOLDER = "11785-s25-hw1p2"  # as its archive unpacks
 KAGGLE = Path("/kaggle")  # on Kaggle's own notebooks: input/ is what was attached, working/ is kept
-OPTIONS = {  # config key -> the values it may take, or (type, lowest, highest)
-    "Name": (str, 1, 200), "subset": (float, 1e-9, 1), "context": (int, 0, 1000),
-    "archetype": ["pencil", "cylinder", "pyramid", "inverse-pyramid", "diamond"],
-    "activations": ["gelu", "relu", "leakyrelu", "softplus", "tanh", "sigmoid"],
-    "batch_norm": [True, False], "batchnorm_alternate": [True, False],
-    "learning_rate": (float, 0, 100), "dropout": (float, 0, 0.99), "dropout_alternate": [True, False],
-    "num_layers": (int, 2, 8), "optimizers": ["sgd", "nesterov", "adam", "adamw", "rmsprop"],
-    "scheduler": ["steplr", "reducelronplateau", "exponential", "cosineanneal"],
-    "epochs": (int, 1, 10**6), "batch_size": (int, 2, 10**7), "weight_decay": (float, 0, 100),
-    "weight_initialization": ["kaiming_normal", "kaiming_uniform", "uniform", "xavier_normal", "xavier_uniform", None],
-    "augmentations": ["FreqMask", "TimeMask", "Both", None],
-    "freq_mask_param": (int, 0, COEFFICIENTS), "time_mask_param": (int, 0, 2001),
-    "recipe": ["best", "original"], "iid_masks": [True, False], "warp": (float, 0, 0.5),
-    "dropout_ramp": [True, False], "test_warps": (int, 1, 99), "smoothing": [True, False],
-    "data": ["auto", "practice", "kaggle", "librispeech"], "shorten": [True, False],
-    "wandb": ["auto", "online", "offline", "disabled"], "artifacts": [True, False],
-    "drive": [True, False], "kaggle_submit": [True, False], "ablations": [True, False],
-}
-ORIGINAL = {  # what config["recipe"] = "original" sets
-    "iid_masks": False, "warp": 0, "dropout_ramp": False, "test_warps": 1, "smoothing": False}
 
 
-def check_config(config):
-    """Raise a ValueError that lists every unknown or missing key and every value that is not allowed."""
-    faults = [f"unknown key {key!r}; the keys are {', '.join(OPTIONS)}" for key in config if key not in OPTIONS]
-    for key, allowed in OPTIONS.items():
-        if key not in config:
-            faults.append(f"the key {key!r} is missing")
-        elif isinstance(allowed, list):
-            if not any(config[key] is option or (type(config[key]) is type(option) and config[key] == option)
-                       for option in allowed):
-                faults.append(f"{key!r} is {config[key]!r}; allowed: {', '.join(map(repr, allowed))}")
-        else:
-            (kind, low, high), value = allowed, config[key]
-            right = isinstance(value, (int, float) if kind is float else kind) and not isinstance(value, bool)
-            if not (right and low <= (len(value) if kind is str else value) <= high):
-                what = {str: "characters", int: "(a whole number)", float: "(a number)"}[kind]
-                faults.append(f"{key!r} is {value!r}; allowed: {low} to {high} {what}")
-    if re.search(r"[/\\]|^\.", str(config.get("Name"))):
-        faults.append(f"'Name' is {config['Name']!r}; it names a folder, so it has no slashes and no dot at its start")
-    if faults:
-        raise ValueError("config: " + "\n        ".join(faults))
-
-
-def have_keys(*names):
-    """Are all these keys in the environment? Colab's secrets of these names are put there first."""
-    for name in names:
-        if name not in os.environ and "google.colab" in sys.modules:
-            with contextlib.suppress(Exception):  # no such secret, or no access to it
-                from google.colab import userdata
-                os.environ[name] = userdata.get(name)
-    return all(os.environ.get(name) for name in names)
-
-
-def runs_folder(drive=False):
-    """Where runs are kept: Google Drive if asked for (on Colab), else $HW1P2_RUNS, /kaggle/working/runs, runs/ here."""
-    if drive and "google.colab" in sys.modules:
-        from google.colab import drive as google_drive
-        google_drive.mount("/content/drive")
-        return Path("/content/drive/MyDrive/hw1p2-runs")
-    kaggle = KAGGLE / "working"
-    return Path(os.environ.get("HW1P2_RUNS") or (kaggle / "runs" if kaggle.is_dir() else "runs"))
-
-
-def need(module):
-    """Import a package that only some runs need, installed first where it is missing. A RunError where that fails."""
-    try:
-        return importlib.import_module(module)
-    except ImportError:
-        print(f"installing {module}")
-    result = subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", module], capture_output=True, text=True)
-    if result.returncode:
-        raise RunError(f"this needs the package {module}, and pip could not install it: {result.stderr[-300:]}")
-    importlib.invalidate_caches()
-    return importlib.import_module(module)
-
-
-def git_commit():
-    """The commit of the code; None or empty outside a repository."""
-    with contextlib.suppress(OSError):
-        command = ["git", "-C", Path(__file__).parent, "rev-parse", "HEAD"]
-        return subprocess.run(command, capture_output=True, text=True).stdout.strip()
-
-
-# ---- Errors ------------------------------------------------------------------------------------------------
+# ---- Errors and files --------------------------------------------------------------------------------------
 
 class DataError(ValueError):
     """Bad input data. The message names the file, what is wrong with it, and what was expected."""
@@ -164,13 +64,11 @@ class RunError(RuntimeError):
 
 
 @contextlib.contextmanager
-def replacing(path, size=0):
+def replacing(path, size):
     """Give a temporary path beside `path`; flush it and move it into place only if the block succeeds.
 
-    A reader sees the old file or the new one, never a part. `size` is what is to be written, in bytes.
-
-    Raises:
-        RunError: the disk is full or cannot be written; the old file is untouched.
+    A reader sees the old file or the new one, never a part. Where it cannot be written, a RunError says how much room
+    it needs: `size`, in bytes.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.tmp")
@@ -180,58 +78,45 @@ def replacing(path, size=0):
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except BaseException as error:
+    except (OSError, SafetensorError) as error:
+        free = shutil.disk_usage(path.parent).free if path.parent.exists() else 0
+        raise RunError(f"{path} could not be written ({error}): {size / 1e6:.1f} MB are needed there, {free / 1e6:.1f} "
+                       "MB are free. What was there before is unchanged. Free some space and run again.") from error
+    finally:
         with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        # torch.save buries a full disk's OSError under a RuntimeError of its own, or loses it
-        if isinstance(error, RuntimeError) and isinstance(error.__context__, OSError):
-            error = error.__context__
-        if isinstance(error, (OSError, SafetensorError)) or "PytorchStreamWriter" in str(error):
-            free = shutil.disk_usage(path.parent).free if path.parent.exists() else 0
-            needed = f"{size / 1e6:.1f} MB are needed there, " if size else ""
-            raise RunError(f"{path} could not be written ({error}): {needed}{free / 1e6:.1f} MB are free. "
-                           "What was there before is unchanged. Free some space and run again.") from error
-        raise
-
-
-def in_order(pool, function, jobs):
-    """Yield function(*job) for each job, worked on by the pool, in order; few jobs are taken in advance."""
-    pending = deque()
-    for job in jobs:
-        pending.append(pool.submit(function, *job))
-        if len(pending) >= 64:
-            yield pending.popleft().result()
-    while pending:
-        yield pending.popleft().result()
+            temporary.unlink()
 
 
 @contextlib.contextmanager
 def alone(path):
-    """Of two notebooks that make the same thing, let one into the block and the other wait until it comes out.
-
-    Raises:
-        RunError: the folder of `path` cannot be written.
-    """
+    """Of two notebooks that make the same thing, let one into the block and the other wait until it comes out."""
+    lock = FileLock(path.with_name(f".{path.name}.lock"))
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(path.with_name(f".{path.name}.lock"))
         try:
             lock.acquire(timeout=0)
         except Timeout:
             print(f"another notebook is making {path}: waiting for it")
             lock.acquire()
-    except NotImplementedError:  # no locks on this file system
-        lock = contextlib.nullcontext()
     except OSError as error:
         raise RunError(f"{path} cannot be made: {error}") from error
     with lock:
         yield
 
 
+def in_order(function, jobs):
+    """Yield function(job) for each job, in their order; 16 threads work a little ahead."""
+    with ThreadPoolExecutor(16) as pool:
+        futures = (pool.submit(function, job) for job in jobs)
+        pending = deque(itertools.islice(futures, 64))
+        while pending:
+            yield pending.popleft().result()
+            pending.extend(itertools.islice(futures, 1))
+
+
 # ---- Reading: a folder of .npy files -> one packed array ---------------------------------------------------
 
 GAP = 50  # zero rows between utterances, at least; contexts up to this share one cache file
-KINDS = ("mfcc", "transcript")  # folders of a partition; test has the first one only
 _INDEX = {phoneme: i for i, phoneme in enumerate(PHONEMES[:40])}
 
 
@@ -245,7 +130,7 @@ def _mfccs(array):
         # less the first row, a constant coefficient is exactly zero; a rounding error over 1e-8 would be anything
         array = np.subtract(array, array[0], dtype=np.float64)
         array -= array.mean(axis=0)
-        deviation = np.sqrt(np.einsum("ij,ij->j", array, array) / len(array))
+        deviation = np.sqrt(np.square(array).mean(axis=0))
         array /= deviation + 1e-8
     if not np.isfinite(deviation).all():  # infinite too where the values are so large that their squares overflow
         raise ValueError("NaN, infinite or absurdly large values; expected finite MFCCs")
@@ -294,66 +179,56 @@ def _load_npy(content):
         raise ValueError(f"{error}; expected one whole array in an .npy file") from None
 
 
-def _convert(paths, contents):
-    """(MFCCs, deviations, labels or None) of an utterance; in their place a list of what is wrong with its files."""
-    arrays, faults = [], []
-    for path, content, convert in zip(paths, contents, (_mfccs, _labels)):
+def _convert(contents, paths):
+    """((MFCCs, deviations), labels or None) of an utterance, and a list of what is wrong with its files."""
+    arrays, faults = [None, None], []
+    for i, (path, content, convert) in enumerate(zip(paths, contents, (_mfccs, _labels))):
         try:
-            arrays.append(convert(_load_npy(content)))
+            arrays[i] = convert(_load_npy(content))
         except Exception as error:  # whatever a damaged file provokes, it is that file's fault
             faults.append(f"{path}: {error}")
-    if faults:
-        return faults
-    (mfcc, deviation), labels = arrays[0], arrays[1] if len(arrays) > 1 else None
-    if labels is not None and len(labels) != len(mfcc):
-        return [f"{paths[1]}: {len(labels)} phonemes; expected {len(mfcc)}, one a frame"]
-    return mfcc, deviation, labels
+    if not faults and arrays[1] is not None and len(arrays[1]) != len(arrays[0][0]):
+        faults.append(f"{paths[1]}: {len(arrays[1])} phonemes; expected {len(arrays[0][0])}, one a frame")
+    return *arrays, faults
 
 
 def _raise_faults(folder, faults):
     if faults:
         more = [f"... and {len(faults) - 10:,} more"] if len(faults) > 10 else []
-        raise DataError(_printable("\n".join([f"{folder}: {len(faults):,} fault(s) in the data", *faults[:10], *more])))
+        message = "\n".join([f"{folder}: {len(faults):,} fault(s) in the data", *faults[:10], *more])
+        raise DataError(message.encode(errors="backslashreplace").decode())  # names may have bytes that are no text
 
 
-def _printable(text):
-    """Text with file names as it can be printed: their bytes that are no text are escaped."""
-    return text.encode(errors="backslashreplace").decode()
-
-
-def _pack(folder, names, labelled, gap):
+def _pack(folder, names, kinds, gap):
     """Read, check, normalise and pack the utterances of these names: what `read_partition` returns."""
-    paths = [[folder / kind / name for kind in KINDS[:1 + labelled]] for name in names]
+    paths = [[folder / kind / name for kind in kinds] for name in names]
     # room for as many frames as the files can hold; what is not written to takes no memory
     rows = sum(path.stat().st_size for path, *_ in paths if path.exists()) // (2 * COEFFICIENTS)
-    # from numpy, as torch converts to float16 many times as fast
     frames = torch.from_numpy(np.zeros((rows + gap * (len(names) + 1), COEFFICIENTS), np.float16))
-    labels, lengths, deviations, faults, row = [], [], [], [], gap
-    # small files on a slow disk (Drive) are waited for more than worked on
-    with ThreadPoolExecutor(16) as pool, warnings.catch_warnings():
+    labels, lengths, deviations, faults, row = [np.zeros(0, np.uint8)], [], [], [], gap
+    # small files are waited for more than worked on, so threads read them, and only read: Python runs one at a time
+    utterances = map(_convert, in_order(_contents, paths), paths)
+    with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # numpy's and Python's, about what stands in a damaged header
-        contents = in_order(pool, _contents, zip(paths))  # only read there: Python runs one thread at a time
-        for utterance in tqdm(map(_convert, paths, contents), f"reading {folder.name}", len(names), leave=False,
-                              delay=10):
-            if isinstance(utterance, list):
-                faults += utterance
-                continue
-            mfcc, deviation, phonemes = utterance
-            frames[row:row + len(mfcc)] = torch.from_numpy(mfcc)
-            row += len(mfcc) + gap
-            lengths.append(len(mfcc))
-            deviations.append(deviation)
-            labels.append(phonemes)
+        for mfccs, phonemes, wrong in tqdm(utterances, f"reading {folder.name}", len(names), leave=False, delay=10):
+            faults += wrong
+            if not faults:
+                mfcc, deviation = mfccs
+                frames[row:row + len(mfcc)] = torch.from_numpy(mfcc)
+                row += len(mfcc) + gap
+                lengths.append(len(mfcc))
+                deviations.append(deviation)
+                labels += [] if phonemes is None else [phonemes]
     _raise_faults(folder, faults)
     return {"frames": frames[:row], "starts": torch.tensor([0, *itertools.accumulate(lengths)]),
-            "labels": torch.from_numpy(np.concatenate(labels) if labelled else np.zeros(0, np.uint8)),
+            "labels": torch.from_numpy(np.concatenate(labels)),
             "deviations": torch.tensor(np.mean(deviations, axis=0), dtype=torch.float32)}
 
 
-def _list_utterances(folder, labelled, subset):
+def _list_utterances(folder, kinds, subset):
     """Sorted names of a partition's first utterances; a DataError where one has no counterpart or none is left."""
     names = {}
-    for kind in KINDS[:1 + labelled]:
+    for kind in kinds:
         if not (folder / kind).is_dir():
             raise DataError(f"{folder / kind}: there is no such folder; expected ROOT/{{train-clean-100,dev-clean}}/"
                             "{mfcc,transcript}/*.npy and ROOT/test-clean/mfcc/*.npy")
@@ -361,32 +236,26 @@ def _list_utterances(folder, labelled, subset):
         names[kind] = [name for name in found if name.endswith(".npy") and not name.startswith(".")]
         if ignored := sorted({*found} - {*names[kind]}):
             print(f"{folder.name}: ignored {len(ignored)} file(s) in {kind} that are not utterances: "
-                  + ", ".join(map(_printable, ignored[:5])))
-    mfccs, total = names["mfcc"], len(names["mfcc"])
-    if not mfccs:
+                  + ", ".join(map(repr, ignored[:5])))
+    if not names["mfcc"]:
         raise DataError(f"{folder / 'mfcc'}: there are no .npy files in it; expected one for each utterance")
-    if not labelled:
-        return mfccs
-    transcripts = names["transcript"]
-    _raise_faults(folder, [f"{folder / 'mfcc' / name}: no transcript of the same name in {folder / 'transcript'}"
-                           for name in sorted({*mfccs} - {*transcripts})]
-                  + [f"{folder / 'transcript' / name}: no MFCC file of the same name in {folder / 'mfcc'}"
-                     for name in sorted({*transcripts} - {*mfccs})])
-    if int(subset * total) < 1:
-        raise DataError(f"{folder}: subset {subset} of its {total} utterances is none; expected at least one")
-    return mfccs[:int(subset * total)]
+    _raise_faults(folder, [f"{folder / kind / name}: no {other} file of the same name in {folder / other}"
+                           for kind, other in itertools.permutations(kinds, 2)
+                           for name in sorted({*names[kind]} - {*names[other]})])
+    mfccs = names["mfcc"]
+    if int(subset * len(mfccs)) < 1:
+        raise DataError(f"{folder}: subset {subset} of its {len(mfccs)} utterances is none; expected at least one")
+    return mfccs[:int(subset * len(mfccs))]
 
 
-def _cache_key(folder, names, labelled, gap):
+def _cache_key(folder, names, kinds, gap):
     """A digest of all that changes what the cache holds: format, gap, and each file's name, size and time."""
     def stamp(name):
         with contextlib.suppress(OSError):  # a link to nowhere: reading it tells
-            stats = [os.stat(os.path.join(folder, kind, name)) for kind in KINDS[:1 + labelled]]
+            stats = [os.stat(os.path.join(folder, kind, name)) for kind in kinds]
             return name, *((stat.st_size, stat.st_mtime_ns) for stat in stats)
 
-    with ThreadPoolExecutor(16) as pool:
-        stamps = [*in_order(pool, stamp, zip(names))]
-    return hashlib.sha256(repr(("packed 3", folder.name, gap, stamps)).encode()).hexdigest()
+    return hashlib.sha256(repr(("packed 3", folder.name, gap, [*in_order(stamp, names)])).encode()).hexdigest()
 
 
 def _open_cache(path, key):
@@ -415,23 +284,24 @@ def read_partition(root, partition, subset=1, gap=GAP, cache=None):
     Raises:
         DataError: names the faulty files, all of them (the first ten by name).
     """
-    folder, labelled, packed = Path(root) / partition, partition != "test-clean", None
-    names = _list_utterances(folder, labelled, subset)
+    folder, packed = Path(root) / partition, None
+    kinds, subset = (KINDS[:1], 1) if partition == "test-clean" else (KINDS, subset)
+    names = _list_utterances(folder, kinds, subset)
     if cache is None:
-        return _pack(folder, names, labelled, gap)
-    key = _cache_key(folder, names, labelled, gap)
+        return _pack(folder, names, kinds, gap)
+    key = _cache_key(folder, names, kinds, gap)
     path = Path(cache) / f"{partition}-{key[:16]}.safetensors"
     try:
         with alone(path):  # of two runs that start together, one reads the files
             if not (mapped := _open_cache(path, key)):
-                packed = _pack(folder, names, labelled, gap)
+                packed = _pack(folder, names, kinds, gap)
                 with replacing(path, packed["frames"].nbytes) as temporary:
                     save_file(packed, temporary, {"key": key})
                 mapped = _open_cache(path, key)
             return mapped
     except RunError as error:  # the cache is a convenience
         print(f"going on without a cache: {error}")
-        return packed or _pack(folder, names, labelled, gap)
+        return packed or _pack(folder, names, kinds, gap)
 
 
 # ---- Windows and loaders -----------------------------------------------------------------------------------
@@ -449,7 +319,7 @@ class AudioDataset(Dataset):
                              [0 0 e f g]          row 6: of frame e
 
     Args:
-        root, partition, subset, cache: see `read_partition`.
+        root, partition, subset, cache: see `read_partition`, also for the errors.
         context: frames on either side, c.
         device: where the array lies and the batches are made.
 
@@ -458,9 +328,6 @@ class AudioDataset(Dataset):
         frames, phoneme = data[0]                      # float16 (101, 28), int64 ()
         frames, phonemes = data[torch.tensor([0, 7])]  # float16 (2, 101, 28), int64 (2,)
         For the partition "test-clean" there are no phonemes: data[0] is the frames alone.
-
-    Raises:
-        DataError: a fault in the files.
     """
 
     def __init__(self, root, partition="train-clean-100", context=50, subset=1, device="cpu", cache=None):
@@ -537,15 +404,15 @@ def make_loader(dataset, batch_size, shuffle=False, seed=23):
                       batch_size=None)
 
 
-# ---- Masks and warps ---------------------------------------------------------------------------------------
+# ---- Masks -------------------------------------------------------------------------------------------------
 
-def _stretches(windows, size, param, device):
-    """Bool (windows, size): in each a stretch of 0 ... param places, its width and its start uniform."""
+def _kept(windows, size, param, device):
+    """Bool (windows, size): False in a stretch of 0 ... param places, its width and its start uniform."""
     width, start = torch.rand(2, windows, 1, device=device)
     width = (width * (min(param, size) + 1)).long()
     start = (start * (size - width + 1)).long()
     place = torch.arange(size, device=device)
-    return (place >= start) & (place < start + width)
+    return (place < start) | (place >= start + width)
 
 
 def mask_frames(frames, augmentations="Both", freq_mask_param=4, time_mask_param=8, iid_masks=True):
@@ -562,70 +429,14 @@ def mask_frames(frames, augmentations="Both", freq_mask_param=4, time_mask_param
     Returns:
         frames.
     """
+    bits = frames.view(torch.int16 if frames.dtype == torch.float16 else torch.int32)
     for name, axis, param in (("FreqMask", 2, freq_mask_param), ("TimeMask", 1, time_mask_param)):
         if augmentations in (name, "Both") and iid_masks:
-            mask = _stretches(len(frames), frames.shape[axis], param, frames.device)
-            frames.masked_fill_(mask.unsqueeze(3 - axis), 0)
+            kept = _kept(len(frames), frames.shape[axis], param, frames.device)
+            bits.mul_(kept.unsqueeze(3 - axis))  # x 1 or x 0: of integers, a CPU's fastest way to put zeros there
         elif augmentations in (name, "Both"):
             frames.copy_(torchaudio.functional.mask_along_axis(frames, min(param, frames.shape[axis]), 0.0, axis))
     return frames
-
-
-def warp_maps(strength, deviations, count=41, bands=40):
-    """Linear maps of MFCCs that stretch or squeeze the frequency axis, as a shorter or longer vocal tract does.
-
-    A vocal tract of another length moves all resonances by one factor (Jaitly and Hinton, "Vocal Tract Length
-    Perturbation improves speech recognition", 2013). MFCCs are the DCT of log energies in mel bands: go back to the
-    bands, read each at factor x its frequency, between two bands linearly, and take the DCT again. All of it is linear.
-
-    Args:
-        strength: the factors lie between 1 - strength and 1 + strength.
-        deviations: float (28,), by which the coefficients were divided when they were normalised.
-        count: of factors, evenly spaced. bands: of the mel scale (HTK's formula, 0 to 8 kHz); the maps hardly depend
-            on their number.
-
-    Returns:
-        float32 (count, 28, 28), on the device of `deviations`: normalised frames @ map are the warped ones.
-    """
-    def mel(hertz):
-        return 2595 * torch.log10(1 + hertz / 700)
-
-    step = mel(torch.tensor(8000.0)) / (bands + 1)
-    centres = 700 * (10 ** (torch.arange(1, bands + 1) * step / 2595) - 1)  # of the bands, in Hz
-    factors = torch.linspace(1 - strength, 1 + strength, count)
-    position = (mel(factors[:, None] * centres) / step - 1).clamp(0, bands - 1)  # (count, bands), in bands
-    read = (1 - (position[:, None] - torch.arange(bands)[:, None]).abs()).clamp(min=0)  # (count, from, to)
-    dct = torchaudio.functional.create_dct(COEFFICIENTS, bands, norm="ortho")  # (bands, 28)
-    deviations = deviations.clamp(min=deviations.max() / 1000)  # a constant coefficient has none
-    return deviations[:, None] * (dct.T @ read @ dct).to(deviations.device) / deviations
-
-
-def warp_frames(frames, maps):
-    """Send each window through one of the maps (see `warp_maps`), drawn at random; in place, returns frames.
-
-    frames: float16 or float32 (B, 2c+1, 28). maps: (n, 28, 28), in the precision of the products.
-    """
-    which = torch.randint(len(maps), (len(frames),), device=frames.device)
-    return frames.copy_(frames.to(maps.dtype) @ maps[which])
-
-
-class Dropout(torch.nn.Dropout):
-    """torch's Dropout, but quicker on a CPU: it saves about a sixth of the whole training step there.
-
-    There, torch draws a random number for each unit; here, four units share the 64 bits of one (p in steps of 1/65536).
-    `rate` is the p it was made with, as p may grow over the epochs.
-    """
-
-    def __init__(self, p):
-        super().__init__(p)
-        self.rate = p
-
-    def forward(self, x):
-        if not self.training or x.device.type != "cpu":
-            return super().forward(x)
-        bits = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-2**63, None).view(torch.int16)
-        keep = bits[:x.numel()].view_as(x) >= round(self.p * 2**16) - 2**15
-        return x * keep.to(x.dtype).mul_(1 / (1 - self.p))
 
 
 # ---- Metrics -----------------------------------------------------------------------------------------------
@@ -645,112 +456,9 @@ def border_distance(labels, starts):
     new = np.concatenate(([True], labels[1:] != labels[:-1]))
     new[starts[:-1]] = True
     borders = np.append(np.flatnonzero(new), len(labels))
-    phone = np.searchsorted(borders, np.arange(len(labels)), side="right")
     frame = np.arange(len(labels))
+    phone = np.searchsorted(borders, frame, side="right")
     return np.minimum(frame - borders[phone - 1], borders[phone] - 1 - frame)
-
-
-def calibration(confidences, correct, bins=10):
-    """Is a confidence of 80% right 80% of the time? Equal bins of (0, 1] (Guo et al., "On Calibration", 2017).
-
-    Args:
-        confidences: float (n,), probability of the predicted phoneme; correct: bool (n,).
-
-    Returns:
-        (mean confidence, accuracy, count: (bins,) each, NaN where a bin is empty; expected calibration error).
-    """
-    which = np.clip(np.ceil(np.asarray(confidences, np.float64) * bins).astype(int) - 1, 0, bins - 1)
-    count = np.bincount(which, minlength=bins)
-    with np.errstate(invalid="ignore"):
-        confidence = np.bincount(which, confidences, bins) / count
-        accuracy = np.bincount(which, correct, bins) / count
-    return confidence, accuracy, count, float(np.nansum(np.abs(confidence - accuracy) * count) / count.sum())
-
-
-# ---- Sequence decoding -------------------------------------------------------------------------------------
-
-def count_transitions(labels, starts):
-    """How phonemes follow each other, counted from frame to frame inside the utterances, add-one smoothed.
-
-    Args:
-        labels: integer (n,). starts: (utterances + 1,), the first frame of each utterance, and n.
-
-    Returns:
-        (log prior of each phoneme, float32 (42,); log probability of the next frame's phoneme, float32 (42, 42):
-        row = this frame's, column = the next one's), on the device of `labels`.
-    """
-    n, labels = len(PHONEMES), labels.long()
-    inside = torch.ones(len(labels), dtype=torch.bool, device=labels.device)
-    inside[starts[:-1]] = False  # the first frame of an utterance follows nothing
-    pairs = (labels[:-1] * n + labels[1:])[inside[1:]]
-    counts = torch.bincount(pairs, minlength=n * n).view(n, n).float() + 1
-    prior = torch.bincount(labels, minlength=n).float() + 1
-    return (prior / prior.sum()).log(), (counts / counts.sum(1, keepdim=True)).log()
-
-
-def viterbi(scores, transitions, starts):
-    """The best path through each utterance: the largest sum of its frames' scores and of its transitions.
-
-    Viterbi's algorithm (Rabiner, "A tutorial on hidden Markov models", 1989, III.B; every start is equally likely), one
-    frame of all utterances at a time.
-
-    Args:
-        scores: float32 (n, k) for each frame and state. transitions: float32 (k, k), row = from, column = to.
-        starts: (utterances + 1,), the first frame of each utterance, and n.
-
-    Returns:
-        int64 (n,), the state of each frame, on the device of `scores`.
-    """
-    device, states = scores.device, scores.shape[1]
-    lengths, order = starts.diff().sort(descending=True)
-    first = starts[:-1][order].to(device)
-    lengths = np.array(lengths.tolist())
-    active = (lengths > np.arange(lengths[0])[:, None]).sum(1).tolist()  # how many utterances have a frame t
-    best = scores.clone()  # the score of the best path to each state, up to a constant of the frame
-    for t in range(1, len(active)):
-        frame = first[:active[t]] + t
-        total = (best[frame - 1].unsqueeze(2) + transitions).amax(1)
-        best[frame] += total - total.amax(1, keepdim=True)  # small numbers stay exact
-    # backwards, the state before a known one is the best one for it; behind the last frame there is none
-    to_next = torch.cat([transitions.T, torch.zeros(1, states, device=device)])
-    state = torch.full((len(first),), states, device=device)
-    path = torch.empty(len(scores), dtype=torch.int64, device=device)
-    for t in reversed(range(len(active))):
-        frame = first[:active[t]] + t
-        state[:active[t]] = path[frame] = (best[frame] + to_next[state[:active[t]]]).argmax(1)
-    return path
-
-
-class Decoder:
-    """Viterbi over the network's log posteriors, with the training set's transitions.
-
-    A frame's score for a phoneme is its log posterior - `scale` x its log prior; a step's is `weight` x the log
-    probability of the transition.
-
-    Example:
-        decoder = Decoder(train_data.labels, train_data.starts)
-        decoder.choose(log_posteriors, val_data.labels, val_data.starts)
-        indexes = decoder(test_log_posteriors, test_data.starts)  # (n, 42) -> int64 (n,)
-    """
-
-    def __init__(self, labels, starts, scale=0.0, weight=1.0):
-        self.prior, self.transitions = count_transitions(labels, starts)
-        self.scale, self.weight = scale, weight
-
-    def __call__(self, log_posteriors, starts):
-        device = log_posteriors.device
-        return viterbi(log_posteriors - self.scale * self.prior.to(device), self.weight * self.transitions.to(device),
-                       starts)
-
-    def choose(self, log_posteriors, labels, starts, frames=100_000):
-        """Set `scale` and `weight` to the pair with the most right frames, on the first utterances (some `frames`)."""
-        last = min(int(torch.searchsorted(starts, torch.tensor(frames, device=starts.device))), len(starts) - 1)
-        starts = starts[:last + 1]
-        log_posteriors, labels = log_posteriors[:starts[-1]], labels[:starts[-1]].to(log_posteriors.device)
-        right = {}
-        for self.scale, self.weight in itertools.product((0, 0.15, 0.3, 0.45), (0.25, 0.5, 0.75, 1, 1.5)):
-            right[self.scale, self.weight] = (self(log_posteriors, starts) == labels).sum().item()
-        self.scale, self.weight = max(right, key=right.get)
 
 
 # ---- Checkpoint --------------------------------------------------------------------------------------------
@@ -761,12 +469,7 @@ FREE_KEYS = ("Name", "recipe", "test_warps", "smoothing", "data", "shorten", "wa
 
 
 def lock_run(folder):
-    """Take the run folder for this process until it ends; repeated calls from the same notebook are fine.
-
-    Raises:
-        RunError: another process is running in it.
-    """
-    Path(folder).mkdir(parents=True, exist_ok=True)
+    """Take the run folder for this process until it ends, once or again; a RunError where another one has it."""
     lock = FileLock(Path(folder) / ".lock", timeout=0, is_singleton=True)
     try:
         lock.acquire()
@@ -776,21 +479,12 @@ def lock_run(folder):
     return lock
 
 
-def _size(state):
-    if isinstance(state, torch.Tensor):
-        return state.nbytes
-    parts = state.values() if isinstance(state, dict) else state if isinstance(state, (list, tuple)) else ()
-    return sum(map(_size, parts))
-
-
 def save_checkpoint(path, state):
-    """Write a dict of tensors, numbers and text atomically (torch.save, flushed, moved into place).
-
-    Raises:
-        RunError: it could not be written; the previous checkpoint is untouched.
-    """
-    with replacing(path, size=_size(state)) as temporary, open(temporary, "wb") as file:
-        torch.save(state, file)
+    """Write a dict of tensors, numbers and text; a RunError where that fails: the previous checkpoint is untouched."""
+    file = io.BytesIO()  # torch.save loses the error of a full disk
+    torch.save(state, file)
+    with replacing(path, file.tell()) as temporary:
+        temporary.write_bytes(file.getbuffer())
 
 
 def load_checkpoint(path, config=None):
@@ -820,23 +514,19 @@ def load_checkpoint(path, config=None):
     if config is not None:
         planned = config["scheduler"] == "cosineanneal" or config["dropout_ramp"]
         free = FREE_KEYS if planned else (*FREE_KEYS, "epochs")
-        differences = [f"{key}: {saved.get(key)!r} there, {config.get(key)!r} now" for key in config
-                       if key not in free and saved.get(key) != config.get(key)]
+        differences = [f"{key}: {saved.get(key)!r} there, {config[key]!r} now" for key in config
+                       if key not in free and saved.get(key) != config[key]]
         if differences:
             raise RunError(f"{path}: this run was started with another config:\n  " + "\n  ".join(differences) +
-                           "\nSet these back to carry on with it, or choose another config['Name'] for a fresh run."
-                           + (" (Cosine annealing and dropout_ramp are planned for a fixed number of epochs.)"
-                              if any(line.startswith("epochs") for line in differences) else ""))
+                           "\nSet these back to carry on with it, or choose another config['Name'] for a fresh run. "
+                           "(Cosine annealing and dropout_ramp are planned for a fixed number of epochs.)")
     return state
 
 
 def snapshot(parts):
     """The states of the model, optimizer, scheduler and scaler in a dict of these, and torch's random states."""
-    state = {name: part.state_dict() for name, part in parts.items()}
-    state["random"] = torch.get_rng_state()
-    state["random_cuda"] = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-    state["random_mps"] = torch.mps.get_rng_state() if torch.backends.mps.is_available() else None
-    return state
+    return {**{name: part.state_dict() for name, part in parts.items()}, "random": torch.get_rng_state(),
+            "random_cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []}
 
 
 def restore(state, parts):
@@ -851,29 +541,24 @@ def restore(state, parts):
     torch.set_rng_state(state["random"])
     if torch.cuda.is_available() and len(state["random_cuda"]) == torch.cuda.device_count():
         torch.cuda.set_rng_state_all(state["random_cuda"])
-    if torch.backends.mps.is_available() and state.get("random_mps") is not None:
-        torch.mps.set_rng_state(state["random_mps"])
 
 
 # ---- Submission --------------------------------------------------------------------------------------------
 
 def write_submission(path, predictions):
-    """Write Kaggle's CSV: header `id,label`, ids from 0, one row a test frame, labels as phoneme names.
-
-    predictions: phoneme names (n,), in the order of the test partition.
-    """
-    with replacing(path, size=12 * len(predictions)) as temporary:
+    """Write Kaggle's CSV: header `id,label`, ids from 0, and the phoneme names (n,) of the test frames, in order."""
+    with replacing(path, 12 * len(predictions)) as temporary:
         pd.DataFrame({"label": predictions}).to_csv(temporary, index_label="id", lineterminator="\n")
 
 
-def read_submission(path, rows=None, sample=None):
+def read_submission(path, ids=None):
     """The labels of a CSV as Kaggle takes it, str array (n,).
 
     Args:
-        rows: how many there must be. sample: the competition's sample submission, whose ids must be the same.
+        ids: what the ids must be, one a test frame; None: 0, 1, 2, as many as there are.
 
     Raises:
-        DataError: header, ids, a label or the number of rows is not as expected.
+        DataError: the header, an id, a label or the number of rows is not as expected.
     """
     try:
         table = pd.read_csv(path, dtype=str, keep_default_na=False)
@@ -883,27 +568,15 @@ def read_submission(path, rows=None, sample=None):
         raise DataError(f"{path}: the header is {','.join(table)[:200]!r}; expected id,label")
     if not isinstance(table.index, pd.RangeIndex):  # pandas takes the first of three values for an index
         raise DataError(f"{path}: rows with more than two values; expected id,label")
-    ids = None
-    if sample is not None:
-        ids = pd.read_csv(sample, dtype=str, keep_default_na=False).iloc[:, 0]
-        rows = len(ids)
-    if rows is not None and len(table) != rows:
-        raise DataError(f"{path}: {len(table):,} rows; expected {rows:,}, one for each frame of test-clean")
-    if ids is None:
-        ids = pd.Series(range(len(table))).astype(str)
-    for column, good in (("id", table["id"] == ids),
-                         ("label", table["label"].isin(PHONEMES))):
+    ids = [*map(str, range(len(table)) if ids is None else ids)]
+    if len(table) != len(ids):
+        raise DataError(f"{path}: {len(table):,} rows; expected {len(ids):,}, one for each frame of test-clean")
+    for column, good in (("id", table["id"] == ids), ("label", table["label"].isin(PHONEMES))):
         if not good.all():
             i = int(good.argmin())
             raise DataError(f"{path}: line {i + 2} has the {column} {table[column][i]!r}; expected "
                             + (ids[i] if column == "id" else "a phoneme name such as AA or [SIL]"))
     return table["label"].to_numpy(str)
-
-
-def score_submission(path, answers):
-    """Accuracy (0-1 of all frames) of a CSV against the practice corpus's hidden labels, as Kaggle would score it."""
-    truth = read_submission(answers)
-    return float((read_submission(path, rows=len(truth)) == truth).mean())
 
 
 KAGGLE_CAUSES = ("The usual causes: the rules are not accepted yet (press Join on "
@@ -912,91 +585,19 @@ KAGGLE_CAUSES = ("The usual causes: the rules are not accepted yet (press Join o
                  "Colab's secrets; never into a cell.")
 
 
-def kaggle(*arguments):
-    """Run the official `kaggle` command with the token that it finds. Returns what it printed.
-
-    Raises:
-        RunError: there is no such command, or it failed; it says what to do.
-    """
+def submit(path, message):
+    """Hand a CSV in with the official `kaggle` command. Returns what it printed; a RunError says what went wrong."""
     if shutil.which("kaggle") is None:
         raise RunError("the kaggle command is not installed: pip install kaggle")
-    have_keys("KAGGLE_API_TOKEN", "KAGGLE_USERNAME", "KAGGLE_KEY")  # from Colab's secrets
-    result = subprocess.run(["kaggle", *map(str, arguments)], capture_output=True, text=True)
+    command = ["kaggle", "competitions", "submit", "-c", COMPETITION, "-f", str(path), "-m", message]
+    result = subprocess.run(command, capture_output=True, text=True)
     output = (result.stdout + result.stderr).strip()
     if result.returncode or re.search(r"\b40[13]\b", output):
-        raise RunError(f"kaggle {' '.join(map(str, arguments))} failed: {output[-300:]}\n{KAGGLE_CAUSES}")
+        raise RunError(f"{path} could not be submitted: {output[-300:]}\n{KAGGLE_CAUSES}")
     return output
 
 
-# ---- Corpora -----------------------------------------------------------------------------------------------
-# Synthetic and real speech in the course's layout, for those without the Kaggle data.
-
-def _label_folder(partition):
-    return "answers" if partition == "test-clean" else f"{partition}/transcript"
-
-
-@contextlib.contextmanager
-def _new_corpus(root, resume=False):
-    """Give a folder ROOT.partial for `_write_utterance`; it becomes `root` if the block succeeds, never before.
-
-    At the end ROOT/answers.csv (`id,label`) gets the phonemes of the test frames, for scoring a submission.
-
-    Args:
-        resume: keep what an earlier call that did not come to its end has left there.
-
-    Raises:
-        FileExistsError: `root` exists.
-    """
-    if root.exists():
-        raise FileExistsError(f"{root} exists already: delete it to have it made again")
-    partial = root.with_name(root.name + ".partial")
-    if not resume:
-        shutil.rmtree(partial, ignore_errors=True)
-    for folder in (*(f"{name}/mfcc" for name in PARTITIONS), *(_label_folder(name) for name in PARTITIONS)):
-        (partial / folder).mkdir(parents=True, exist_ok=True)
-    yield partial
-    for path in partial.rglob(".*.tmp"):  # of a killed call
-        path.unlink()
-    for name in PARTITIONS:
-        if not any((partial / name / "mfcc").iterdir()):
-            raise DataError(f"{partial}: no utterances for {name}; expected some in each partition")
-    answers = partial / _label_folder("test-clean")
-    if not (partial / "answers.csv").exists():
-        write_submission(partial / "answers.csv",
-                         np.concatenate([np.load(path)[1:-1] for path in sorted(answers.iterdir())]))
-    shutil.rmtree(answers)
-    partial.rename(root)
-
-
-def _write_utterance(partial, partition, name, mfcc, labels):
-    for folder, array in ((f"{partition}/mfcc", mfcc),
-                          (_label_folder(partition), np.array(["[SOS]", *labels, "[EOS]"], "<U5"))):
-        with replacing(partial / folder / f"{name}.npy", array.nbytes) as temporary, open(temporary, "wb") as file:
-            np.save(file, array)
-
-
-@contextlib.contextmanager
-def _worker_pool(processes):
-    """A pool of processes, one a core; they end when this process does."""
-    # a spawned process runs the main script again, which would start everything anew; it is shown an empty one
-    main, sys.modules["__main__"] = sys.modules["__main__"], types.ModuleType("__main__")
-    # spawn, as fork is unsafe once torch has started threads
-    pool = ProcessPoolExecutor(processes, get_context("spawn"), _start_worker)
-    try:
-        yield pool
-    finally:
-        pool.shutdown(cancel_futures=True)
-        sys.modules["__main__"] = main
-
-
-def _start_worker():
-    torch.set_num_threads(1)  # every core has its process
-
-    def end_with_parent():  # else a killed notebook's workers would wait for ever
-        parent_process().join()
-        os._exit(1)
-    threading.Thread(target=end_with_parent, daemon=True).start()
-
+# ---- Corpora: synthetic and real speech in the course's layout, for those without the Kaggle data ----------
 
 @functools.cache
 def _feature_transform(rate):
@@ -1012,50 +613,84 @@ def speech_features(audio, rate):
     return np.ascontiguousarray(_feature_transform(rate)(torch.from_numpy(audio)).T.numpy())
 
 
-def label_frames(starts, phonemes, frames, rate):
-    """The phoneme at the centre of each frame's window: a list of `frames` names.
+def label_frames(phones, frames):
+    """The phoneme at the centre of each frame's window, "<U5" (frames,); silence where there is none.
 
-    starts: ascending, where each of `phonemes` starts, in units of 1/rate s; before the first there is silence.
+    phones: (phoneme, start, end) in seconds, in the order of their starts; where two overlap, the later one counts.
     """
-    centres = (np.arange(frames) * 160 + 256) * rate / 16000
-    return [["[SIL]", *phonemes][i] for i in np.searchsorted(starts, centres, side="right")]
+    centres = (np.arange(frames) * 160 + 256) / 16000
+    labels = np.full(frames, "[SIL]", "<U5")
+    for phoneme, start, end in phones:
+        labels[np.searchsorted(centres, start):np.searchsorted(centres, end)] = phoneme
+    return labels
 
 
-# ---- Practice corpus: synthetic speech
+def _write_utterance(folder, name, audio, rate, phones):
+    """Write the features and labels of an utterance into a partition's folder."""
+    mfcc = speech_features(audio, rate)
+    np.save(folder / "mfcc" / f"{name}.npy", mfcc)
+    np.save(folder / "transcript" / f"{name}.npy", np.array(["[SOS]", *label_frames(phones, len(mfcc)), "[EOS]"]))
 
-# Who / did what / where / when: one entry of each makes a sentence (12 x 12 x 12 x 12, our own words).
-WHO = """the baker, my youngest cousin, a cheerful farmer, the quiet teacher, both sailors, the village doctor,
-    three noisy boys, the shy girl in yellow, her uncle George, an author from Asia, the orchestra, a wise judge"""
-DID = """mended a wooden chair, cooked a huge pot of soup, counted eleven white sheep, watched a long television show,
-    measured the depth of the pool, fed the hungry goats, pushed the heavy cart, shared a warm blanket,
-    hung a bright picture, boiled six fresh eggs, threw the ball too far, carried a basket of oranges"""
-WHERE = """in the kitchen, near the old bridge, at the railway station, under a maple tree, behind the red barn,
-    across the street, around the corner, above the valley, down by the harbor, beyond the hill, on the tennis court,
-    in our backyard"""
-WHEN = """before breakfast, on Thursday afternoon, because the bus was late, when the bell rang, just for fun,
-    although it was raining, in less than an hour, with great pleasure, as usual, during a power failure,
-    while the dog slept, with both eyes shut"""
-GRAMMAR = [[" ".join(entry.split()) for entry in entries.split(",")] for entries in (WHO, DID, WHERE, WHEN)]
+
+@contextlib.contextmanager
+def _new_corpus(root):
+    """Give a folder ROOT.partial with the course's folders; it becomes `root` when the block has succeeded.
+
+    What an earlier call has left there stays. At the end the transcripts of test become ROOT/answers.csv.
+    """
+    if root.exists():
+        raise FileExistsError(f"{root} exists already: delete it to have it made again")
+    partial = root.with_name(root.name + ".partial")
+    for name, kind in itertools.product(PARTITIONS, KINDS):
+        (partial / name / kind).mkdir(parents=True, exist_ok=True)
+    try:
+        yield partial
+    except OSError as error:
+        raise RunError(f"{root} could not be made ({error}): {shutil.disk_usage(partial).free / 1e6:,.0f} MB are free. "
+                       "Free some space and run again.") from error
+    if not all(any((partial / name / "mfcc").iterdir()) for name in PARTITIONS):
+        raise DataError(f"{partial}: no utterances for one of the partitions; expected some in each")
+    answers = partial / "test-clean" / "transcript"
+    if not (partial / "answers.csv").exists():
+        write_submission(partial / "answers.csv",
+                         np.concatenate([np.load(path)[1:-1] for path in sorted(answers.iterdir())]))
+    shutil.rmtree(answers)
+    partial.rename(root)
+
+
+# Who, did what, where, when: one of each makes a sentence (our own words).
+GRAMMAR = [[" ".join(entry.split()) for entry in entries.split(",")] for entries in ("""
+    the baker, my youngest cousin, a cheerful farmer, both sailors, three noisy boys, the shy girl in yellow,
+    her uncle George, an author from Asia, a wise judge""", """
+    mended a wooden chair, cooked a huge pot of soup, counted eleven white sheep, watched a long television show,
+    measured the depth of the pool, shared a warm blanket, hung a bright picture, threw the ball too far,
+    carried a basket of oranges""", """
+    in the kitchen, near the old bridge, at the railway station, under a maple tree, around the corner,
+    above the valley, down by the harbor, on the tennis court, in our backyard""", """
+    before breakfast, on Thursday afternoon, because the bus was late, when the bell rang, although it was raining,
+    in less than an hour, with great pleasure, as usual, with both eyes shut""")]
 # The first utterance of each partition has all 39 phones: no class is missing, however small the corpus is.
-PANGRAMS = """They knew that noisy young boy very well: he put his hot yellow jacket on the chair, then sang
+PANGRAMS = [" ".join(sentence.split()) + "." for sentence in """
+    They knew that noisy young boy very well: he put his hot yellow jacket on the chair, then sang
     both songs about measuring fish, while I paused for a good word with her father. My father thought the
     usual choice was good: wash the huge brown jar, take each thing out, then enjoy a bowl of very hot yams
     with sugar and pears. Our loyal judge took a vision of the yacht shop to church; there both birds sang,
-    you gave them all a clean white hat, and I heard my father laugh out loud at the zoo."""
-PANGRAMS = [" ".join(sentence.split()) + "." for sentence in PANGRAMS.split(".")[:3]]
-
+    you gave them all a clean white hat, and I heard my father laugh out loud at the zoo""".split(".")]
+# eSpeak NG's variants of en-us that sound like people, for train, dev and test; none with `breath`, a noise that comes
+# out different each time.
+VOICES = [voices.split() for voices in (
+    """Alex Andrea Andy Annie AnxiousAndy Denis Diogo Gene Henrique Hugo Jacky Lee Mario Michael Nguyen adam anika aunty
+    belinda benjamin boris ed edward f1 grandma grandpa gustave ian iven iven3 klatt klatt2 klatt4 klatt6 m1 m3 m5 m7
+    marcelo max michel norbert pablo paul quincy rob steph steph3 travis""",
+    "Gene2 Mike david f4 iven2 john klatt3 m2 m6 pedro steph2",
+    "antonio edward2 iven4 klatt5 linda m4 m8 miguel mike2 robert shelby")]
 # eSpeak NG's mnemonics of American English as ARPAbet. Two phones share the interval half and half: an
 # r-coloured vowel is the vowel and R. T is also the flap of "city" (t#) and the glottal stop of "button" (?),
 # as in CMUdict; ";" is the glide that links a high vowel to the next vowel and belongs to the first.
-ARPABET = """0=AA A:=AA O=AO O2=AO O:=AO a=AE aa=AE V=AH @=AH @2=AH @-=AH a#=AH E=EH I=IH I2=IH I#=IH i=IY
-    i:=IY ;=IY U=UH u:=UW 3=ER 3:=ER aI=AY aU=AW eI=EY oU=OW OI=OY A@=AA+R O@=AO+R o@=AO+R e@=EH+R i@3=IH+R
-    U@=UH+R i@=IY+AH aI@=AY+AH aI3=AY+ER aU@=AW+ER @L=AH+L n-=N m-=M r-=R b=B tS=CH d=D D=DH f=F g=G h=HH
-    dZ=JH k=K l=L m=M n=N N=NG p=P r=R s=S S=SH t=T t2=T t#=T ?=T T=TH v=V w=W j=Y z=Z Z=ZH"""
-ARPABET = dict(pair.split("=") for pair in ARPABET.split())
-
-# Variants left out, as people do not sound like that: robots, loud echoes, croaks, chipmunks, mere settings.
-UNNATURAL = ("robo", "ricishay", "marco", "alicia", "announcer", "croak", "zac", "tweaky", "mr serious",
-             "fast", "kaukovalta")
+ARPABET = dict(pair.split("=") for pair in """0=AA A:=AA O=AO O2=AO O:=AO a=AE aa=AE V=AH @=AH @2=AH @-=AH a#=AH E=EH
+    I=IH I2=IH I#=IH i=IY i:=IY ;=IY U=UH u:=UW 3=ER 3:=ER aI=AY aU=AW eI=EY oU=OW OI=OY A@=AA+R O@=AO+R o@=AO+R
+    e@=EH+R i@3=IH+R U@=UH+R i@=IY+AH aI@=AY+AH aI3=AY+ER aU@=AW+ER @L=AH+L n-=N m-=M r-=R b=B tS=CH d=D D=DH f=F g=G
+    h=HH dZ=JH k=K l=L m=M n=N N=NG p=P r=R s=S S=SH t=T t2=T t#=T ?=T T=TH v=V w=W j=Y z=Z Z=ZH""".split())
 ESPEAK_RATE = 22050  # Hz
 
 
@@ -1065,34 +700,20 @@ class _Event(ctypes.Structure):  # espeak_EVENT of eSpeak NG's speak_lib.h, its 
                 ("user_data", ctypes.c_void_p), ("phoneme", ctypes.c_char * 8)]
 
 
-_SynthCallback = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(ctypes.c_short), ctypes.c_int,
-                                  ctypes.POINTER(_Event))
-
-
-def _espeak_paths():
-    try:
-        import espeakng_loader  # here, because only this section needs it
-        return espeakng_loader.get_library_path(), espeakng_loader.get_data_path()
-    except (ImportError, RuntimeError) as error:
-        raise ImportError("the practice corpus needs eSpeak NG: pip install espeakng-loader") from error
-
-
 def speak(text, voice="", rate=175, pitch=50):
     """Speak a text with eSpeak NG: `voice` is a variant of en-us, `rate` in words a minute, `pitch` 0 to 99.
 
-    Returns (audio, events): int16 samples at 22,050 Hz, and a list of (first sample, mnemonic without stress mark).
-    Raises ImportError where eSpeak NG does not load, DataError where it has no such voice.
+    Returns:
+        (audio, phones): float32 (samples,) at 22,050 Hz; a list of (ARPAbet phoneme or [SIL], start, end) in seconds.
+
+    Raises:
+        ImportError: eSpeak NG does not load. DataError: a phoneme of its has no entry in ARPABET.
     """
-    library_path, data_path = _espeak_paths()
-    if voice and not Path(data_path, "voices", "!v", voice).is_file():  # eSpeak would take its plain voice
-        raise DataError(f"eSpeak NG has no voice en-us+{voice}: expected a variant in {data_path}/voices/!v")
-    try:
-        espeak = ctypes.CDLL(library_path)
-    except OSError as error:
-        raise ImportError(f"eSpeak NG does not load ({error}): reinstall espeakng-loader with pip") from error
+    import espeakng_loader  # here, because only the practice corpus needs it
+    espeak, data = ctypes.CDLL(espeakng_loader.get_library_path()), os.fsencode(espeakng_loader.get_data_path())
     audio, events = [], []
 
-    @_SynthCallback  # this name keeps the callback alive as long as eSpeak may call it
+    @ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(ctypes.c_short), ctypes.c_int, ctypes.POINTER(_Event))
     def callback(samples, count, event):
         if samples and count > 0:
             audio.append(np.ctypeslib.as_array(samples, (count,)).copy())
@@ -1104,13 +725,12 @@ def speak(text, voice="", rate=175, pitch=50):
 
     try:
         # 2: AUDIO_OUTPUT_SYNCHRONOUS; 1: PHONEME_EVENTS; 0x8000: DONT_EXIT, return an error instead
-        if espeak.espeak_Initialize(2, 0, os.fsencode(data_path), 1 | 0x8000) != ESPEAK_RATE:
-            raise ImportError(f"eSpeak NG has no data in {data_path}: reinstall espeakng-loader with pip")
+        if espeak.espeak_Initialize(2, 0, data, 1 | 0x8000) != ESPEAK_RATE:
+            raise ImportError("eSpeak NG does not find its data: reinstall espeakng-loader with pip")
         espeak.espeak_SetSynthCallback(callback)
-        if espeak.espeak_SetVoiceByName(f"en-us+{voice}".rstrip("+").encode()) != 0:
-            raise DataError("eSpeak NG has no voice en-us")
-        espeak.espeak_SetParameter(1, int(rate), 0)  # espeakRATE
-        espeak.espeak_SetParameter(3, int(pitch), 0)  # espeakPITCH
+        espeak.espeak_SetVoiceByName(f"en-us+{voice}".rstrip("+").encode())
+        espeak.espeak_SetParameter(1, rate, 0)  # espeakRATE
+        espeak.espeak_SetParameter(3, pitch, 0)  # espeakPITCH
         encoded = text.encode()  # flags 1: espeakCHARS_UTF8
         espeak.espeak_Synth(encoded, ctypes.c_size_t(len(encoded) + 1), 0, 0, 0, 1, None, None)
     finally:
@@ -1118,269 +738,131 @@ def speak(text, voice="", rate=175, pitch=50):
         # the library does: the sound of an utterance must not depend on what the process said before.
         espeak.espeak_Terminate()
         (_ctypes.FreeLibrary if os.name == "nt" else _ctypes.dlclose)(espeak._handle)
-    return np.concatenate(audio), events
-
-
-def practice_voices():
-    """Names of eSpeak NG's variants that sound like people, sorted."""
-    variants = sorted(Path(_espeak_paths()[1], "voices", "!v").iterdir())
-    # breath and whisper are noise that comes out different each time, even from a freshly loaded library
-    return [path.name for path in variants if "\nbreath " not in path.read_text("utf-8", errors="replace")
-            and not any(word in path.name.lower() for word in UNNATURAL)]
-
-
-@functools.lru_cache(maxsize=1)
-def _practice_shares(seed):
-    """Cuts one shuffle of the voices, and one of the sentence numbers, into a share for each partition."""
-    rng = np.random.default_rng(seed)
-    voices = rng.permutation(practice_voices()).tolist()
-    held_out = len(voices) // 7
-    voices = voices[2 * held_out:], voices[:held_out], voices[held_out:2 * held_out]
-    return voices, np.array_split(rng.permutation(math.prod(map(len, GRAMMAR))), 3)
-
-
-def practice_script(partition, index, seed=23):
-    """What utterance `index` of `partition` (0 train, 1 dev, 2 test) says, and how; from the arguments only.
-
-    Returns a dict: `text`, `voice`, `rate` (words a minute), `pitch` (0 to 99), `snr` (dB).
-    """
-    rng = np.random.default_rng((seed, partition, index))
-    voices, numbers = _practice_shares(seed)
-    number = numbers[partition][index % len(numbers[partition])]
-    who, did, where, when = (entries[i] for entries, i in
-                             zip(GRAMMAR, np.unravel_index(number, [len(entries) for entries in GRAMMAR])))
-    text = f"{when}, {who} {did} {where}." if number % 3 == 0 else f"{who} {did} {where} {when}."
-    return {"text": PANGRAMS[partition] if index == 0 else text[0].upper() + text[1:],
-            "voice": voices[partition][index % len(voices[partition])],
-            "rate": int(rng.integers(140, 200)), "pitch": int(rng.integers(35, 66)),
-            "snr": float(rng.uniform(20, 40))}
-
-
-def frame_labels(events, frames):
-    """The phoneme at the centre of each frame's window: a list of `frames` names, from `speak`'s events.
-
-    Raises DataError for a mnemonic without an entry in ARPABET.
-    """
-    starts, phonemes = [], []
-    for (start, mnemonic), (end, _) in zip(events, [*events[1:], events[-1]]):
+    audio, phones = np.concatenate(audio).astype(np.float32) / 2**15, []
+    for (start, mnemonic), (end, _) in zip(events, [*events[1:], (len(audio), "")]):
         if not mnemonic.startswith("_") and mnemonic not in ARPABET:
             raise DataError(f"eSpeak NG's phoneme {mnemonic!r} has no ARPAbet phone; known: {list(ARPABET)}")
-        # pauses are _ : _! and so on in eSpeak
-        phones = ["[SIL]"] if mnemonic.startswith("_") else ARPABET[mnemonic].split("+")
-        starts += [start + i * (end - start) // len(phones) for i in range(len(phones))]
-        phonemes += phones
-    return label_frames(starts, phonemes, frames, ESPEAK_RATE)
+        names = ["[SIL]"] if mnemonic.startswith("_") else ARPABET[mnemonic].split("+")  # pauses are _ : _! and so on
+        borders = np.linspace(start, end, len(names) + 1) / ESPEAK_RATE
+        phones += zip(names, borders, borders[1:])
+    return audio, phones
 
 
-def _make_utterance(partial, partition, index, seed):
-    script = practice_script(partition, index, seed)
-    samples, events = speak(script["text"], script["voice"], script["rate"], script["pitch"])
-    rng = np.random.default_rng((seed, partition, index, 1))
-    before, after = rng.integers(ESPEAK_RATE // 8, ESPEAK_RATE // 2, 2)  # of silence; eSpeak alone starts at once
-    events = [(start + before, mnemonic) for start, mnemonic in [*events, (len(samples), "_")]]
-    audio = np.pad(samples.astype(np.float32) / 2**15, (before, after))
-    noise = rng.standard_normal(len(audio), dtype=np.float32)
-    audio += noise * np.float32(audio.std() * 10 ** (-script["snr"] / 20))
-    mfcc = speech_features(audio, ESPEAK_RATE)
-    _write_utterance(partial, PARTITIONS[partition], f"{index:06d}", mfcc, frame_labels(events, len(mfcc)))
+def practice_utterance(partition, index, seed=23):
+    """What utterance `index` of `partition` (0 train, 1 dev, 2 test) says and how; from the arguments only.
+
+    Partitions share neither sentences nor voices. Returns (text, voice, rate, pitch), the arguments of `speak`.
+    """
+    rng = np.random.default_rng((seed, partition, index))
+    who, did, where, when = rng.integers(9, size=4)
+    when = 3 * (when // 3) + (partition - who - did - where) % 3  # the sum tells the partition
+    text = " ".join(entries[i] for entries, i in zip(GRAMMAR, (who, did, where, when)))
+    text = PANGRAMS[partition] if index == 0 else text[0].upper() + text[1:] + "."
+    voice = VOICES[partition][index % len(VOICES[partition])]
+    return text, voice, int(rng.integers(140, 200)), int(rng.integers(35, 66))
 
 
-def make_practice_corpus(root, utterances=(370, 52, 52), seed=23, processes=None):
+def make_practice_corpus(root, utterances=(370, 52, 52), seed=23):
     """Make a corpus in the course's layout under `root`, spoken by eSpeak NG: the same seed, the same bytes.
 
-    Partitions share neither sentences nor voices. ROOT/answers.csv (`id,label`) has the test frames' phonemes, for
-    scoring a submission. `root` appears when everything is written, never before.
+    `root` appears when everything is written. ROOT/answers.csv (`id,label`) has the test frames' phonemes.
 
     Args:
         utterances: of train, dev and test, at least 1 each. The defaults make half an hour of speech.
-        processes: how many work; None: one a core.
 
     Raises:
-        FileExistsError: `root` exists. DataError: numbers below 1. ImportError: there is no eSpeak NG.
+        FileExistsError: `root` exists. ImportError: there is no eSpeak NG. RunError: the disk is full.
     """
-    if len(utterances) != 3 or min(utterances) < 1:
-        raise DataError(f"utterances {utterances}: expected three numbers >= 1")
-    _espeak_paths()  # fail now rather than in a process
-    with _new_corpus(Path(root)) as partial, _worker_pool(processes) as pool:
-        jobs = [(partial, p, i, seed) for p in range(3) for i in range(utterances[p])]
-        deque(tqdm(in_order(pool, _make_utterance, jobs), total=len(jobs), desc="practice corpus", leave=False,
-                   delay=30), maxlen=0)
+    shutil.rmtree(f"{root}.partial", ignore_errors=True)
+    with _new_corpus(Path(root)) as partial:
+        jobs = [(p, i) for p, count in enumerate(utterances) for i in range(count)]
+        for p, i in tqdm(jobs, "practice corpus", leave=False, delay=2):
+            audio, phones = speak(*practice_utterance(p, i, seed))
+            rng = np.random.default_rng((seed, p, i, 1))
+            silence = rng.uniform(1 / 8, 1 / 2, 2)  # seconds before and after; eSpeak alone starts at once
+            audio = np.pad(audio, [int(seconds * ESPEAK_RATE) for seconds in silence])
+            noise = rng.standard_normal(len(audio), dtype=np.float32)
+            audio += noise * np.float32(audio.std() * 10 ** (-rng.uniform(20, 40) / 20))  # 20 to 40 dB below
+            shift = int(silence[0] * ESPEAK_RATE) / ESPEAK_RATE
+            phones = [(phoneme, start + shift, end + shift) for phoneme, start, end in phones]
+            _write_utterance(partial / PARTITIONS[p], f"{i:06d}", audio, ESPEAK_RATE, phones)
 
 
-# ---- LibriSpeech corpus: the course's own recordings, aligned in the open
-
-LIBRISPEECH = "gilkeyio/librispeech-alignments"
-LIBRISPEECH_UTTERANCES = 33_862
-DEALT = ("train-clean-100", "train-clean-100", "train-clean-100", "dev-clean", "test-clean")
-SILENT = ("sil", "sp", "spn", "", None)  # spn: an unknown word
+LIBRISPEECH = "gilkeyio/librispeech-alignments"  # on the Hugging Face hub: 33,862 utterances, 7 GB; 5.3 GB as MFCCs
 
 
-def _alignment_shards(source):
-    """[(name, iterable of rows, partitions that its rows go to in turn)], number of rows, bytes of the corpus."""
-    datasets = need("datasets")
-    need("soundfile")
-    from pyarrow import parquet  # comes with datasets
-    if not Path(source).exists():
-        if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)):
-            raise DataError(f"{source}: no such file or folder; expected .parquet, or a dataset's name on the hub")
-        try:
-            streams = {name: datasets.load_dataset(source, split=name.replace("-", "_"), streaming=True)
-                       for name in PARTITIONS}
-        except Exception as error:  # a dozen kinds, of four libraries
-            raise _unreachable(source, error) from error
-        shards = [(f"{name}-{i:02d}", _rows(stream.shard(stream.num_shards, i), source), (name,))
-                  for name, stream in streams.items() for i in range(stream.num_shards)]
-        return shards, LIBRISPEECH_UTTERANCES, 5.6e9
-    files = sorted(Path(source).rglob("*.parquet")) if Path(source).is_dir() else [Path(source)]
-    shards, total = [], 0
-    for number, file in enumerate(files):
-        try:
-            total += parquet.read_metadata(file).num_rows
-            stream = datasets.load_dataset("parquet", data_files=str(file), split="train", streaming=True)
-        except Exception as error:
-            raise DataError(f"{file}: unreadable parquet ({error}); expected LibriSpeech alignments") from error
-        deal = next(((name,) for name in PARTITIONS if file.name.replace("_", "-").startswith(name)), DEALT)
-        shards.append((f"{number:03d}-{file.stem}", _rows(stream, file), deal))
-    return shards, total, 0.75 * sum(file.stat().st_size for file in files)
-
-
-def _unreachable(source, error):
-    return RunError(f"{source} could not be read from the Hugging Face hub ({type(error).__name__}: "
-                    f"{str(error)[:300]}). Check the connection and run again: what is converted is kept.")
-
-
-def _rows(stream, source):
-    """The rows of a stream; what it raises in between becomes a DataError (of a file) or a RunError (of the hub)."""
-    try:
-        # bytes, as datasets' own decoding needs torchcodec
-        stream = stream.select_columns(["id", "audio", "phonemes"])
-        yield from stream.cast_column("audio", need("datasets").Audio(decode=False))
-    except Exception as error:
-        if Path(source).exists():
-            raise DataError(f"{source}: {error}; expected LibriSpeech alignments (id, audio, phonemes)") from error
-        raise _unreachable(source, error) from error
-
-
-def _alignment_labels(name, phones, frames):
-    """The phonemes of an utterance's frames, a list of `frames` names; a DataError where a phone is unknown."""
-    starts, names = [], []
-    for phone in sorted(phones, key=lambda phone: phone["start"]):
-        symbol = "[SIL]" if phone["phoneme"] in SILENT else phone["phoneme"].rstrip("012")
-        if symbol not in PHONEMES[:40]:
-            raise DataError(f"{name}: the phone {phone['phoneme']!r} at {phone['start']:.2f} s is unknown; expected "
-                            f"{' '.join(PHONEMES[1:40])}, with a stress digit or without, sil, sp or spn")
-        if starts and starts[-1] > phone["start"]:
-            starts[-1] = phone["start"]  # they overlap: the later one begins where it says
-        starts += [phone["start"], phone["end"]]
-        names += [symbol, "[SIL]"]  # a gap is silence; without one, the next phone begins at the same time
-    return label_frames(starts, names, frames, 1)
-
-
-def _convert_utterance(partial, partition, row):
-    """Write one utterance unless it is there. Returns (id, unknown words in it, why it is left out or None)."""
-    name, phones = row["id"], row["phonemes"] or []
-    if not re.fullmatch(r"[\w-]+", str(name)):  # it becomes the name of a file
-        raise DataError(f"the id {name!r} is no name of a file; expected one such as 103-1240-0000")
-    if isinstance(phones, dict):  # a list of structs in older versions of datasets
-        phones = [dict(zip(phones, values)) for values in zip(*phones.values())]
-    if not phones:
-        return name, 0, "no alignment"
-    soundfile = need("soundfile")
+def _convert_row(job):
+    """Write an utterance; job: (folder, row). Returns (id, number of unknown words, why it is left out or None)."""
+    import soundfile
+    folder, row = job
+    if not re.fullmatch(r"[\w-]+", str(row["id"])):  # it becomes the name of a file
+        raise DataError(f"the id {row['id']!r} is no name of a file; expected one such as 103-1240-0000")
+    phones = [(phone["phoneme"] or "sil", phone["start"], phone["end"]) for phone in row["phonemes"] or []]
     try:
         audio, rate = soundfile.read(io.BytesIO(row["audio"]["bytes"]), dtype="float32")
     except (RuntimeError, TypeError) as error:
-        raise DataError(f"{name}: the audio cannot be decoded ({error}); expected FLAC") from None
-    missing = len(audio) / rate - max(phone["end"] for phone in phones)
+        raise DataError(f"{row['id']}: the audio cannot be decoded ({error}); expected FLAC") from None
+    missing = len(audio) / rate - max((end for _, _, end in phones), default=0)
     if missing > 0.5:
-        return name, 0, f"its phones end {missing:.2f} s before the audio"
-    if not (partial / _label_folder(partition) / f"{name}.npy").exists():  # it is written last
-        mfcc = speech_features(audio, rate)
-        _write_utterance(partial, partition, name, mfcc, _alignment_labels(name, phones, len(mfcc)))
-    return name, sum(phone["phoneme"] == "spn" for phone in phones), None
+        return row["id"], 0, f"its phones end {missing:.2f} s before the audio" if phones else "no alignment"
+    unknown_words = sum(name == "spn" for name, _, _ in phones)
+    phones = [("[SIL]" if name in ("sil", "sp", "spn") else name.rstrip("012"), *times) for name, *times in phones]
+    if unknown := {name for name, _, _ in phones} - {*_INDEX}:
+        raise DataError(f"{row['id']}: unknown phones {sorted(unknown)}; expected {' '.join(_INDEX)}, sil, sp or spn")
+    _write_utterance(folder, row["id"], audio, rate, sorted(phones, key=lambda phone: phone[1]))
+    return row["id"], unknown_words, None
 
 
-def _convert_shard(partial, name, rows, deal, pool, bar):
-    """Convert a shard unless its record is there. Returns the record: numbers of utterances and unknown words, and
-    {utterance that is left out: why}."""
-    path = partial / "shards" / f"{name}.json"
-    if path.exists():
-        record = json.loads(path.read_text())
-        bar.update(record["utterances"])
-        return record
-    record = {"utterances": 0, "spn": 0, "left out": {}}
-    jobs = ((partial, deal[i % len(deal)], row) for i, row in enumerate(rows))
-    for utterance, spn, fault in in_order(pool, _convert_utterance, jobs):
-        record["utterances"] += 1
-        record["spn"] += spn
-        record["left out"] |= {utterance: fault} if fault else {}
-        bar.update()
-    with replacing(path) as temporary:
-        temporary.write_text(json.dumps(record))
-    return record
-
-
-def make_librispeech_corpus(root, source=LIBRISPEECH, processes=None):
+def make_librispeech_corpus(root, source=LIBRISPEECH):
     """Make a corpus of real speech in the course's layout under `root` from LibriSpeech with its phones' times.
 
     Read as a stream: neither the audio nor the dataset is ever whole on the disk or in memory. Killed or cut off, the
-    next call goes on with what is missing and ends with the same bytes. ROOT/answers.csv (`id,label`) has the test
-    frames' phonemes, ROOT/left-out.txt the utterances that have no alignment, or whose phones end more than half a
-    second before the audio.
+    next call goes on with the shard it was in and ends with the same bytes. ROOT/answers.csv (`id,label`) has the test
+    frames' phonemes, ROOT/left-out.txt the utterances whose phones end more than half a second before the audio.
 
     Args:
-        source: a dataset of the Hugging Face hub, or a local .parquet file or a folder of them, with the columns `id`,
-            `audio` {bytes, path} and `phonemes` [{phoneme, start, end}] (ARPAbet, seconds). A file whose name starts
-            with train_clean_100, dev_clean or test_clean is of that partition; of another one, three utterances in
-            five go to train, one to dev, one to test.
-        processes: how many work; None: one a core.
+        source: a dataset of the Hugging Face hub, or a folder with a copy of it: splits train_clean_100, dev_clean and
+            test_clean with the columns `id`, `audio` {bytes, path} and `phonemes` [{phoneme, start, end}] (ARPAbet,
+            seconds; sil, sp, gaps and unknown words, spn, are silence).
 
     Raises:
-        FileExistsError: `root` exists. RunError: the network or the disk; what is converted is kept in ROOT.partial.
-        DataError: damaged parquet or audio, an unknown phoneme, or nothing for one of the partitions.
+        FileExistsError: `root` exists. DataError: a damaged row. RunError: the source, the network or the disk.
     """
-    root = Path(root)
-    with _new_corpus(root, resume=True) as partial:
-        shards, total, needed = _alignment_shards(source)
+    import datasets
+    records = []
+    with _new_corpus(Path(root)) as partial, tqdm(total=33_862, desc="LibriSpeech", leave=False) as bar:
         try:
-            with _worker_pool(processes) as pool, tqdm(total=total, desc="LibriSpeech", unit=" utterances",
-                                                       leave=False) as bar:
-                records = [_convert_shard(partial, *shard, pool, bar) for shard in shards]
-        except RunError as error:
-            there = sum(path.stat().st_size for path in partial.rglob("*") if path.is_file())
-            raise RunError(f"{error}\nIn all, {root} needs about {needed / 1e6:,.0f} MB; {there / 1e6:,.0f} MB are "
-                           f"there, kept in {partial}. The next start goes on with them.") from error
-        left_out = {name: fault for record in records for name, fault in record["left out"].items()}
-        with replacing(partial / "left-out.txt") as temporary:
-            temporary.write_text("".join(f"{name}: {fault}\n" for name, fault in sorted(left_out.items())))
-    print(f"{root}: {sum(record['utterances'] for record in records) - len(left_out):,} utterances; {len(left_out):,} "
-          f"left out (their ids are in left-out.txt); {sum(record['spn'] for record in records):,} unknown words (spn) "
-          "count as silence")
+            for partition in PARTITIONS:
+                stream = datasets.load_dataset(str(source), split=partition.replace("-", "_"), streaming=True)
+                # without datasets' own decoding, which needs torchcodec
+                stream = stream.select_columns(["id", "audio", "phonemes"])
+                stream = stream.cast_column("audio", datasets.Audio(decode=False))
+                for i in range(stream.num_shards):
+                    done = partial / f"{partition}-{i}.json"
+                    shard = json.loads(done.read_text()) if done.exists() else []
+                    bar.update(len(shard))
+                    if not shard:
+                        jobs = ((partial / partition, row) for row in stream.shard(stream.num_shards, i))
+                        for record in in_order(_convert_row, jobs):
+                            shard.append(record)
+                            bar.update()
+                        with replacing(done, 0) as temporary:
+                            temporary.write_text(json.dumps(shard))
+                    records += map(tuple, shard)
+        except DataError:
+            raise
+        except Exception as error:  # a dozen kinds, of four libraries
+            raise RunError(f"{source} could not be converted ({type(error).__name__}: {str(error)[:300]}). Expected "
+                           "LibriSpeech alignments (id, audio, phonemes). Check the connection and the disk: the whole "
+                           f"needs 5,600 MB, {shutil.disk_usage(partial).free / 1e6:,.0f} MB are free. What is "
+                           f"converted is kept in {partial}: run again.") from error
+        left_out = [f"{name}: {why}\n" for name, _, why in sorted(records) if why]
+        (partial / "left-out.txt").write_text("".join(left_out))
+    print(f"{root}: {len(records) - len(left_out):,} utterances; {len(left_out):,} left out (their ids are in "
+          f"left-out.txt); {sum(unknown for _, unknown, _ in records):,} unknown words (spn) count as silence")
 
 
 # ---- Where the data come from ------------------------------------------------------------------------------
-
-def _course_root(folder):
-    """The folder itself, or the one in it that has the partitions, as the archive has them in a folder of their own."""
-    inside = [path.parent for path in sorted(folder.glob(f"*/{PARTITIONS[0]}"))]
-    return folder if (folder / PARTITIONS[0]).is_dir() or not inside else inside[0]
-
-
-def _kaggle_folder():
-    """Where the competition's data lie: beside the notebook, or attached to a notebook of Kaggle's; None if nowhere."""
-    for folder in (Path(KAGGLE_FOLDER), KAGGLE / "input" / COMPETITION):
-        if folder.is_dir():
-            return _course_root(folder)
-
-
-def _download_from_kaggle():
-    kagglehub = need("kagglehub")
-    try:  # it resumes a broken download, compares the checksum, unpacks, and knows Colab's secrets
-        return _course_root(Path(kagglehub.competition_download(COMPETITION)))
-    except Exception as error:  # its own, of the network, of the archive, of the disk
-        raise RunError(f"Kaggle's data could not be fetched ({type(error).__name__}: {str(error)[:300]}).\n"
-                       f"{KAGGLE_CAUSES} Or the disk is full: unpacking needs about 9 GB. What has been downloaded is "
-                       "kept: run again.") from error
-
 
 def get_data(choice, cache):
     """The data folder that config["data"] asks for. What is not there yet is fetched or made first.
@@ -1393,18 +875,26 @@ def get_data(choice, cache):
     Raises:
         RunError: it cannot be fetched or written; what is there already is kept for the next start.
     """
-    if choice == "auto":
-        if os.environ.get("HW1P2_DATA"):
-            return Path(os.environ["HW1P2_DATA"])
-        choice = "kaggle" if _kaggle_folder() else "practice"
+    if choice == "auto" and os.environ.get("HW1P2_DATA"):
+        return Path(os.environ["HW1P2_DATA"])
+    attached = KAGGLE / "input" / COMPETITION
+    there = [folder for folder in (Path(KAGGLE_FOLDER), attached / KAGGLE_FOLDER, attached) if folder.is_dir()]
+    if there and choice in ("auto", "kaggle"):
+        return there[0]
     if choice == "kaggle":
-        return _kaggle_folder() or _download_from_kaggle()
-    name, make = {"practice": ("practice-corpus", make_practice_corpus),
-                  "librispeech": ("librispeech", make_librispeech_corpus)}[choice]
+        import kagglehub
+        try:  # it resumes a broken download, compares the checksum, unpacks, and knows Colab's secrets
+            folder = Path(kagglehub.competition_download(COMPETITION))
+        except Exception as error:  # its own, of the network, of the archive, of the disk
+            raise RunError(f"Kaggle's data could not be fetched ({type(error).__name__}: {str(error)[:300]}).\n"
+                           f"{KAGGLE_CAUSES} Or the disk is full: unpacking needs about 9 GB. What has been "
+                           "downloaded is kept: run again.") from error
+        return folder / KAGGLE_FOLDER if (folder / KAGGLE_FOLDER).is_dir() else folder
+    name, make = (("librispeech", make_librispeech_corpus) if choice == "librispeech" else
+                  ("practice-corpus", make_practice_corpus))
     root = Path(cache) / name
-    if not root.exists():
-        with alone(root):  # of two notebooks that ask at once, the second one waits
-            if not root.exists():
-                print(f"{root} is not there yet: making it")
-                make(root)
+    with alone(root):  # of two notebooks that ask at once, the second one waits
+        if not root.exists():
+            print(f"{root} is not there yet: making it")
+            make(root)
     return root

@@ -14,7 +14,7 @@ import helpers  # noqa: E402
 def corpus(tmp_path_factory):
     """A tiny practice corpus, read only: 24, 4 and 3 utterances."""
     root = tmp_path_factory.mktemp("practice") / "corpus"
-    helpers.make_practice_corpus(root, (24, 4, 3), processes=2)
+    helpers.make_practice_corpus(root, (24, 4, 3))
     return root
 
 

@@ -1,7 +1,6 @@
 """Runs of the notebook's own code in child processes that are killed: for test_resume.py and benchmarks/kills.py."""
 
 import contextlib
-import io
 import multiprocessing
 import os
 import threading
@@ -37,7 +36,7 @@ def _run(runs, data, changes, stop, pause, until):
     os.dup2(log, 2)
     places = open(runs / "places", "a", buffering=1)
     phase, saving = "before training", None
-    save, replace, save_checkpoint = torch.save, os.replace, helpers.save_checkpoint
+    write, replace, save_checkpoint = Path.write_bytes, os.replace, helpers.save_checkpoint
 
     def at(place):
         places.write(place + "\n")
@@ -53,16 +52,14 @@ def _run(runs, data, changes, stop, pause, until):
             phase = "in an epoch" if "history = fit(" in source else "after training"
             at(phase)
 
-    def save_in_parts(state, file, *arguments):
+    def write_in_parts(path, data):
         if not saving:
-            return save(state, file, *arguments)
-        whole = io.BytesIO()
-        save(state, whole)
-        third = len(whole.getvalue()) // 3
-        for i in range(3):
-            file.write(whole.getvalue()[i * third:(i + 1) * third if i < 2 else None])
-            file.flush()
-            at(f"writing {saving}, part {i + 1}")
+            return write(path, data)
+        third = len(data) // 3
+        with open(path, "wb", buffering=0) as file:
+            for i in range(3):
+                file.write(data[i * third:(i + 1) * third if i < 2 else None])
+                at(f"writing {saving}, part {i + 1}")
 
     def replace_with_marks(source, target):
         if saving:
@@ -78,7 +75,8 @@ def _run(runs, data, changes, stop, pause, until):
         saving = None
         at(phase)
 
-    torch.save, os.replace, helpers.save_checkpoint = save_in_parts, replace_with_marks, save_checkpoint_with_marks
+    Path.write_bytes, os.replace = write_in_parts, replace_with_marks
+    helpers.save_checkpoint = save_checkpoint_with_marks
     at(phase)
     try:
         run_cells(changes, until, runs, data, before_cell)

@@ -204,7 +204,7 @@ def attempt(source, rng):
                 dataset = helpers.AudioDataset(root, PARTITION, context=3, cache=cache)
             except helpers.DataError as error:
                 message = str(error)
-                named = [path for path in touched if helpers._printable(path.name) in message]
+                named = [path for path in touched if path.name.encode(errors="backslashreplace").decode() in message]
                 assert named or f"{root / PARTITION / 'mfcc'}: there are no .npy files" in message, (touched, message)
                 return mutation.__name__, "refused"
         with warnings.catch_warnings():
@@ -224,6 +224,6 @@ def tally(n, seed, root=None):
     with tempfile.TemporaryDirectory() as temporary:
         if root is None:
             root = Path(temporary) / "practice"
-            helpers.make_practice_corpus(root, (1, UTTERANCES, 1), processes=1)
+            helpers.make_practice_corpus(root, (1, UTTERANCES, 1))
         source = take_source(root, Path(temporary) / "source")
         return collections.Counter(attempt(source, rng) for _ in range(n))

@@ -44,6 +44,7 @@ def run_cells(changes=None, until=None, runs="runs", data=None, before_cell=None
             if before_cell is not None:
                 before_cell(source)
             exec(compile(source, "<notebook>", "exec"), namespace)
+    namespace["plt"].close("all")
     return namespace
 
 
@@ -53,7 +54,7 @@ def definitions(mixed=False):
     What is not installed is left out. mixed: with the precision that the notebook chooses, else float32.
     """
     import torch
-    wanted = {"device", "data_device", "device_name", "config", "ACTIVATIONS", "criterion"}
+    wanted = {"device", "data_device", "device_name", "config", "OPTIONS", "ORIGINAL", "ACTIVATIONS", "criterion"}
     wanted |= {"amp_dtype"} if mixed else set()
     namespace = {"__name__": "notebook", "amp_dtype": torch.float32}
 

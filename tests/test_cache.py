@@ -173,16 +173,6 @@ def test_a_cache_folder_that_cannot_be_written_does_not_stop_loading(small, tmp_
     assert "going on without a cache" in capsys.readouterr().out
 
 
-def test_a_file_system_without_locks_may_have_a_cache(small, tmp_path, monkeypatch):
-    def refuse(*args, **kwargs):
-        raise NotImplementedError("no locks on this file system")
-    monkeypatch.setattr(helpers.FileLock, "acquire", refuse)
-    expected = helpers.read_partition(small, "dev-clean")
-    assert packed_equal(helpers.read_partition(small, "dev-clean", cache=tmp_path / "cache"), expected)
-    forbid_reading(monkeypatch)
-    assert packed_equal(helpers.read_partition(small, "dev-clean", cache=tmp_path / "cache"), expected)
-
-
 def test_a_cache_folder_that_cannot_be_made_does_not_stop_loading(small, tmp_path, capsys):
     (tmp_path / "file").touch()
     for cache in (tmp_path / "file", tmp_path / "file" / "cache"):

@@ -7,8 +7,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from notebook import definitions
 
-from helpers import PHONEMES, Decoder, count_transitions, viterbi
+from helpers import PHONEMES
+
+Decoder, count_transitions, viterbi = map(definitions().get, ("Decoder", "count_transitions", "viterbi"))
 
 repeatable = settings(derandomize=True, deadline=None, database=None, max_examples=60)
 

@@ -10,11 +10,12 @@ import subprocess
 import killing
 import pytest
 import torch
-from notebook import TINY, run_cells
+from notebook import TINY, definitions, run_cells
 
 import helpers
 from helpers import RunError
 
+CONFIG, OPTIONS, check_config = map(definitions().get, ("config", "OPTIONS", "check_config"))
 ADAMW = killing.CHANGES
 SGD = {**ADAMW, "optimizers": "sgd", "scheduler": "reducelronplateau"}
 QUICK = {**TINY, "wandb": "disabled", "num_layers": 2, "epochs": 1, "batch_size": 1024, "scheduler": "steplr",
@@ -72,7 +73,7 @@ def test_the_comparison_notices_a_single_bit(whole, corpus, tmp_path):
 
 def train_to_the_end(runs, data, **changes):
     """The run in this process; returns its checkpoint, comparable."""
-    run_cells({**QUICK, **changes}, "best = load_checkpoint", runs, data)
+    run_cells({**QUICK, **changes}, "best = helpers.load_checkpoint", runs, data)
     return killing.frozen(torch.load(runs / "pencil" / "checkpoint.pt", weights_only=True))
 
 
@@ -96,14 +97,14 @@ def test_a_finished_run_goes_straight_to_figures_and_csv(runs, corpus):
     namespace = run_cells(QUICK, "table = wandb.Table(", runs, corpus)
     assert (checkpoint.stat().st_mtime_ns, checkpoint.read_bytes()) == before  # an epoch would have written it
     assert len(namespace["history"]) == 1
-    labels = helpers.read_submission(runs / "pencil" / "submission.csv", len(namespace["test_data"]))
+    labels = helpers.read_submission(runs / "pencil" / "submission.csv", range(len(namespace["test_data"])))
     assert list(labels) == list(namespace["predictions"])
 
 
 def other_value(key):
     """A value of this key that is allowed and is not QUICK's."""
-    options = helpers.OPTIONS[key]
-    now = {**run_cells(until="check_config(config)")["config"], **QUICK}[key]
+    options = OPTIONS[key]
+    now = {**CONFIG, **QUICK}[key]
     if isinstance(options, list):
         return next(option for option in options if option != now)
     if key in ("Name", "subset", "dropout"):
@@ -111,11 +112,11 @@ def other_value(key):
     return now + 1 if isinstance(now, int) else now / 2
 
 
-@pytest.mark.parametrize("key", [key for key in helpers.OPTIONS if key not in (*helpers.FREE_KEYS, "epochs")])
+@pytest.mark.parametrize("key", [key for key in OPTIONS if key not in (*helpers.FREE_KEYS, "epochs")])
 def test_another_config_is_refused_with_both_values(trained, key):
     state = torch.load(trained / "pencil" / "checkpoint.pt", weights_only=True)
     config = {**state["config"], key: other_value(key)}
-    helpers.check_config(config)
+    check_config(config)
     with pytest.raises(RunError) as error:
         helpers.load_checkpoint(trained / "pencil" / "checkpoint.pt", config)
     assert f"{key}: {state['config'][key]!r} there, {config[key]!r} now" in str(error.value)

@@ -6,7 +6,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from notebook import ROOT
+from notebook import ROOT, definitions
 
 import helpers
 from helpers import RunError, get_data
@@ -74,19 +74,27 @@ def test_a_failed_download_says_what_to_do(monkeypatch, error):
     assert type(error).__name__ in str(caught.value)
 
 
-def test_what_cannot_be_installed_is_told(monkeypatch):
-    monkeypatch.setattr(helpers.subprocess, "run",
-                        lambda *_, **__: SimpleNamespace(returncode=1, stderr="no such package"))
-    with pytest.raises(RunError, match="needs the package no_such_module, .* no such package"):
-        helpers.need("no_such_module")
+def test_what_is_missing_is_installed_or_told(monkeypatch):
+    install, commands = definitions()["install"], []
+
+    def pip(command, **_):
+        commands.append(command)
+        return SimpleNamespace(returncode=1, stderr="no such package")
+    monkeypatch.setattr(subprocess, "run", pip)
+    install("numpy", "torchsummaryX==1.1.0")
+    assert not commands
+    with pytest.raises(RuntimeError, match="pip could not install no-such-module==2: no such package"):
+        install("numpy", "no-such-module==2")
+    assert commands == [[sys.executable, "-m", "pip", "install", "--quiet", "no-such-module==2"]]
 
 
 def test_runs_are_kept_where_kaggle_keeps_them(monkeypatch):
-    assert helpers.runs_folder() == Path("runs")
+    runs_folder = definitions()["runs_folder"]
+    assert runs_folder() == Path("runs")
     (helpers.KAGGLE / "working").mkdir(parents=True)
-    assert helpers.runs_folder() == helpers.KAGGLE / "working" / "runs"
+    assert runs_folder() == helpers.KAGGLE / "working" / "runs"
     monkeypatch.setenv("HW1P2_RUNS", "elsewhere")
-    assert helpers.runs_folder(drive=True) == Path("elsewhere")  # drive is for Colab
+    assert runs_folder(drive=True) == Path("elsewhere")  # drive is for Colab
 
 
 TWO = """
@@ -111,10 +119,3 @@ def test_of_two_notebooks_that_start_together_the_second_waits(tmp_path):
     assert (tmp_path / "making").read_text() == "x"  # one of them made it
     assert sum("waiting for it" in output for output, _ in results) <= 1
     assert all(output.endswith("practice-corpus\n") for output, _ in results)
-
-
-def test_a_file_system_without_locks_does_not_stop_it(monkeypatch, made):
-    def refuse(*args, **kwargs):
-        raise NotImplementedError
-    monkeypatch.setattr(helpers.FileLock, "acquire", refuse)
-    assert get_data("practice", "cache").is_dir()

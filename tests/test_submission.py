@@ -1,4 +1,4 @@
-"""The submission: written, checked, scored, and handed in with a fake kaggle command."""
+"""The submission: written, checked, and handed in with a fake kaggle command."""
 
 import os
 import stat
@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from helpers import PHONEMES, DataError, RunError, kaggle, read_submission, score_submission
+from helpers import PHONEMES, DataError, RunError, read_submission, submit
 from helpers import write_submission as write
 
 NAMES = np.array(PHONEMES)[[0, 1, 5, 39, 0, 0, 22]]
@@ -24,14 +24,14 @@ def test_the_bytes_that_kaggle_takes(tmp_path):
     assert path.read_bytes() == ("id,label\n" + "\n".join(lines) + "\n").encode("ascii")
     assert lines[0] == "0,[SIL]"
     assert [path.name for path in path.parent.iterdir()] == ["submission.csv"]
-    assert read_submission(path, rows=len(NAMES)).tolist() == NAMES.tolist()
+    assert read_submission(path, range(len(NAMES))).tolist() == NAMES.tolist()
 
 
 @pytest.mark.parametrize("rows", [1, 100_000])
 def test_reading_gives_what_was_written(tmp_path, rows):
     names = np.array(PHONEMES[:40])[np.random.default_rng(0).integers(0, 40, rows)]
     write(tmp_path / "a.csv", names)
-    assert read_submission(tmp_path / "a.csv", rows).tolist() == names.tolist()
+    assert read_submission(tmp_path / "a.csv", range(rows)).tolist() == names.tolist()
     table = pd.read_csv(tmp_path / "a.csv")
     assert table["id"].tolist() == list(range(rows)) and table["label"].tolist() == names.tolist()
 
@@ -70,7 +70,7 @@ def test_what_kaggle_would_not_take(tmp_path, content, words):
     path = tmp_path / "submission.csv"
     path.write_text(content, newline="")
     with pytest.raises(DataError) as caught:
-        read_submission(path, rows=3)
+        read_submission(path, range(3))
     assert str(path) in str(caught.value) and words in str(caught.value)
 
 
@@ -85,33 +85,17 @@ def test_no_text_at_all(tmp_path, content):
 @pytest.mark.parametrize("content", [GOOD, GOOD.replace("\n", "\r\n"), GOOD.rstrip(), '"id","label"\n' + GOOD[9:]])
 def test_what_kaggle_takes_too(tmp_path, content):
     (tmp_path / "a.csv").write_text(content, newline="")
-    assert read_submission(tmp_path / "a.csv", rows=3).tolist() == ["AA", "[SIL]", "ZH"]
+    assert read_submission(tmp_path / "a.csv", range(3)).tolist() == ["AA", "[SIL]", "ZH"]
 
 
-def test_the_sample_submission_decides(tmp_path):
-    path, sample = tmp_path / "submission.csv", tmp_path / "sample_submission.csv"
+def test_the_sample_submissions_ids_decide(tmp_path):
+    path = tmp_path / "submission.csv"
     write(path, NAMES)
-    sample.write_text("id,label\n" + "".join(f"{i},[SIL]\n" for i in range(7)))
-    assert len(read_submission(path, rows=7, sample=sample)) == 7
-    sample.write_text("id,label\n" + "".join(f"{i},[SIL]\n" for i in range(8)))
+    assert len(read_submission(path, pd.Series(range(7)))) == 7
     with pytest.raises(DataError, match="7 rows; expected 8"):
-        read_submission(path, sample=sample)
-    sample.write_text("id,label\n" + "".join(f"{i},[SIL]\n" for i in range(1, 8)))
+        read_submission(path, range(8))
     with pytest.raises(DataError, match="line 2 has the id '0'; expected 1"):
-        read_submission(path, sample=sample)
-
-
-def test_score_is_the_share_of_right_frames(tmp_path, corpus):
-    truth = read_submission(corpus / "answers.csv")
-    assert score_submission(corpus / "answers.csv", corpus / "answers.csv") == 1
-    wrong = truth.copy()
-    wrong[::4] = np.where(wrong[::4] == "AA", "AE", "AA")
-    write(tmp_path / "a.csv", wrong)
-    assert score_submission(tmp_path / "a.csv", corpus / "answers.csv") == pytest.approx(
-        1 - len(wrong[::4]) / len(wrong), abs=1e-12)
-    write(tmp_path / "a.csv", truth[:-1])
-    with pytest.raises(DataError, match="rows; expected"):
-        score_submission(tmp_path / "a.csv", corpus / "answers.csv")
+        read_submission(path, pd.Series(range(1, 8)))
 
 
 @pytest.mark.parametrize("error, raised", [(OSError(28, "No space left on device"), RunError),
@@ -172,35 +156,31 @@ posix = pytest.mark.skipif(os.name == "nt", reason="the fake command is a script
 
 def test_without_the_command(account):
     with pytest.raises(RunError, match="pip install kaggle"):
-        kaggle("competitions", "list")
+        submit("a.csv", "a message")
 
 
 @posix
 def test_its_output_and_its_arguments(account, monkeypatch):
     fake(account, monkeypatch, "print('Successfully submitted')")
-    assert kaggle("competitions", "submit", "-f", account / "a.csv", "-m", "two words") == "Successfully submitted"
-    assert calls(account) == [f"competitions submit -f {account / 'a.csv'} -m two words"]
+    assert submit(account / "a.csv", "two words") == "Successfully submitted"
+    assert calls(account) == [f"competitions submit -c 11785-spring-25-hw-1-p-2 -f {account / 'a.csv'} -m two words"]
 
 
 @posix
 @pytest.mark.parametrize("code", ["print('401 - Unauthorized'); sys.exit(1)", "print('403 - Forbidden'); sys.exit(1)",
                                   "sys.exit('403 Client Error: Forbidden for url: https://api.kaggle.com/v1/x')",
-                                  "print('401 Client Error: Unauthorized')"])
+                                  "print('401 Client Error: Unauthorized')", "sys.exit('404 - Not Found')"])
 def test_refused(account, monkeypatch, code):
     fake(account, monkeypatch, code)
-    with pytest.raises(RunError, match="competitions download failed: .*40[13]") as caught:
-        kaggle("competitions", "download")
+    with pytest.raises(RunError, match="a.csv could not be submitted: .*40[134]") as caught:
+        submit("a.csv", "a message")
     message = str(caught.value)
     assert "press Join on kaggle.com/competitions/11785" in message and "never into a cell" in message
     assert "not-a-real-one" not in message
 
 
 @posix
-def test_other_failures(account, monkeypatch):
-    fake(account, monkeypatch, "sys.exit('404 - Not Found')")
-    with pytest.raises(RunError, match="kaggle competitions download failed: 404 - Not Found"):
-        kaggle("competitions", "download")
+def test_of_a_long_output_the_end_is_told(account, monkeypatch):
     fake(account, monkeypatch, "print('x' * 5000); sys.exit(2)")
-    with pytest.raises(RunError, match="failed: x{300}\n") as caught:
-        kaggle("competitions", "download")
-    assert len(str(caught.value)) < 900
+    with pytest.raises(RunError, match="submitted: x{300}\n"):
+        submit("a.csv", "a message")

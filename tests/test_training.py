@@ -11,7 +11,10 @@ from notebook import TINY, definitions, run_cells
 from torch import nn
 
 import helpers
-from helpers import OPTIONS, PHONEMES, RunError
+from helpers import PHONEMES, RunError
+
+BOOK = definitions()
+OPTIONS = BOOK["OPTIONS"]
 
 PLAIN = {**TINY, "num_layers": 3, "context": 2, "batch_norm": False, "dropout": 0, "augmentations": None,
          "wandb": "disabled", "warp": 0, "dropout_ramp": False}
@@ -96,7 +99,7 @@ def test_a_state_dict_of_the_original_loads_strictly(pencil):
 
 def test_the_summary_is_that_of_the_homework(pencil, capsys):
     before = {name: tensor.clone() for name, tensor in pencil.state_dict().items()}
-    definitions()["summary"](pencil.eval(), torch.zeros(1, 101, 28))
+    BOOK["summary"](pencil.eval(), torch.zeros(1, 101, 28))
     printed = capsys.readouterr().out
     assert re.search(r"# Params: +19,985\.64K", printed) and re.search(r"# Mult-Adds: +19\.96M", printed)
     assert all(tensor.equal(before[name]) for name, tensor in pencil.state_dict().items())
@@ -148,7 +151,7 @@ def test_activations(book, name, layer):
 
 
 def test_every_activation_is_tested():
-    assert set(definitions()["ACTIVATIONS"]) == set(OPTIONS["activations"])
+    assert set(BOOK["ACTIVATIONS"]) == set(OPTIONS["activations"])
 
 
 @pytest.mark.parametrize("norm, norm_alternate, dropout, dropout_alternate, expected", [
@@ -283,7 +286,7 @@ def test_the_prediction_is_the_mean_over_the_warps(book, data):
     frames, _ = data["dev-clean"][torch.arange(len(data["dev-clean"]))]
     expected = 0
     for strength, which in ((0.08, 0), (0.04, 0), (0.04, 1), (0.04, 2), (0.08, 2)):  # 0.92, 0.96, 1, 1.04, 1.08
-        map = helpers.warp_maps(strength, data["dev-clean"].deviations, count=3)[which]
+        map = book.warp_maps(strength, data["dev-clean"].deviations, count=3)[which]
         with torch.no_grad():
             expected = expected + model(frames.float() @ map).log_softmax(1) / 5
     ours = book.all_log_posteriors(model, loader, config)
@@ -311,9 +314,9 @@ def test_dropout_grows_over_the_epochs_if_the_config_says_so(book, loaders, tmp_
 
 def test_recipe_original_switches_the_additions_off(corpus, tmp_path):
     config = run_cells({"recipe": "original"}, "data_folder =", tmp_path, corpus)["config"]
-    assert {key: config[key] for key in helpers.ORIGINAL} == {
+    assert {key: config[key] for key in BOOK["ORIGINAL"]} == {
         "iid_masks": False, "warp": 0, "dropout_ramp": False, "test_warps": 1, "smoothing": False}
-    assert all(definitions()["config"][key] != value for key, value in helpers.ORIGINAL.items())
+    assert all(BOOK["config"][key] != value for key, value in BOOK["ORIGINAL"].items())
 
 
 def with_options():
@@ -326,7 +329,7 @@ def test_every_optimizer_learns_with_every_scheduler(book, data, tmp_path, optim
     rate = 0.02 if optimizer in ("sgd", "nesterov") else 0.001
     config = settings(book, optimizers=optimizer, scheduler=scheduler, epochs=3, learning_rate=rate, num_layers=2,
                       batch_norm=True)
-    helpers.check_config(config)
+    book.check_config(config)
     history = fit(book, config, built(book, config), loaders, tmp_path)
     losses = [row["train_loss"] for row in history]
     assert np.isfinite(losses).all() and losses[0] > losses[1] > losses[2]
@@ -420,8 +423,9 @@ def test_test_gives_the_phonemes_of_infers_logits_in_order(book, data):
 
 def fit(book, config, parts, loaders, folder):
     book.namespace["data_folder"] = folder
-    book.begin(config, *parts, folder, loaders[0].dataset)
-    return book.fit(config, *parts, *loaders[:2], folder, SimpleNamespace(log=lambda *_, **__: None))
+    parts = dict(zip(("model", "optimizer", "scheduler", "scaler"), parts))
+    book.begin(config, parts, folder, loaders[0].dataset)
+    return book.fit(config, parts, *loaders[:2], folder, SimpleNamespace(log=lambda *_, **__: None))
 
 
 def in_epoch(loader, number, action):

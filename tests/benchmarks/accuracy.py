@@ -32,7 +32,7 @@ def config_of(recipe, epochs):
     """The config that a recipe's name stands for."""
     config = {**NOTEBOOK["config"], "epochs": epochs}
     if recipe != "best":
-        config |= helpers.ORIGINAL
+        config |= NOTEBOOK["ORIGINAL"]
     if "=" in recipe:
         for change in recipe.removeprefix("original,").split(","):
             key, value = change.split("=")
@@ -40,14 +40,14 @@ def config_of(recipe, epochs):
                 config[key] = ast.literal_eval(value)
             except (ValueError, SyntaxError):
                 config[key] = value
-    helpers.check_config(config)
+    NOTEBOOK["check_config"](config)
     return config
 
 
 def train(config, seed, data, folder):
     """The labels (n,) that a trained network gives the dev frames, in four ways, and the seconds of its epochs."""
     changes = [f"{key}={config[key]}" for key in config if key not in helpers.FREE_KEYS
-               and (key == "epochs" or config[key] != {**NOTEBOOK["config"], **helpers.ORIGINAL}[key])]
+               and (key == "epochs" or config[key] != {**NOTEBOOK["config"], **NOTEBOOK["ORIGINAL"]}[key])]
     folder = folder / "-".join([data.name, *changes, f"seed={seed}"])
     if not (folder / "labels.npz").exists():
         print(f"# {folder.name}", flush=True)
@@ -60,13 +60,12 @@ def train(config, seed, data, folder):
         model = NOTEBOOK["Network"]((2 * config["context"] + 1) * helpers.COEFFICIENTS, len(helpers.PHONEMES),
                                     config).to(common.DEVICE)
         optimizer = NOTEBOOK["make_optimizer"](config, model)
-        scheduler = NOTEBOOK["make_scheduler"](config, optimizer)
-        scaler = torch.amp.GradScaler(common.DEVICE, enabled=NOTEBOOK["amp_dtype"] == torch.float16)
-        parts = (config, model, optimizer, scheduler, scaler)
-        NOTEBOOK["begin"](*parts, folder, train_data)
-        history = NOTEBOOK["fit"](*parts, *loaders, folder, SimpleNamespace(log=lambda *_, **__: None))
+        parts = {"model": model, "optimizer": optimizer, "scheduler": NOTEBOOK["make_scheduler"](config, optimizer),
+                 "scaler": NOTEBOOK["make_scaler"]()}
+        NOTEBOOK["begin"](config, parts, folder, train_data)
+        history = NOTEBOOK["fit"](config, parts, *loaders, folder, SimpleNamespace(log=lambda *_, **__: None))
         model.load_state_dict(helpers.load_checkpoint(folder / "best.pt")["model"])
-        decoder, labels = helpers.Decoder(train_data.labels, train_data.starts), {}
+        decoder, labels = NOTEBOOK["Decoder"](train_data.labels, train_data.starts), {}
         for warps in (1, NOTEBOOK["config"]["test_warps"]):
             log_posteriors = NOTEBOOK["all_log_posteriors"](model, loaders[1], {**config, "test_warps": warps})
             decoder.choose(log_posteriors, val_data.labels, val_data.starts)
@@ -113,7 +112,7 @@ def main():
             for recipe in dict.fromkeys(["original", *arguments.recipes]):
                 rows.setdefault((epochs, recipe), []).append(
                     right_of(config_of(recipe, epochs), seed, arguments, labels, starts))
-    best = {key: value for key, value in config_of("best", 1).items() if key in helpers.ORIGINAL}
+    best = {key: value for key, value in config_of("best", 1).items() if key in NOTEBOOK["ORIGINAL"]}
     common.report("Accuracy", data=f"{arguments.data.name}; {len(labels):,} dev frames in {len(frames)} utterances",
                   network=f"{NOTEBOOK['config']['archetype']}, context {NOTEBOOK['config']['context']}, batch "
                           f"{NOTEBOOK['config']['batch_size']}, {NOTEBOOK['amp_dtype']}",

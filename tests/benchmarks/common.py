@@ -54,7 +54,7 @@ def report(title, **facts):
             "device": torch.cuda.get_device_name() if DEVICE == "cuda" else "cpu",
             "versions": f"Python {platform.python_version()}, torch {torch.__version__}, torchaudio "
                         f"{torchaudio.__version__}, numpy {np.__version__}",
-            "commit": helpers.git_commit(),
+            "commit": subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, stdout=subprocess.PIPE, text=True).stdout,
             "load average": f"{os.getloadavg()[0]:.1f} (what else runs makes the figures worse)", **facts}
     for name, value in rows.items():
         print(f"{name + ':':15} {value}")

@@ -157,7 +157,7 @@ def compare(arguments, config, data, description):
     usual_data.length -= usual_data.length % batch
     workers, speeds = best_workers(config, usual_data, min(steps, 4))
     usual, usual_batches = Trainer(config, usual=True), Steps(common.usual_loader(usual_data, batch, workers), steps)
-    ours, original = Trainer(config), Trainer({**config, **helpers.ORIGINAL})
+    ours, original = Trainer(config), Trainer({**config, **NOTEBOOK["ORIGINAL"]})
     batches = Steps(loader, steps)
     sides = {"usual": lambda: steps * batch / usual.train(usual_batches)}
     sides["ours"] = lambda: steps * batch / ours.train(batches)
