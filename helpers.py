@@ -67,8 +67,8 @@ class RunError(RuntimeError):
 def replacing(path, size):
     """Give a temporary path beside `path`; flush it and move it into place only if the block succeeds.
 
-    A reader sees the old file or the new one, never a part. Where it cannot be written, a RunError says how much room
-    it needs: `size`, in bytes.
+    A reader sees the old file or the new one, never a part. A RunError tells a full disk, and how much room `size`
+    bytes need.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.tmp")
@@ -154,15 +154,15 @@ def _labels(array):
     return np.repeat(np.array([_INDEX[phoneme] for phoneme in phonemes], np.uint8), np.diff(starts, append=len(array)))
 
 
-def _contents(paths):
-    """The bytes of each file, or the error that it cannot be read."""
-    contents = []
-    for path in paths:
+def _contents(utterances):
+    """A list for each utterance (list of paths): the bytes of its files, or the errors that they cannot be read."""
+    def read(path):
         try:
-            contents.append(path.read_bytes())
+            return path.read_bytes()
         except OSError as error:
-            contents.append(error)
-    return contents
+            return error
+
+    return [[*map(read, paths)] for paths in utterances]
 
 
 def _load_npy(content):
@@ -206,8 +206,9 @@ def _pack(folder, names, kinds, gap):
     rows = sum(path.stat().st_size for path, *_ in paths if path.exists()) // (2 * COEFFICIENTS)
     frames = torch.from_numpy(np.zeros((rows + gap * (len(names) + 1), COEFFICIENTS), np.float16))
     labels, lengths, deviations, faults, row = [np.zeros(0, np.uint8)], [], [], [], gap
-    # small files are waited for more than worked on, so threads read them, and only read: Python runs one at a time
-    utterances = map(_convert, in_order(_contents, paths), paths)
+    # small files are waited for more than worked on, so threads read them, sixteen a job; Python converts one at a time
+    contents = in_order(_contents, (paths[i:i + 16] for i in range(0, len(paths), 16)))
+    utterances = map(_convert, itertools.chain.from_iterable(contents), paths)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # numpy's and Python's, about what stands in a damaged header
         for mfccs, phonemes, wrong in tqdm(utterances, f"reading {folder.name}", len(names), leave=False, delay=10):
@@ -281,8 +282,7 @@ def read_partition(root, partition, subset=1, gap=GAP, cache=None):
         and the number of all, counted without the gaps; "deviations" float32 (28,), the mean over the utterances of
         each coefficient's standard deviation before normalisation.
 
-    Raises:
-        DataError: names the faulty files, all of them (the first ten by name).
+    Raises a DataError that tells all faulty files together, the first ten by name.
     """
     folder, packed = Path(root) / partition, None
     kinds, subset = (KINDS[:1], 1) if partition == "test-clean" else (KINDS, subset)
@@ -703,11 +703,8 @@ class _Event(ctypes.Structure):  # espeak_EVENT of eSpeak NG's speak_lib.h, its 
 def speak(text, voice="", rate=175, pitch=50):
     """Speak a text with eSpeak NG: `voice` is a variant of en-us, `rate` in words a minute, `pitch` 0 to 99.
 
-    Returns:
-        (audio, phones): float32 (samples,) at 22,050 Hz; a list of (ARPAbet phoneme or [SIL], start, end) in seconds.
-
-    Raises:
-        ImportError: eSpeak NG does not load. DataError: a phoneme of its has no entry in ARPABET.
+    Returns (audio, phones): float32 (samples,) at 22,050 Hz; a list of (phoneme, start, end) in seconds, ARPAbet or
+    [SIL]. Raises ImportError where eSpeak NG does not load, DataError for a phoneme that ARPABET has no entry for.
     """
     import espeakng_loader  # here, because only the practice corpus needs it
     espeak, data = ctypes.CDLL(espeakng_loader.get_library_path()), os.fsencode(espeakng_loader.get_data_path())
@@ -767,11 +764,8 @@ def make_practice_corpus(root, utterances=(370, 52, 52), seed=23):
 
     `root` appears when everything is written. ROOT/answers.csv (`id,label`) has the test frames' phonemes.
 
-    Args:
-        utterances: of train, dev and test, at least 1 each. The defaults make half an hour of speech.
-
-    Raises:
-        FileExistsError: `root` exists. ImportError: there is no eSpeak NG. RunError: the disk is full.
+    utterances: of train, dev and test, at least 1 each; the defaults make half an hour of speech.
+    Raises FileExistsError where `root` exists, ImportError without eSpeak NG, RunError where the disk is full.
     """
     shutil.rmtree(f"{root}.partial", ignore_errors=True)
     with _new_corpus(Path(root)) as partial:

@@ -52,7 +52,7 @@ def usual(dataset, batch, workers, batches):
 
 def measure_side(arguments):
     """In the process that is measured: print the frames/s with each of the masks, and more to report, as JSON."""
-    batch, speeds, workers = arguments.batch, {}, {}
+    batch, speeds, workers = arguments.batch, {}, ""
     if arguments.side == "ours":
         dataset = helpers.AudioDataset(arguments.data, context=arguments.context, device=common.DEVICE)
         loader = helpers.make_loader(dataset, batch, shuffle=True)
@@ -61,8 +61,7 @@ def measure_side(arguments):
             speeds[name] = ours(loader, masks, share)
     else:
         dataset = common.UsualDataset(arguments.data, context=arguments.context, limit=arguments.usual_limit)
-        workers = {n: usual(dataset, batch, n, arguments.usual_batches) for n in common.worker_counts()}
-        best = max(workers, key=workers.get)
+        best, workers = common.best_workers(lambda n: usual(dataset, batch, n, arguments.usual_batches))
         for name, (masks, share) in MASKS.items():
             dataset.set_masks(masks, share)
             speeds[name] = usual(dataset, batch, best, arguments.usual_batches)
@@ -94,8 +93,7 @@ def main():
     common.report("Batches", data=f"{description}; {first['ours']['frames']:,} training frames for ours, "
                   f"{first['usual']['frames']:,} for the usual way",
                   batch=f"{arguments.batch} frames, context {arguments.context}",
-                  workers="the usual way has its best of "
-                          + ", ".join(f"{n}: {speed:,.0f} frames/s" for n, speed in first["usual"]["workers"].items()),
+                  workers=first["usual"]["workers"],
                   runs=f"{arguments.runs} of each side, alternating, each in a fresh process: a whole epoch of ours, "
                        f"{arguments.usual_batches} batches of the usual way's")
     for name in MASKS:
