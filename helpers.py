@@ -770,7 +770,7 @@ def make_practice_corpus(root, utterances=(370, 52, 52), seed=23):
     shutil.rmtree(f"{root}.partial", ignore_errors=True)
     with _new_corpus(Path(root)) as partial:
         jobs = [(p, i) for p, count in enumerate(utterances) for i in range(count)]
-        for p, i in tqdm(jobs, "practice corpus", leave=False, delay=2):
+        for p, i in tqdm(jobs, "practice corpus", leave=False, delay=30):
             audio, phones = speak(*practice_utterance(p, i, seed))
             rng = np.random.default_rng((seed, p, i, 1))
             silence = rng.uniform(1 / 8, 1 / 2, 2)  # seconds before and after; eSpeak alone starts at once
