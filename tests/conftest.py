@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-sys.path[:0] = [str(Path(__file__).resolve().parents[1])]
+sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).with_name("benchmarks"))]
 
 import helpers  # noqa: E402
 

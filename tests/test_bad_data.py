@@ -245,20 +245,13 @@ def test_faults_of_both_kinds_are_told_together(tmp_path):
     (folder / "transcript" / "0000.npy").write_bytes(b"")
     np.save(folder / "mfcc" / "0001.npy", np.zeros((5, 27), np.float32))
     np.save(folder / "mfcc" / "0002.npy", np.zeros((4, 28), np.float32))
-    lines = refusal(tmp_path).splitlines()
-    assert lines[0].endswith("4 fault(s) in the data")
-    for kind, name in (("mfcc", "0000"), ("mfcc", "0001"), ("transcript", "0000"), ("transcript", "0002")):
-        assert sum(str(folder / kind / f"{name}.npy") in line for line in lines[1:]) == 1
-
-
-def test_faults_in_the_contents_are_told_together(tmp_path):
-    folder = write_partition(tmp_path, "dev-clean", [5] * 6)
-    np.save(folder / "mfcc" / "0001.npy", np.full((5, 28), np.nan))
-    np.save(folder / "mfcc" / "0003.npy", np.full((5, 28), np.inf))
+    np.save(folder / "mfcc" / "0003.npy", np.full((5, 28), np.nan))
     np.save(folder / "transcript" / "0004.npy", np.array(["[SOS]"] * 7))
     lines = refusal(tmp_path).splitlines()
-    assert lines[0].endswith("3 fault(s) in the data")
-    assert [name in line for name, line in zip(("0001", "0003", "0004"), lines[1:])] == [True] * 3
+    assert lines[0].endswith("6 fault(s) in the data")
+    for line, name in zip(lines[1:], ("mfcc/0000", "transcript/0000", "mfcc/0001", "transcript/0002", "mfcc/0003",
+                                      "transcript/0004")):
+        assert str(folder / f"{name}.npy") in line
 
 
 @pytest.mark.parametrize("kind", ["mfcc", "transcript"])

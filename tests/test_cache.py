@@ -2,9 +2,10 @@
 
 import errno
 import os
+import shutil
 from concurrent.futures import ThreadPoolExecutor
 
-import killing
+import kills
 import numpy as np
 import pytest
 import safetensors.torch
@@ -51,46 +52,34 @@ def test_contexts_up_to_the_gap_share_one_cache(small, tmp_path, monkeypatch):
         AudioDataset(small, "dev-clean", 51, cache=tmp_path)
 
 
-def rewrite_same_size(small):
-    path = small / "dev-clean" / "mfcc" / "0001.npy"
-    np.save(path, np.load(path)[::-1])
-    os.utime(path, ns=(0, path.stat().st_mtime_ns + 1))
+def rewrite(function, *kinds, name="0001.npy", same_time=False):
+    """A change: the arrays of one utterance go through a function; the files get a later time, or keep theirs."""
+    def change(folder):
+        for path in (folder / kind / name for kind in kinds):
+            time = path.stat().st_mtime_ns
+            np.save(path, function(np.load(path)))
+            os.utime(path, ns=(time, time if same_time else path.stat().st_mtime_ns + 1))
+    return change
 
 
-def rewrite_other_size_same_time(small):
-    for kind in ("mfcc", "transcript"):
-        path = small / "dev-clean" / kind / "0001.npy"
-        time = path.stat().st_mtime_ns
-        np.save(path, np.delete(np.load(path), 1, axis=0))
-        os.utime(path, ns=(time, time))
+def for_both(function):
+    """A change: a function of the paths of both files of the third utterance."""
+    return lambda folder: [function(folder / kind / "0002.npy") for kind in ("mfcc", "transcript")]
 
 
-def rewrite_transcript(small):
-    path = small / "dev-clean" / "transcript" / "0000.npy"
-    np.save(path, np.array(["[SOS]", *["OY"] * 20, "[EOS]"], "<U5"))
-    os.utime(path, ns=(0, path.stat().st_mtime_ns + 1))
+CHANGES = {"same size": rewrite(lambda mfcc: mfcc[::-1], "mfcc"),
+           "other size, same time": rewrite(lambda array: np.delete(array, 1, axis=0), "mfcc", "transcript",
+                                            same_time=True),
+           "transcript": rewrite(lambda text: np.where(text == text[1], "OY", text).astype("<U5"), "transcript"),
+           "a file more": for_both(lambda path: shutil.copy(path, path.with_name("0000b.npy"))),
+           "a file less": for_both(lambda path: path.unlink()),
+           "another name": for_both(lambda path: path.rename(path.with_name("9.npy")))}
 
 
-def add_file(small):
-    for kind in ("mfcc", "transcript"):
-        (small / "dev-clean" / kind / "0000b.npy").write_bytes((small / "dev-clean" / kind / "0003.npy").read_bytes())
-
-
-def remove_file(small):
-    for kind in ("mfcc", "transcript"):
-        (small / "dev-clean" / kind / "0002.npy").unlink()
-
-
-def rename_file(small):
-    for kind in ("mfcc", "transcript"):
-        (small / "dev-clean" / kind / "0002.npy").rename(small / "dev-clean" / kind / "9.npy")
-
-
-@pytest.mark.parametrize("change", [rewrite_same_size, rewrite_other_size_same_time, rewrite_transcript, add_file,
-                                    remove_file, rename_file])
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
 def test_a_stale_cache_is_made_anew(small, tmp_path, change):
     old = helpers.read_partition(small, "dev-clean", cache=tmp_path)
-    change(small)
+    change(small / "dev-clean")
     new = helpers.read_partition(small, "dev-clean")
     assert packed_equal(helpers.read_partition(small, "dev-clean", cache=tmp_path), new)
     assert not packed_equal(old, new)
@@ -119,29 +108,14 @@ def test_damage_after_caching_is_seen(small, tmp_path):
         helpers.read_partition(small, "dev-clean", cache=tmp_path)
 
 
-def nothing(data):
-    return b""
-
-
-def cut(share):
-    def keep(data):
-        return data[:int(share * len(data))]
-    return keep
-
-
-def random_bytes(data):
-    return np.random.default_rng(0).bytes(len(data))
-
-
-def another(**metadata):
-    """A whole file of the same container, which holds something else."""
-    return lambda data: safetensors.torch.save({"frames": torch.zeros(3, 28), "labels": torch.zeros(3)}, metadata)
+NOISE = np.random.default_rng(0).bytes(100)
+ANOTHER = {"frames": torch.zeros(3, 28), "labels": torch.zeros(3)}  # a whole file of the same container
 
 
 @pytest.mark.parametrize("damage", [
-    nothing, cut(0.001), cut(0.1), cut(0.5), cut(0.9), cut(0.999), lambda data: data[:-1], random_bytes,
-    lambda data: b"\0" * len(data), lambda data: random_bytes(data)[:100] + data[100:], another(),
-    another(key="another")])
+    *(lambda data, share=share: data[:int(share * len(data))] for share in (0, 0.001, 0.1, 0.5, 0.9, 0.999)),
+    lambda data: data[:-1], lambda data: NOISE, lambda data: b"\0" * len(data), lambda data: NOISE + data[100:],
+    lambda data: safetensors.torch.save(ANOTHER), lambda data: safetensors.torch.save(ANOTHER, {"key": "another"})])
 def test_partial_and_foreign_caches_are_made_anew(small, tmp_path, monkeypatch, damage):
     cache = tmp_path / "cache"
     expected = helpers.read_partition(small, "dev-clean")
@@ -207,11 +181,11 @@ def test_of_two_loads_at_once_one_reads(small, tmp_path, monkeypatch):
 
 
 def load_beyond_the_limit(data, cache):
-    with killing.limited(1000):
+    with kills.limited(1000):
         assert helpers.read_partition(data, "dev-clean", cache=cache)["frames"].any()
 
 
 def test_a_disk_that_fills_up_while_the_cache_is_written_does_not_stop_loading(small, tmp_path):
     pytest.importorskip("resource")
-    assert killing.in_child(load_beyond_the_limit, small, tmp_path) == 0
+    assert kills.in_child(load_beyond_the_limit, small, tmp_path) == 0
     assert [path.suffix for path in tmp_path.iterdir() if path.is_file()] == [".lock"]

@@ -179,30 +179,21 @@ def order_of(loader):
     return torch.cat(list(loader.sampler)).tolist()
 
 
-def test_loaders_give_whole_batches(tmp_path):
-    write_partition(tmp_path, "dev-clean", [30, 13, 60])
-    write_partition(tmp_path, "test-clean", [30, 13, 60])
-    for partition in ("dev-clean", "test-clean"):
-        dataset = AudioDataset(tmp_path, partition, 4)
-        for shuffle in (False, True):
-            loader = make_loader(dataset, 20, shuffle)
-            batches = list(loader)
-            assert len(loader) == len(batches) == 6  # 103 frames: the last batch has 3
-            for batch, size in zip(batches, [20] * 5 + [3]):
-                frames, phonemes = (batch, None) if partition == "test-clean" else batch
-                assert frames.shape == (size, 9, 28) and frames.dtype == torch.float16
-                if phonemes is not None:
-                    assert phonemes.shape == (size,) and phonemes.dtype == torch.int64
-
-
-def test_a_batch_is_what_its_indexes_say(tmp_path):
-    write_partition(tmp_path, "dev-clean", [30, 13, 60])
-    dataset = AudioDataset(tmp_path, "dev-clean", 4)
-    for shuffle in (False, True):
-        loader = make_loader(dataset, 20, shuffle)
-        for indexes, (frames, phonemes) in zip(loader.sampler, loader):
-            expected, labels = zip(*(dataset[i] for i in indexes.tolist()))
-            assert torch.equal(frames, torch.stack(expected)) and torch.equal(phonemes, torch.stack(labels))
+@pytest.mark.parametrize("partition", ["dev-clean", "test-clean"])
+@pytest.mark.parametrize("shuffle", [False, True])
+def test_a_batch_is_what_its_indexes_say(tmp_path, partition, shuffle):
+    write_partition(tmp_path, partition, [30, 13, 60])
+    dataset = AudioDataset(tmp_path, partition, 4)
+    loader = make_loader(dataset, 20, shuffle)
+    assert len(loader) == len(list(loader)) == 6  # 103 frames: the last batch has 3
+    for indexes, batch, size in zip(loader.sampler, loader, [20] * 5 + [3]):
+        expected = [dataset[i] for i in indexes.tolist()]
+        if partition == "dev-clean":
+            batch, phonemes = batch
+            expected, labels = zip(*expected)
+            assert phonemes.dtype == torch.int64 and torch.equal(phonemes, torch.stack(labels))
+        assert batch.shape == (size, 9, 28) and batch.dtype == torch.float16
+        assert torch.equal(batch, torch.stack([*expected]))
 
 
 def test_without_shuffling_the_order_is_that_of_the_files(tmp_path):

@@ -13,6 +13,7 @@ import time
 import numpy as np
 import pytest
 from notebook import ROOT, TINY, run_cells
+from reference import labels_at_centres
 
 import helpers
 from helpers import DataError, RunError, make_librispeech_corpus
@@ -84,13 +85,9 @@ def contents(root):
 
 
 def slow_labels(spans, frames):
-    """Frame by frame: the phone that holds the centre of its window, else silence."""
-    labels = []
-    for t in range(frames):
-        centre = (160 * t + 256) / 16000
-        here = [phone for phone, start, end in spans if start <= centre < end]
-        labels.append("[SIL]" if not here or here[-1] in ("sil", "sp", "spn", "", None) else here[-1].strip("012"))
-    return labels
+    silences = ("sil", "sp", "spn", "", None)
+    return labels_at_centres([("[SIL]" if phone in silences else phone.strip("012"), *times) for phone, *times in spans],
+                             frames)
 
 
 def test_each_utterance_lies_in_its_partition_with_the_phones_at_its_frames(corpus, speech):

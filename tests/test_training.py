@@ -319,11 +319,8 @@ def test_recipe_original_switches_the_additions_off(corpus, tmp_path):
     assert all(BOOK["config"][key] != value for key, value in BOOK["ORIGINAL"].items())
 
 
-def with_options():
-    return [(optimizer, scheduler) for optimizer in OPTIONS["optimizers"] for scheduler in OPTIONS["scheduler"]]
-
-
-@pytest.mark.parametrize("optimizer, scheduler", with_options())
+@pytest.mark.parametrize("optimizer", OPTIONS["optimizers"])
+@pytest.mark.parametrize("scheduler", OPTIONS["scheduler"])
 def test_every_optimizer_learns_with_every_scheduler(book, data, tmp_path, optimizer, scheduler):
     loaders = [helpers.make_loader(data["dev-clean"], 256, shuffle) for shuffle in (True, False)]
     rate = 0.02 if optimizer in ("sgd", "nesterov") else 0.001

@@ -1,24 +1,195 @@
 """Kill a training run N times at random moments and tell whether it ends as if nothing had happened.
 
-Usage: python tests/benchmarks/kills.py [N, default 100]
+    python tests/benchmarks/kills.py [N, default 100]           test_resume.py uses its functions
 """
 
+import contextlib
+import multiprocessing
+import os
 import random
 import sys
 import tempfile
+import threading
 import time
+import traceback
 from collections import Counter
 from pathlib import Path
 
+import pandas as pd
+import torch
+from tqdm import tqdm
+
 sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parents[2])]
 
-import killing  # noqa: E402
+from notebook import TINY, run_cells  # noqa: E402
 
 import helpers  # noqa: E402
 
+# dropout and masks draw from the random states, which a resume must bring back too
+CHANGES = {**TINY, "epochs": 4, "dropout_alternate": False, "augmentations": "Both", "wandb": "disabled"}
+CONFIGS = {"adamw, cosineanneal": CHANGES,
+           "sgd, reducelronplateau": {**CHANGES, "optimizers": "sgd", "scheduler": "reducelronplateau"}}
 PAUSE = 0.03  # seconds at each of the five steps of writing a checkpoint: about a third of a run is writing
-CONFIGS = {"adamw, cosineanneal": killing.CHANGES,
-           "sgd, reducelronplateau": {**killing.CHANGES, "optimizers": "sgd", "scheduler": "reducelronplateau"}}
+# of what a run writes, the clock's readings and a random name: the only things that may differ
+NOT_COMPARED = ("seconds", "frames_per_second", "wandb_id")
+
+# A server imports the packages once and forks a child for each run, which then starts at once. (It knows no changed
+# sys.path, so it cannot import the project's own files.)
+server = multiprocessing.get_context("forkserver")
+server.set_forkserver_preload(["torch._dynamo", "torchaudio", "wandb", "torchsummaryX", "pandas", "matplotlib.pyplot",
+                               "IPython.display", "nbclient", "nbformat", "filelock", "tqdm.auto"])
+
+
+def _run(runs, data, changes, stop, pause, until):
+    """The child: execute the cells and note in `runs`/places where the run is, a line for each step."""
+    torch.set_num_threads(1)
+    tqdm.set_lock(threading.RLock())  # tqdm's own would be a semaphore that a killed process leaves behind
+    log = os.open(runs / "log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    places = open(runs / "places", "a", buffering=1)
+    phase, saving = "before training", None
+    write, replace, save_checkpoint = Path.write_bytes, os.replace, helpers.save_checkpoint
+
+    def at(place):
+        places.write(place + "\n")
+        if place == stop:
+            places.write("stopped\n")
+            time.sleep(600)
+        if saving:
+            time.sleep(pause)
+
+    def before_cell(source):
+        nonlocal phase
+        if "history = fit(" in source or phase == "in an epoch":
+            phase = "in an epoch" if "history = fit(" in source else "after training"
+            at(phase)
+
+    def write_in_parts(path, data):
+        if not saving:
+            return write(path, data)
+        third = len(data) // 3
+        with open(path, "wb", buffering=0) as file:
+            for i in range(3):
+                file.write(data[i * third:(i + 1) * third if i < 2 else None])
+                at(f"writing {saving}, part {i + 1}")
+
+    def replace_with_marks(source, target):
+        if saving:
+            at(f"writing {saving}, before the move")
+        replace(source, target)
+        if saving:
+            at(f"writing {saving}, after the move")
+
+    def save_checkpoint_with_marks(path, state):
+        nonlocal saving
+        saving = Path(path).name
+        save_checkpoint(path, state)
+        saving = None
+        at(phase)
+
+    Path.write_bytes, os.replace = write_in_parts, replace_with_marks
+    helpers.save_checkpoint = save_checkpoint_with_marks
+    at(phase)
+    try:
+        run_cells(changes, until, runs, data, before_cell)
+    except BaseException:
+        traceback.print_exc()
+        raise
+
+
+def start(runs, data, changes=CHANGES, stop=None, pause=0.0, until="table = wandb.Table("):
+    """Start a run in a child process.
+
+    stop: a place, such as "writing checkpoint.pt, part 2", at which the child waits to be killed.
+    pause: seconds spent at each step of writing a checkpoint, so that random kills land there.
+    """
+    runs.mkdir(parents=True, exist_ok=True)
+    (runs / "places").write_text("")
+    child = server.Process(target=_run, args=(runs, data, changes, stop, pause, until))
+    child.start()
+    return child
+
+
+def place(runs):
+    """Where the last run in this folder is, or was when it was killed."""
+    lines = (runs / "places").read_text().splitlines()
+    return lines[-1] if lines else "before training"
+
+
+def kill(child, runs, delay=None):
+    """SIGKILL after a delay, or where the child stopped. Returns the place; None if it had ended by itself."""
+    if delay is None:
+        deadline = time.monotonic() + 60
+        while place(runs) != "stopped":
+            assert child.is_alive(), f"the run ended without coming to the place\n{(runs / 'log').read_text()}"
+            assert time.monotonic() < deadline, "the run did not come to the place"
+            time.sleep(0.005)
+    else:
+        child.join(delay)
+    ended = not child.is_alive()
+    child.kill()
+    child.join()
+    if ended or child.exitcode == 0:
+        assert child.exitcode == 0, (runs / "log").read_text()
+        return None
+    where = [line for line in (runs / "places").read_text().splitlines() if line != "stopped"]
+    return where[-1] if where else "before training"
+
+
+def finish(runs, data, changes=CHANGES):
+    """Let a run come to its end. Returns what it printed."""
+    child = start(runs, data, changes)
+    child.join(120)
+    assert child.exitcode == 0, (runs / "log").read_text()
+    return (runs / "log").read_text()
+
+
+def fails(runs, data, changes=CHANGES):
+    """The last lines that a run prints which must end with an error."""
+    child = start(runs, data, changes)
+    child.join(120)
+    text = (runs / "log").read_text()
+    assert child.exitcode == 1, text
+    return text[text.rindex("Traceback"):]
+
+
+def in_child(function, *arguments):
+    """Call a function in a child process and wait for it. Returns its exit code."""
+    child = server.Process(target=function, args=arguments)
+    child.start()
+    child.join(120)
+    return child.exitcode
+
+
+def frozen(value):
+    """A value that can be compared with ==, tensors bit by bit; without what may differ between two equal runs."""
+    if isinstance(value, torch.Tensor):
+        return str(value.dtype), tuple(value.shape), value.numpy().tobytes()
+    if isinstance(value, dict):
+        return {key: frozen(item) for key, item in value.items() if key not in NOT_COMPARED}
+    return [frozen(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+def outcome(runs, name="pencil"):
+    """All that a finished run leaves: checkpoint, best weights and submission, comparable with ==."""
+    folder = runs / name
+    left_over = [path.name for path in folder.glob(".*") if path.name != ".lock"]
+    assert not left_over, left_over
+    files = {name: frozen(torch.load(folder / name, weights_only=True)) for name in ("checkpoint.pt", "best.pt")}
+    return {**files, "submission": pd.read_csv(folder / "submission.csv", keep_default_na=False).values.tolist()}
+
+
+@contextlib.contextmanager
+def limited(size):
+    """Writing a file beyond `size` bytes fails, as on a full disk."""
+    import resource
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def main(kills):
@@ -32,23 +203,23 @@ def main(kills):
         for i, (name, changes) in enumerate(CONFIGS.items()):
             for attempt in range(2):  # the second one without the server's start: the time of a run
                 start = time.perf_counter()
-                child = killing.start(folder / f"reference{i}-{attempt}", data, changes, pause=PAUSE)
+                child = start(folder / f"reference{i}-{attempt}", data, changes, pause=PAUSE)
                 child.join()
                 seconds[name] = time.perf_counter() - start
-            references[name] = killing.outcome(folder / f"reference{i}-0")
+            references[name] = outcome(folder / f"reference{i}-0")
         tally, resumes, runs, identical = Counter(), 0, 0, 0
         while tally.total() < kills:
             name = list(CONFIGS)[runs % len(CONFIGS)]
             run, place = folder / f"run{runs}", ""
             while place is not None:
-                child = killing.start(run, data, CONFIGS[name], pause=PAUSE)
+                child = start(run, data, CONFIGS[name], pause=PAUSE)
                 delay = random.uniform(0, 0.6 * seconds[name]) if tally.total() < kills else 600
-                place = killing.kill(child, run, delay)
+                place = kill(child, run, delay)
                 tally[place.split(" checkpoint.pt")[0].split(" best.pt")[0] if place else None] += 1
                 del tally[None]
                 resumes += place is not None
             runs += 1
-            identical += killing.outcome(run) == references[name]
+            identical += outcome(run) == references[name]
     print(f"{tally.total()} kills in {runs} runs, {resumes} resumes, {time.perf_counter() - begin:.0f} s")
     for place in ("before training", "in an epoch", "writing", "after training"):
         label = "while writing a checkpoint" if place == "writing" else place

@@ -56,20 +56,18 @@ def measure(side, data, cache, cold):
 def main():
     parser = common.parser(__doc__.splitlines()[0], utterances=(400, 60, 60))
     parser.add_argument("--cold", action="store_true", help="empty the page cache before each measurement (as root)")
-    parser.add_argument("--without-usual", action="store_true", help="leave the usual way out")
     parser.add_argument("--side", help="for internal use")
     parser.add_argument("--cache", help="for internal use")
     arguments = parser.parse_args()
     if arguments.side:
         return load(arguments.side, arguments.data, arguments.cache)
-    sides = [side for side in SIDES if not (arguments.without_usual and side == "usual")]
     with common.corpus(arguments) as (data, description), tempfile.TemporaryDirectory() as temporary:
         cache = str(arguments.folder / "cache" if arguments.folder else Path(temporary) / "cache")
         imports = measure("imports", data, cache, False)["peak"]
         measure("ours, no cache", data, cache, False)  # warm: the files are in the page cache for every side
-        results = {side: [] for side in sides}
+        results = {side: [] for side in SIDES}
         for _ in range(arguments.runs):
-            for side in sides:
+            for side in SIDES:
                 results[side].append(measure(side, data, cache, arguments.cold))
         size = results["ours, no cache"][0]
         common.report("Loading", data=f"{description}; {size['frames']:,} frames",
@@ -77,9 +75,9 @@ def main():
                       runs=f"{arguments.runs} of each side, alternating, each in a fresh process; "
                            f"page cache {'emptied before each' if arguments.cold else 'warm'}")
         print("Time to load all three partitions; how many times as fast as the first row")
-        common.print_table({side: [result["seconds"] for result in results[side]] for side in sides}, "s", 3, "low")
+        common.print_table({side: [result["seconds"] for result in results[side]] for side in SIDES}, "s", 3, "low")
         print(f"Peak memory above that of the imports ({imports / 1e6:.0f} MB); relative to the packed arrays")
-        for side in sides:
+        for side in SIDES:
             peaks = [(result["peak"] - imports) / 1e6 for result in results[side]]
             relative = statistics.median(peaks) * 1e6 / size["packed"]
             print(f"{side:36} {common.spread(peaks):>38} MB  {relative:.2f} x packed")
