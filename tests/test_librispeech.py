@@ -85,9 +85,9 @@ def contents(root):
 
 
 def slow_labels(spans, frames):
-    silences = ("sil", "sp", "spn", "", None)
-    return labels_at_centres([("[SIL]" if phone in silences else phone.strip("012"), *times) for phone, *times in spans],
-                             frames)
+    silent = ("sil", "sp", "spn", "", None)
+    phones = [("[SIL]" if phone in silent else phone.strip("012"), *times) for phone, *times in spans]
+    return labels_at_centres(phones, frames)
 
 
 def test_each_utterance_lies_in_its_partition_with_the_phones_at_its_frames(corpus, speech):
