@@ -422,12 +422,9 @@ def mask_frames(frames, augmentations="Both", freq_mask_param=4, time_mask_param
     Zero is the mean after normalisation.
 
     Args:
-        frames: float16 or float32 (B, 2c+1, 28); changed in place.
+        frames: float16 or float32 (B, 2c+1, 28); changed in place, and returned.
         augmentations: "FreqMask", "TimeMask", "Both" or None.
         iid_masks: False for torchaudio's: one mask for the whole batch, never as wide as param nor over the last row.
-
-    Returns:
-        frames.
     """
     bits = frames.view(torch.int16 if frames.dtype == torch.float16 else torch.int32)
     for name, axis, param in (("FreqMask", 2, freq_mask_param), ("TimeMask", 1, time_mask_param)):

@@ -169,11 +169,6 @@ def test_bad_sources_are_named(tmp_path, fault):
     assert not (tmp_path / "a").exists()
 
 
-def test_a_corpus_is_not_overwritten(speech, corpus):
-    with pytest.raises(FileExistsError):
-        make_librispeech_corpus(corpus, speech)
-
-
 class Hub:
     """A stream of the hub's that breaks off after a few rows, unless told otherwise."""
 

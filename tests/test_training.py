@@ -450,12 +450,6 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_leaves_the_checkpoint(book,
     assert len(helpers.load_checkpoint(tmp_path / "checkpoint.pt", config)["history"]) == 1
 
 
-def test_an_absurd_learning_rate_ends_in_a_readable_error(book, loaders, tmp_path):
-    config = settings(book, optimizers="sgd", learning_rate=100, epochs=3)
-    with pytest.raises(RunError, match="not finite"):
-        fit(book, config, built(book, config), loaders, tmp_path)
-
-
 def test_after_an_interrupt_the_run_carries_on_as_if_nothing_had_happened(book, loaders, data, tmp_path):
     config = settings(book, epochs=3, dropout=0.3, augmentations="Both")
 

@@ -1,7 +1,7 @@
 """How fast do batches come? The usual way, and whole epochs of helpers.make_loader.
 
     python tests/benchmarks/batches.py                                  about a minute on two cores
-    python tests/benchmarks/batches.py --full --usual-limit 5000     ours over an epoch of the real data's size
+    python tests/benchmarks/batches.py --full                           over an epoch of the real data's size
 
 Batches of 2048 frames with 50 on either side, on the device that training would use. Without masks, with FreqMask on
 70% of the batches (as in training) and on all, with Both on 70%. The usual way has as many workers as suit it best.
@@ -60,7 +60,7 @@ def measure_side(arguments):
         for name, (masks, share) in MASKS.items():
             speeds[name] = ours(loader, masks, share)
     else:
-        dataset = common.UsualDataset(arguments.data, context=arguments.context, limit=arguments.usual_limit)
+        dataset = common.UsualDataset(arguments.data, context=arguments.context)
         best, workers = common.best_workers(lambda n: usual(dataset, batch, n, arguments.usual_batches))
         for name, (masks, share) in MASKS.items():
             dataset.set_masks(masks, share)
@@ -74,7 +74,6 @@ def main():
     parser.add_argument("--batch", type=int, default=2048)
     parser.add_argument("--context", type=int, default=50)
     parser.add_argument("--usual-batches", type=int, default=60, help="so many of the usual way's epoch")
-    parser.add_argument("--usual-limit", type=int, help="only so many utterances for the usual way")
     parser.add_argument("--side", help="for internal use")
     arguments = parser.parse_args()
     if arguments.side:
@@ -82,9 +81,8 @@ def main():
     with common.corpus(arguments) as (data, description):
         def measure(side):
             options = ["--side", side, "--data", data]
-            for name in ("batch", "context", "usual_batches", "usual_limit"):
-                if getattr(arguments, name) is not None:
-                    options += [f"--{name.replace('_', '-')}", getattr(arguments, name)]
+            for name in ("batch", "context", "usual_batches"):
+                options += [f"--{name.replace('_', '-')}", getattr(arguments, name)]
             return common.fresh_process(__file__, *options)
 
         results = common.alternate({side: lambda side=side: measure(side) for side in ("usual", "ours")},

@@ -49,8 +49,7 @@ def report(title, **facts):
     """Print the title, the machine and versions, and what was measured on."""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     print(f"# {title}\n")
-    rows = {"machine": f"{platform.node()}, {platform.system()} {platform.release()}",
-            "CPU": f"{cpu_name()}, {os.cpu_count()} cores, {memory:.0f} GiB, {torch.get_num_threads()} threads",
+    rows = {"CPU": f"{cpu_name()}, {os.cpu_count()} cores, {memory:.0f} GiB, {torch.get_num_threads()} threads",
             "device": torch.cuda.get_device_name() if DEVICE == "cuda" else "cpu",
             "versions": f"Python {platform.python_version()}, torch {torch.__version__}, torchaudio "
                         f"{torchaudio.__version__}, numpy {np.__version__}",
@@ -184,21 +183,20 @@ class UsualDataset(Dataset):
     """The utterances of a partition end to end in one array; an item is one frame with its context.
 
     Args:
-        limit: only so many utterances.
         masks: "FreqMask", "Both" or None, put on `share` of the batches in `collate`.
     """
 
-    def __init__(self, root, partition="train-clean-100", context=50, limit=None, masks=None, share=0.7):
+    def __init__(self, root, partition="train-clean-100", context=50, masks=None, share=0.7):
         self.context = context
         folder = Path(root) / partition
         indexes = {phoneme: i for i, phoneme in enumerate(helpers.PHONEMES)}
         mfccs, labels = [], []
-        for name in sorted(os.listdir(folder / "mfcc"))[:limit]:
+        for name in sorted(os.listdir(folder / "mfcc")):
             mfcc = np.load(folder / "mfcc" / name)
             mfcc = (mfcc - mfcc.mean(axis=0)) / (mfcc.std(axis=0) + 1e-8)
             mfccs.append(torch.tensor(mfcc, dtype=torch.float32))
         if partition != "test-clean":
-            for name in sorted(os.listdir(folder / "transcript"))[:limit]:
+            for name in sorted(os.listdir(folder / "transcript")):
                 transcript = np.load(folder / "transcript" / name)[1:-1]
                 labels.append(torch.tensor([indexes[phoneme] for phoneme in transcript]))
         self.frames = torch.cat(mfccs)

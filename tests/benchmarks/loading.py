@@ -2,7 +2,7 @@
 
     python tests/benchmarks/loading.py                                  a small practice corpus, about a minute
     python tests/benchmarks/loading.py --full --random --runs 1         the size of the real data, on random numbers
-    python tests/benchmarks/loading.py --data 11785-s25-hw1p2 --cold    the real data, not from the page cache (root)
+    python tests/benchmarks/loading.py --data 11785-s25-hw1p2           the real data
 
 Every measurement has a process of its own. Time: all three partitions, without imports. Peak memory: the process's
 maximum less that of a process that only imports, relative to the packed arrays (float16 frames and uint8 labels).
@@ -11,7 +11,6 @@ arrays, and the second load within 3 s.
 """
 
 import json
-import os
 import shutil
 import statistics
 import tempfile
@@ -44,18 +43,14 @@ def load(side, data, cache):
     print(json.dumps({"seconds": seconds, "peak": common.peak_memory(), "packed": packed, "frames": frames}))
 
 
-def measure(side, data, cache, cold):
+def measure(side, data, cache):
     if side in ("ours, no cache", "ours, first load, writes cache"):
         shutil.rmtree(cache, ignore_errors=True)
-    if cold:
-        os.sync()
-        Path("/proc/sys/vm/drop_caches").write_text("3")
     return common.fresh_process(__file__, "--side", side, "--data", data, "--cache", cache)
 
 
 def main():
     parser = common.parser(__doc__.splitlines()[0], utterances=(400, 60, 60))
-    parser.add_argument("--cold", action="store_true", help="empty the page cache before each measurement (as root)")
     parser.add_argument("--side", help="for internal use")
     parser.add_argument("--cache", help="for internal use")
     arguments = parser.parse_args()
@@ -63,17 +58,16 @@ def main():
         return load(arguments.side, arguments.data, arguments.cache)
     with common.corpus(arguments) as (data, description), tempfile.TemporaryDirectory() as temporary:
         cache = str(arguments.folder / "cache" if arguments.folder else Path(temporary) / "cache")
-        imports = measure("imports", data, cache, False)["peak"]
-        measure("ours, no cache", data, cache, False)  # warm: the files are in the page cache for every side
+        imports = measure("imports", data, cache)["peak"]
+        measure("ours, no cache", data, cache)  # warm: the files are in the page cache for every side
         results = {side: [] for side in SIDES}
         for _ in range(arguments.runs):
             for side in SIDES:
-                results[side].append(measure(side, data, cache, arguments.cold))
+                results[side].append(measure(side, data, cache))
         size = results["ours, no cache"][0]
         common.report("Loading", data=f"{description}; {size['frames']:,} frames",
                       packed=f"{size['packed'] / 1e6:,.1f} MB",
-                      runs=f"{arguments.runs} of each side, alternating, each in a fresh process; "
-                           f"page cache {'emptied before each' if arguments.cold else 'warm'}")
+                      runs=f"{arguments.runs} of each side, alternating, each in a fresh process; page cache warm")
         print("Time to load all three partitions; how many times as fast as the first row")
         common.print_table({side: [result["seconds"] for result in results[side]] for side in SIDES}, "s", 3, "low")
         print(f"Peak memory above that of the imports ({imports / 1e6:.0f} MB); relative to the packed arrays")

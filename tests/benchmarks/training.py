@@ -91,14 +91,12 @@ def main():
     parser.add_argument("--batch", type=int, default=2048)
     parser.add_argument("--context", type=int, default=50)
     parser.add_argument("--steps", type=int, default=200 if common.DEVICE == "cuda" else 6, help="a run")
-    parser.add_argument("--usual-limit", type=int, help="only so many utterances for the usual way")
     arguments = parser.parse_args()
     batch, steps = arguments.batch, arguments.steps
     config = {**NOTEBOOK["config"], "context": arguments.context, "batch_size": batch}
     with common.corpus(arguments) as (data, description):
         dataset = helpers.AudioDataset(data, context=config["context"], device=common.DEVICE)
-        usual_data = common.UsualDataset(data, context=config["context"], limit=arguments.usual_limit,
-                                         masks=config["augmentations"])
+        usual_data = common.UsualDataset(data, context=config["context"], masks=config["augmentations"])
     loader = helpers.make_loader(dataset, batch, shuffle=True)
     if min(len(dataset), len(usual_data)) < batch:
         raise SystemExit(f"{len(dataset):,} frames are less than a batch of {batch}: take a larger corpus")
