@@ -48,12 +48,13 @@ def cpu_name():
 def report(title, **facts):
     """Print the title, the machine and versions, and what was measured on."""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout
     print(f"# {title}\n")
     rows = {"CPU": f"{cpu_name()}, {os.cpu_count()} cores, {memory:.0f} GiB, {torch.get_num_threads()} threads",
             "device": torch.cuda.get_device_name() if DEVICE == "cuda" else "cpu",
             "versions": f"Python {platform.python_version()}, torch {torch.__version__}, torchaudio "
                         f"{torchaudio.__version__}, numpy {np.__version__}",
-            "commit": subprocess.check_output(["git", "rev-parse", "HEAD"], cwd=ROOT, text=True)[:12],
+            "commit": commit[:12],
             "load average": f"{os.getloadavg()[0]:.1f} (what else runs makes the figures worse)", **facts}
     for name, value in rows.items():
         print(f"{name + ':':15} {value}")
