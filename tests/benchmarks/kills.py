@@ -202,10 +202,10 @@ def main(kills):
         references, seconds = {}, {}
         for i, (name, changes) in enumerate(CONFIGS.items()):
             for attempt in range(2):  # the second one without the server's start: the time of a run
-                start = time.perf_counter()
+                started = time.perf_counter()
                 child = start(folder / f"reference{i}-{attempt}", data, changes, pause=PAUSE)
                 child.join()
-                seconds[name] = time.perf_counter() - start
+                seconds[name] = time.perf_counter() - started
             references[name] = outcome(folder / f"reference{i}-0")
         tally, resumes, runs, identical = Counter(), 0, 0, 0
         while tally.total() < kills:
