@@ -1,4 +1,4 @@
-"""What the notebook hw1p2_starter.ipynb (frame-level phoneme classification) does not show, as the data flow:
+"""What the notebook hw1p2_starter.ipynb stands on, in the order in which the data flow.
 
     read_partition                                  a folder of .npy files -> one array, packed and cached
     AudioDataset, make_loader                       windows of it, and batches of windows
