@@ -4,13 +4,10 @@
     AudioDataset, make_loader                       windows of it, and batches of windows
     mask_frames                                     SpecAugment's masks
     confusion_matrix, border_distance               how good predictions are
-    save_checkpoint, load_checkpoint, snapshot,
-    restore, lock_run                               a run that can be carried on
+    save_checkpoint, load_checkpoint, restore       a run that can be carried on
     write_submission, read_submission, submit       the CSV
     make_practice_corpus, make_librispeech_corpus   speech for those who have no data
     get_data                                        where the data come from
-
-Faulty data raise a DataError, what else stops a run a RunError; both say what to do.
 """
 
 import _ctypes
@@ -49,7 +46,8 @@ PARTITIONS = ("train-clean-100", "dev-clean", "test-clean")
 KINDS = ("mfcc", "transcript")  # folders of a partition; test has the first one only
 COEFFICIENTS = 28  # MFCCs a frame; a frame every 10 ms
 COMPETITION = "11785-spring-25-hw-1-p-2"
-KAGGLE_FOLDER = "11785-s25-hw1p2"  # as its archive unpacks
+KAGGLE_FOLDER = "11785-s25-hw1p2"
+LIBRISPEECH = "gilkeyio/librispeech-alignments"  # on the Hugging Face hub: 33,862 utterances, 7 GB; 5.3 GB as MFCCs
 KAGGLE = Path("/kaggle")  # on Kaggle's own notebooks: input/ is what was attached, working/ is kept
 
 
@@ -67,8 +65,7 @@ class RunError(RuntimeError):
 def replacing(path, size):
     """Give a temporary path beside `path`; flush it and move it into place only if the block succeeds.
 
-    A reader sees the old file or the new one, never a part. A RunError tells a full disk, and how much room `size`
-    bytes need.
+    A reader sees the old file or the new one, never a part. A RunError tells a full disk, and the `size` needed, bytes.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.tmp")
@@ -94,13 +91,13 @@ def alone(path):
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            lock.acquire(timeout=0)
+            held = lock.acquire(timeout=0)
         except Timeout:
             print(f"another notebook is making {path}: waiting for it")
-            lock.acquire()
+            held = lock.acquire()
     except OSError as error:
         raise RunError(f"{path} cannot be made: {error}") from error
-    with lock:
+    with held:
         yield
 
 
@@ -161,7 +158,6 @@ def _contents(utterances):
             return path.read_bytes()
         except OSError as error:
             return error
-
     return [[*map(read, paths)] for paths in utterances]
 
 
@@ -195,8 +191,12 @@ def _convert(contents, paths):
 def _raise_faults(folder, faults):
     if faults:
         more = [f"... and {len(faults) - 10:,} more"] if len(faults) > 10 else []
-        message = "\n".join([f"{folder}: {len(faults):,} fault(s) in the data", *faults[:10], *more])
-        raise DataError(message.encode(errors="backslashreplace").decode())  # names may have bytes that are no text
+        raise DataError(_printable("\n".join([f"{folder}: {len(faults):,} fault(s) in the data", *faults[:10], *more])))
+
+
+def _printable(text):
+    """Text with file names as it can be printed: their bytes that are no text are escaped."""
+    return text.encode(errors="backslashreplace").decode()
 
 
 def _pack(folder, names, kinds, gap):
@@ -237,11 +237,11 @@ def _list_utterances(folder, kinds, subset):
         names[kind] = [name for name in found if name.endswith(".npy") and not name.startswith(".")]
         if ignored := sorted({*found} - {*names[kind]}):
             print(f"{folder.name}: ignored {len(ignored)} file(s) in {kind} that are not utterances: "
-                  + ", ".join(map(repr, ignored[:5])))
+                  + ", ".join(map(_printable, ignored[:5])))
     if not names["mfcc"]:
         raise DataError(f"{folder / 'mfcc'}: there are no .npy files in it; expected one for each utterance")
-    _raise_faults(folder, [f"{folder / kind / name}: no {other} file of the same name in {folder / other}"
-                           for kind, other in itertools.permutations(kinds, 2)
+    _raise_faults(folder, [f"{folder / kind / name}: no {'transcript' if kind == 'mfcc' else 'MFCC file'} of the same "
+                           f"name in {folder / other}" for kind, other in itertools.permutations(kinds, 2)
                            for name in sorted({*names[kind]} - {*names[other]})])
     mfccs = names["mfcc"]
     if int(subset * len(mfccs)) < 1:
@@ -255,7 +255,6 @@ def _cache_key(folder, names, kinds, gap):
         with contextlib.suppress(OSError):  # a link to nowhere: reading it tells
             stats = [os.stat(os.path.join(folder, kind, name)) for kind in kinds]
             return name, *((stat.st_size, stat.st_mtime_ns) for stat in stats)
-
     return hashlib.sha256(repr(("packed 3", folder.name, gap, [*in_order(stamp, names)])).encode()).hexdigest()
 
 
@@ -269,19 +268,16 @@ def _open_cache(path, key):
 def read_partition(root, partition, subset=1, gap=GAP, cache=None):
     """Read, check, normalise and pack one partition.
 
-    Args:
-        root: data folder in the course's layout.
-        partition: "train-clean-100", "dev-clean", or "test-clean" (which has no transcripts and is always whole).
-        subset: the first int(subset * n) utterances of the n, in sorted order.
-        gap: rows of zeros before, between and after the utterances.
-        cache: folder for a packed copy (safetensors), written once and then mapped.
+    root: data folder in the course's layout.
+    partition: "train-clean-100", "dev-clean", or "test-clean" (which has no transcripts and is always whole).
+    subset: the first int(subset * n) utterances of the n, in sorted order.
+    gap: rows of zeros before, between and after the utterances.
+    cache: folder for a packed copy (safetensors), written once and then mapped.
 
-    Returns:
-        dict of CPU tensors: "frames" float16 (rows, 28), normalised per utterance, in zero rows of `gap`;
-        "labels" uint8 (n frames,), empty for test; "starts" int64 (utterances + 1,), the first frame of each utterance
-        and the number of all, counted without the gaps; "deviations" float32 (28,), the mean over the utterances of
-        each coefficient's standard deviation before normalisation.
-
+    Returns a dict of CPU tensors: "frames" float16 (rows, 28), normalised per utterance, in zero rows of `gap`;
+    "labels" uint8 (n frames,), empty for test; "starts" int64 (utterances + 1,), the first frame of each utterance
+    and the number of all, counted without the gaps; "deviations" float32 (28,), the mean over the utterances of
+    each coefficient's standard deviation before normalisation.
     Raises a DataError that tells all faulty files together, the first ten by name.
     """
     folder, packed = Path(root) / partition, None
@@ -395,10 +391,9 @@ class Batches(Sampler):
 
 
 def make_loader(dataset, batch_size, shuffle=False, seed=23):
-    """A DataLoader over whole batches (`batch_size=None`: the sampler gives the indexes of a batch at once).
+    """A DataLoader of whole batches: float16 (B, 2c+1, 28) and int64 (B,), or the frames alone for test, on the device.
 
-    It yields float16 (B, 2c+1, 28) and int64 (B,), or the frames alone for test, on the dataset's device. No workers:
-    a batch is one gather, which is quicker than passing it between processes.
+    No workers: a batch is one gather, which is quicker than passing it between processes.
     """
     return DataLoader(dataset, sampler=Batches(len(dataset), batch_size, shuffle, seed, dataset.frames.device),
                       batch_size=None)
@@ -421,10 +416,9 @@ def mask_frames(frames, augmentations="Both", freq_mask_param=4, time_mask_param
     The width is uniform over 0 ... param and the position over all that fit (Park et al., "SpecAugment", 2019).
     Zero is the mean after normalisation.
 
-    Args:
-        frames: float16 or float32 (B, 2c+1, 28); changed in place, and returned.
-        augmentations: "FreqMask", "TimeMask", "Both" or None.
-        iid_masks: False for torchaudio's: one mask for the whole batch, never as wide as param nor over the last row.
+    frames: float16 or float32 (B, 2c+1, 28); changed in place, and returned.
+    augmentations: "FreqMask", "TimeMask", "Both" or None.
+    iid_masks: False for torchaudio's: one mask for the whole batch, never as wide as param nor over the last row.
     """
     bits = frames.view(torch.int16 if frames.dtype == torch.float16 else torch.int32)
     for name, axis, param in (("FreqMask", 2, freq_mask_param), ("TimeMask", 1, time_mask_param)):
@@ -487,12 +481,8 @@ def save_checkpoint(path, state):
 def load_checkpoint(path, config=None):
     """The dict of `save_checkpoint`, on the CPU; None where there is no such file.
 
-    Args:
-        config: where given, the checkpoint's own "config" must agree with it in all but FREE_KEYS, and "epochs" where
-            the schedule does not depend on it.
-
-    Raises:
-        RunError: the file is damaged or foreign, or was written with another config.
+    config: where given, the checkpoint's own "config" must agree with it in all but FREE_KEYS, and "epochs" where the
+    schedule does not depend on it. Raises a RunError where they differ, or the file is damaged or foreign.
     """
     path = Path(path)
     if not path.exists():
@@ -515,8 +505,9 @@ def load_checkpoint(path, config=None):
                        if key not in free and saved.get(key) != config[key]]
         if differences:
             raise RunError(f"{path}: this run was started with another config:\n  " + "\n  ".join(differences) +
-                           "\nSet these back to carry on with it, or choose another config['Name'] for a fresh run. "
-                           "(Cosine annealing and dropout_ramp are planned for a fixed number of epochs.)")
+                           "\nSet these back to carry on with it, or choose another config['Name'] for a fresh run."
+                           + (" (Cosine annealing and dropout_ramp are planned for a fixed number of epochs.)"
+                              if any(line.startswith("epochs") for line in differences) else ""))
     return state
 
 
@@ -551,11 +542,8 @@ def write_submission(path, predictions):
 def read_submission(path, ids=None):
     """The labels of a CSV as Kaggle takes it, str array (n,).
 
-    Args:
-        ids: what the ids must be, one a test frame; None: 0, 1, 2, as many as there are.
-
-    Raises:
-        DataError: the header, an id, a label or the number of rows is not as expected.
+    ids: what the ids must be, one a test frame; None: 0, 1, 2, as many as there are.
+    Raises a DataError where the header, an id, a label or the number of rows is not as expected.
     """
     try:
         table = pd.read_csv(path, dtype=str, keep_default_na=False)
@@ -631,9 +619,9 @@ def _write_utterance(folder, name, audio, rate, phones):
 
 @contextlib.contextmanager
 def _new_corpus(root):
-    """Give a folder ROOT.partial with the course's folders; it becomes `root` when the block has succeeded.
+    """Give a folder ROOT.partial with the course's folders, and what an earlier call has left there.
 
-    What an earlier call has left there stays. At the end the transcripts of test become ROOT/answers.csv.
+    It becomes `root` when the block has succeeded; the transcripts of test become ROOT/answers.csv.
     """
     if root.exists():
         raise FileExistsError(f"{root} exists already: delete it to have it made again")
@@ -645,8 +633,9 @@ def _new_corpus(root):
     except OSError as error:
         raise RunError(f"{root} could not be made ({error}): {shutil.disk_usage(partial).free / 1e6:,.0f} MB are free. "
                        "Free some space and run again.") from error
-    if not all(any((partial / name / "mfcc").iterdir()) for name in PARTITIONS):
-        raise DataError(f"{partial}: no utterances for one of the partitions; expected some in each")
+    for name in PARTITIONS:
+        if not any((partial / name / "mfcc").iterdir()):
+            raise DataError(f"{partial}: no utterances for {name}; expected some in each partition")
     answers = partial / "test-clean" / "transcript"
     if not (partial / "answers.csv").exists():
         write_submission(partial / "answers.csv",
@@ -673,8 +662,7 @@ PANGRAMS = [" ".join(sentence.split()) + "." for sentence in """
     usual choice was good: wash the huge brown jar, take each thing out, then enjoy a bowl of very hot yams
     with sugar and pears. Our loyal judge took a vision of the yacht shop to church; there both birds sang,
     you gave them all a clean white hat, and I heard my father laugh out loud at the zoo""".split(".")]
-# eSpeak NG's variants of en-us that sound like people, for train, dev and test; none with `breath`, a noise that comes
-# out different each time.
+# eSpeak NG's variants of en-us that sound like people, for train, dev, test; none with `breath`, which always differs
 VOICES = [voices.split() for voices in (
     """Alex Andrea Andy Annie AnxiousAndy Denis Diogo Gene Henrique Hugo Jacky Lee Mario Michael Nguyen adam anika aunty
     belinda benjamin boris ed edward f1 grandma grandpa gustave ian iven iven3 klatt klatt2 klatt4 klatt6 m1 m3 m5 m7
@@ -701,10 +689,15 @@ def speak(text, voice="", rate=175, pitch=50):
     """Speak a text with eSpeak NG: `voice` is a variant of en-us, `rate` in words a minute, `pitch` 0 to 99.
 
     Returns (audio, phones): float32 (samples,) at 22,050 Hz; a list of (phoneme, start, end) in seconds, ARPAbet or
-    [SIL]. Raises ImportError where eSpeak NG does not load, DataError for a phoneme that ARPABET has no entry for.
+    [SIL]. Raises ImportError where eSpeak NG does not load, DataError for an unknown voice or phoneme.
     """
-    import espeakng_loader  # here, because only the practice corpus needs it
-    espeak, data = ctypes.CDLL(espeakng_loader.get_library_path()), os.fsencode(espeakng_loader.get_data_path())
+    try:
+        import espeakng_loader  # here, because only the practice corpus needs it
+        espeak, data = ctypes.CDLL(espeakng_loader.get_library_path()), espeakng_loader.get_data_path()
+    except (ImportError, RuntimeError, OSError) as error:
+        raise ImportError(f"eSpeak NG does not load ({error}): pip install espeakng-loader") from error
+    if voice and not Path(data, "voices", "!v", voice).is_file():  # eSpeak would take its plain voice
+        raise DataError(f"eSpeak NG has no voice en-us+{voice}: expected a variant in {data}/voices/!v")
     audio, events = [], []
 
     @ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(ctypes.c_short), ctypes.c_int, ctypes.POINTER(_Event))
@@ -719,7 +712,7 @@ def speak(text, voice="", rate=175, pitch=50):
 
     try:
         # 2: AUDIO_OUTPUT_SYNCHRONOUS; 1: PHONEME_EVENTS; 0x8000: DONT_EXIT, return an error instead
-        if espeak.espeak_Initialize(2, 0, data, 1 | 0x8000) != ESPEAK_RATE:
+        if espeak.espeak_Initialize(2, 0, os.fsencode(data), 1 | 0x8000) != ESPEAK_RATE:
             raise ImportError("eSpeak NG does not find its data: reinstall espeakng-loader with pip")
         espeak.espeak_SetSynthCallback(callback)
         espeak.espeak_SetVoiceByName(f"en-us+{voice}".rstrip("+").encode())
@@ -748,9 +741,9 @@ def practice_utterance(partition, index, seed=23):
     Partitions share neither sentences nor voices. Returns (text, voice, rate, pitch), the arguments of `speak`.
     """
     rng = np.random.default_rng((seed, partition, index))
-    who, did, where, when = rng.integers(9, size=4)
-    when = 3 * (when // 3) + (partition - who - did - where) % 3  # the sum tells the partition
-    text = " ".join(entries[i] for entries, i in zip(GRAMMAR, (who, did, where, when)))
+    numbers = np.random.default_rng(seed).permutation(9**4)[partition::3]  # of this partition's sentences
+    which = np.unravel_index(numbers[index % len(numbers)], [9] * 4)
+    text = " ".join(entries[i] for entries, i in zip(GRAMMAR, which))
     text = PANGRAMS[partition] if index == 0 else text[0].upper() + text[1:] + "."
     voice = VOICES[partition][index % len(VOICES[partition])]
     return text, voice, int(rng.integers(140, 200)), int(rng.integers(35, 66))
@@ -760,48 +753,73 @@ def make_practice_corpus(root, utterances=(370, 52, 52), seed=23):
     """Make a corpus in the course's layout under `root`, spoken by eSpeak NG: the same seed, the same bytes.
 
     `root` appears when everything is written. ROOT/answers.csv (`id,label`) has the test frames' phonemes.
-
     utterances: of train, dev and test, at least 1 each; the defaults make half an hour of speech.
     Raises FileExistsError where `root` exists, ImportError without eSpeak NG, RunError where the disk is full.
     """
+    if len(utterances) != 3 or min(utterances) < 1:
+        raise DataError(f"utterances {utterances}: expected three numbers >= 1")
     shutil.rmtree(f"{root}.partial", ignore_errors=True)
     with _new_corpus(Path(root)) as partial:
         jobs = [(p, i) for p, count in enumerate(utterances) for i in range(count)]
         for p, i in tqdm(jobs, "practice corpus", leave=False, delay=30):
             audio, phones = speak(*practice_utterance(p, i, seed))
             rng = np.random.default_rng((seed, p, i, 1))
-            silence = rng.uniform(1 / 8, 1 / 2, 2)  # seconds before and after; eSpeak alone starts at once
-            audio = np.pad(audio, [int(seconds * ESPEAK_RATE) for seconds in silence])
+            silence = (rng.uniform(1 / 8, 1 / 2, 2) * ESPEAK_RATE).astype(int)  # around it; eSpeak starts at once
+            audio, shift = np.pad(audio, silence), silence[0] / ESPEAK_RATE
             noise = rng.standard_normal(len(audio), dtype=np.float32)
             audio += noise * np.float32(audio.std() * 10 ** (-rng.uniform(20, 40) / 20))  # 20 to 40 dB below
-            shift = int(silence[0] * ESPEAK_RATE) / ESPEAK_RATE
             phones = [(phoneme, start + shift, end + shift) for phoneme, start, end in phones]
             _write_utterance(partial / PARTITIONS[p], f"{i:06d}", audio, ESPEAK_RATE, phones)
 
 
-LIBRISPEECH = "gilkeyio/librispeech-alignments"  # on the Hugging Face hub: 33,862 utterances, 7 GB; 5.3 GB as MFCCs
+def _sources(source):
+    """(name, arguments of `load_dataset`, partitions that the rows go to in turn) of each split or local file."""
+    if Path(source).exists():
+        files = sorted(Path(source).rglob("*.parquet")) if Path(source).is_dir() else [Path(source)]
+        named = [[name for name in PARTITIONS if file.name.replace("_", "-").startswith(name)] for file in files]
+        return [(str(file), {"path": "parquet", "data_files": str(file), "split": "train"},
+                 partitions or 3 * PARTITIONS[:1] + PARTITIONS[1:]) for file, partitions in zip(files, named)]
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)):
+        raise DataError(f"{source}: no such file or folder; expected .parquet, or a dataset's name on the hub")
+    return [(f"{source}, {name}", {"path": source, "split": name.replace("-", "_")}, [name]) for name in PARTITIONS]
 
 
 def _convert_row(job):
     """Write an utterance; job: (folder, row). Returns (id, number of unknown words, why it is left out or None)."""
     import soundfile
     folder, row = job
+    phones = row["phonemes"] or []
     if not re.fullmatch(r"[\w-]+", str(row["id"])):  # it becomes the name of a file
         raise DataError(f"the id {row['id']!r} is no name of a file; expected one such as 103-1240-0000")
-    phones = [(phone["phoneme"] or "sil", phone["start"], phone["end"]) for phone in row["phonemes"] or []]
+    if isinstance(phones, dict):  # a list of structs in older versions of datasets
+        phones = [dict(zip(phones, values)) for values in zip(*phones.values())]
+    if not phones:
+        return row["id"], 0, "no alignment"
     try:
         audio, rate = soundfile.read(io.BytesIO(row["audio"]["bytes"]), dtype="float32")
     except (RuntimeError, TypeError) as error:
         raise DataError(f"{row['id']}: the audio cannot be decoded ({error}); expected FLAC") from None
-    missing = len(audio) / rate - max((end for _, _, end in phones), default=0)
+    missing = len(audio) / rate - max(phone["end"] for phone in phones)
     if missing > 0.5:
-        return row["id"], 0, f"its phones end {missing:.2f} s before the audio" if phones else "no alignment"
-    unknown_words = sum(name == "spn" for name, _, _ in phones)
-    phones = [("[SIL]" if name in ("sil", "sp", "spn") else name.rstrip("012"), *times) for name, *times in phones]
-    if unknown := {name for name, _, _ in phones} - {*_INDEX}:
-        raise DataError(f"{row['id']}: unknown phones {sorted(unknown)}; expected {' '.join(_INDEX)}, sil, sp or spn")
-    _write_utterance(folder, row["id"], audio, rate, sorted(phones, key=lambda phone: phone[1]))
-    return row["id"], unknown_words, None
+        return row["id"], 0, f"its phones end {missing:.2f} s before the audio"
+    spans = []
+    for phone in sorted(phones, key=lambda phone: phone["start"]):
+        silent = phone["phoneme"] in ("sil", "sp", "spn", "", None)  # spn: an unknown word
+        spans.append(("[SIL]" if silent else phone["phoneme"].rstrip("012"), phone["start"], phone["end"]))
+        if spans[-1][0] not in _INDEX:
+            raise DataError(f"{row['id']}: the phone {phone['phoneme']!r} at {phone['start']:.2f} s is unknown; "
+                            f"expected {' '.join(PHONEMES[1:40])}, with a stress digit or without, sil, sp or spn")
+    _write_utterance(folder, row["id"], audio, rate, spans)
+    return row["id"], sum(phone["phoneme"] == "spn" for phone in phones), None
+
+
+def _convert_shard(rows, partial, partitions, bar):
+    """Write the utterances of a shard. Returns what `_convert_row` does, for each."""
+    jobs, records = zip(map(partial.joinpath, itertools.cycle(partitions)), rows), []
+    for record in in_order(_convert_row, jobs):
+        records.append(record)
+        bar.update()
+    return records
 
 
 def make_librispeech_corpus(root, source=LIBRISPEECH):
@@ -809,44 +827,37 @@ def make_librispeech_corpus(root, source=LIBRISPEECH):
 
     Read as a stream: neither the audio nor the dataset is ever whole on the disk or in memory. Killed or cut off, the
     next call goes on with the shard it was in and ends with the same bytes. ROOT/answers.csv (`id,label`) has the test
-    frames' phonemes, ROOT/left-out.txt the utterances whose phones end more than half a second before the audio.
+    frames' phonemes, ROOT/left-out.txt the utterances without alignment or whose phones end half a second too early.
 
-    Args:
-        source: a dataset of the Hugging Face hub, or a folder with a copy of it: splits train_clean_100, dev_clean and
-            test_clean with the columns `id`, `audio` {bytes, path} and `phonemes` [{phoneme, start, end}] (ARPAbet,
-            seconds; sil, sp, gaps and unknown words, spn, are silence).
-
-    Raises:
-        FileExistsError: `root` exists. DataError: a damaged row. RunError: the source, the network or the disk.
+    source: a dataset of the Hugging Face hub, or a local .parquet file or a folder of them, with the columns `id`,
+    `audio` {bytes, path} and `phonemes` [{phoneme, start, end}] (ARPAbet, seconds). A file named train_clean_100...,
+    dev_clean... or test_clean... is of that partition; of another one, train gets three utterances in five.
+    Raises FileExistsError where `root` exists, DataError for bad files or rows, RunError for the network or the disk.
     """
     import datasets
-    records = []
-    with _new_corpus(Path(root)) as partial, tqdm(total=33_862, desc="LibriSpeech", leave=False) as bar:
-        try:
-            for partition in PARTITIONS:
-                stream = datasets.load_dataset(str(source), split=partition.replace("-", "_"), streaming=True)
-                # without datasets' own decoding, which needs torchcodec
-                stream = stream.select_columns(["id", "audio", "phonemes"])
-                stream = stream.cast_column("audio", datasets.Audio(decode=False))
+    total, records = None if Path(source).exists() else 33_862, []
+    with _new_corpus(Path(root)) as partial, tqdm(total=total, desc="LibriSpeech", leave=False) as bar:
+        for number, (name, arguments, partitions) in enumerate(_sources(source)):
+            try:
+                stream = datasets.load_dataset(**arguments, streaming=True).select_columns(["id", "audio", "phonemes"])
+                stream = stream.cast_column("audio", datasets.Audio(decode=False))  # decoding it needs torchcodec
                 for i in range(stream.num_shards):
-                    done = partial / f"{partition}-{i}.json"
-                    shard = json.loads(done.read_text()) if done.exists() else []
-                    bar.update(len(shard))
-                    if not shard:
-                        jobs = ((partial / partition, row) for row in stream.shard(stream.num_shards, i))
-                        for record in in_order(_convert_row, jobs):
-                            shard.append(record)
-                            bar.update()
+                    done = partial / f"{number:03d}-{i:03d}.json"
+                    if not done.exists():
+                        shard = _convert_shard(stream.shard(stream.num_shards, i), partial, partitions, bar)
                         with replacing(done, 0) as temporary:
                             temporary.write_text(json.dumps(shard))
-                    records += map(tuple, shard)
-        except DataError:
-            raise
-        except Exception as error:  # a dozen kinds, of four libraries
-            raise RunError(f"{source} could not be converted ({type(error).__name__}: {str(error)[:300]}). Expected "
-                           "LibriSpeech alignments (id, audio, phonemes). Check the connection and the disk: the whole "
-                           f"needs 5,600 MB, {shutil.disk_usage(partial).free / 1e6:,.0f} MB are free. What is "
-                           f"converted is kept in {partial}: run again.") from error
+                    records += map(tuple, json.loads(done.read_text()))
+                    bar.update(len(records) - bar.n)
+            except DataError:
+                raise
+            except Exception as error:  # a dozen kinds, of four libraries
+                if Path(name).exists() and not isinstance(error, OSError):
+                    raise DataError(f"{name}: unreadable parquet ({error!r:.300}); expected LibriSpeech alignments "
+                                    "(id, audio, phonemes)") from error
+                there = sum(path.stat().st_size for path in partial.rglob("*") if path.is_file()) / 1e6
+                raise RunError(f"{name}: {error!r:.300}. Check the connection and run again. In all, LibriSpeech needs "
+                               f"about 5,600 MB; {there:,.0f} MB are there, kept in {partial}.") from error
         left_out = [f"{name}: {why}\n" for name, _, why in sorted(records) if why]
         (partial / "left-out.txt").write_text("".join(left_out))
     print(f"{root}: {len(records) - len(left_out):,} utterances; {len(left_out):,} left out (their ids are in "
@@ -858,31 +869,26 @@ def make_librispeech_corpus(root, source=LIBRISPEECH):
 def get_data(choice, cache):
     """The data folder that config["data"] asks for. What is not there yet is fetched or made first.
 
-    Args:
-        choice: "auto": $HW1P2_DATA, else Kaggle's data where they lie already, else the practice corpus;
-            "practice", "kaggle" (downloaded with kagglehub), "librispeech" (see `make_librispeech_corpus`).
-        cache: folder for a corpus that is made.
-
-    Raises:
-        RunError: it cannot be fetched or written; what is there already is kept for the next start.
+    choice: "auto": $HW1P2_DATA, else Kaggle's data where they lie already, else the practice corpus; "practice",
+    "kaggle" (downloaded with kagglehub), "librispeech" (see `make_librispeech_corpus`). cache: where corpora are made.
+    Raises a RunError where it cannot be fetched or written; what is there already is kept for the next start.
     """
     if choice == "auto" and os.environ.get("HW1P2_DATA"):
         return Path(os.environ["HW1P2_DATA"])
-    attached = KAGGLE / "input" / COMPETITION
-    there = [folder for folder in (Path(KAGGLE_FOLDER), attached / KAGGLE_FOLDER, attached) if folder.is_dir()]
-    if there and choice in ("auto", "kaggle"):
-        return there[0]
-    if choice == "kaggle":
+    there = [folder for folder in (Path(KAGGLE_FOLDER), KAGGLE / "input" / COMPETITION) if folder.is_dir()]
+    if choice == "kaggle" and not there:
         import kagglehub
         try:  # it resumes a broken download, compares the checksum, unpacks, and knows Colab's secrets
-            folder = Path(kagglehub.competition_download(COMPETITION))
+            there = [Path(kagglehub.competition_download(COMPETITION))]
         except Exception as error:  # its own, of the network, of the archive, of the disk
             raise RunError(f"Kaggle's data could not be fetched ({type(error).__name__}: {str(error)[:300]}).\n"
-                           f"{KAGGLE_CAUSES} Or the disk is full: unpacking needs about 9 GB. What has been "
-                           "downloaded is kept: run again.") from error
-        return folder / KAGGLE_FOLDER if (folder / KAGGLE_FOLDER).is_dir() else folder
-    name, make = (("librispeech", make_librispeech_corpus) if choice == "librispeech" else
-                  ("practice-corpus", make_practice_corpus))
+                           f"{KAGGLE_CAUSES} Or the disk is full: 9 GB are needed. What is there is kept: run again."
+                           ) from error
+    if choice in ("auto", "kaggle") and there:
+        inside = there[0] / KAGGLE_FOLDER  # as the archive unpacks
+        return inside if inside.is_dir() else there[0]
+    name, make = {"practice": ("practice-corpus", make_practice_corpus),
+                  "librispeech": ("librispeech", make_librispeech_corpus)}[choice.replace("auto", "practice")]
     root = Path(cache) / name
     if not root.exists():
         with alone(root):  # of two notebooks that ask at once, the second one waits

@@ -141,15 +141,15 @@ FAULTS = {  # what: (damage to the partition's folder, file named, words of the 
     **{f"{kind} a link to nowhere": (lambda folder, kind=kind: link_to_nowhere(folder / kind / "0001.npy"),
                                      f"{kind}/0001.npy", "No such file") for kind in ("mfcc", "transcript")},
     # the folders
-    "no transcript": (lambda folder: (folder / TRANSCRIPT).unlink(), MFCC, "no transcript file of the same name in"),
-    "no MFCCs": (lambda folder: (folder / MFCC).unlink(), TRANSCRIPT, "no mfcc file of the same name in"),
+    "no transcript": (lambda folder: (folder / TRANSCRIPT).unlink(), MFCC, "no transcript of the same name in"),
+    "no MFCCs": (lambda folder: (folder / MFCC).unlink(), TRANSCRIPT, "no MFCC file of the same name in"),
     "partition missing": (shutil.rmtree, "mfcc", "no such folder; expected ROOT/"),
     "mfcc missing": (lambda folder: shutil.rmtree(folder / "mfcc"), "mfcc", "no such folder; expected ROOT/"),
     "transcript missing": (lambda folder: shutil.rmtree(folder / "transcript"), "transcript", "no such folder"),
     "mfcc empty": (lambda folder: [path.unlink() for path in (folder / "mfcc").iterdir()], "mfcc",
                    "there are no .npy files in it; expected one for each utterance"),
     "transcript empty": (lambda folder: [path.unlink() for path in (folder / "transcript").iterdir()],
-                         "mfcc/0002.npy", "no transcript file of the same name"),
+                         "mfcc/0002.npy", "no transcript of the same name"),
     "mfcc a file": (lambda folder: (shutil.rmtree(folder / "mfcc"), (folder / "mfcc").touch()), "mfcc", "no such fold"),
 }
 
@@ -210,7 +210,7 @@ def test_strays_are_ignored_with_a_note(root, capsys):
     dataset = AudioDataset(root, "dev-clean")
     note = capsys.readouterr().out
     assert "dev-clean: ignored 4 file(s) in mfcc that are not utterances: " in note
-    assert "dev-clean: ignored 2 file(s) in transcript that are not utterances: 'backup', 'desktop.ini'" in note
+    assert "dev-clean: ignored 2 file(s) in transcript that are not utterances: backup, desktop.ini" in note
     assert all(name in note for name in strays)
     assert dataset.frames.equal(expected.frames) and dataset.labels.equal(expected.labels)
     AudioDataset(root, "train-clean-100")

@@ -93,6 +93,13 @@ def test_other_arguments_have_another_cache(small, tmp_path, arguments):
                             helpers.read_partition(small, "dev-clean", **arguments))
 
 
+def test_partitions_do_not_mix(small, tmp_path):
+    for _ in range(2):
+        for partition in PARTITIONS:
+            assert packed_equal(helpers.read_partition(small, partition, cache=tmp_path),
+                                helpers.read_partition(small, partition))
+
+
 def test_damage_after_caching_is_seen(small, tmp_path):
     helpers.read_partition(small, "dev-clean", cache=tmp_path)
     with open(small / "dev-clean" / "mfcc" / "0002.npy", "ab") as file:

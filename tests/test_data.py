@@ -151,7 +151,8 @@ def test_other_ways_to_store_the_same(tmp_path, kind, dtype, order, version):
     expected = AudioDataset(tmp_path, "dev-clean")
     with open(path, "wb") as file:
         np.lib.format.write_array(file, np.asarray(array, dtype, order=order), version=version)
-    dataset = AudioDataset(tmp_path, "dev-clean")
+    stored, dataset = np.load(path), AudioDataset(tmp_path, "dev-clean")
+    assert stored.dtype == dtype and (stored.ndim == 1 or stored.flags.f_contiguous == (order == "F"))
     assert torch.equal(dataset.frames, expected.frames) and torch.equal(dataset.labels, expected.labels)
 
 
@@ -176,6 +177,17 @@ def test_a_batch_is_what_its_indexes_say(tmp_path, partition, shuffle):
             assert phonemes.dtype == torch.int64 and torch.equal(phonemes, torch.stack(labels))
         assert batch.shape == (size, 9, 28) and batch.dtype == torch.float16
         assert torch.equal(batch, torch.stack([*expected]))
+
+
+def test_without_shuffling_the_order_is_that_of_the_files(tmp_path):
+    write_partition(tmp_path, "dev-clean", [30, 13, 60])
+    dataset = AudioDataset(tmp_path, "dev-clean", 4)
+    loader = make_loader(dataset, 7)
+    for epoch in range(3):
+        loader.sampler.set_epoch(epoch)
+        assert order_of(loader) == list(range(103))
+    labels = [label for _, labels in read_partition(tmp_path, "dev-clean") for label in labels]
+    assert torch.cat([phonemes for _, phonemes in loader]).tolist() == labels
 
 
 @repeatable

@@ -89,6 +89,19 @@ def test_a_width_of_zero_masks_nothing(augmentations):
     assert mask_frames(torch.ones(500, FRAMES, COEFFICIENTS), augmentations, 0, 0).all()
 
 
+@pytest.mark.parametrize("rows", [1, 3, 7, 8, 9, 16, 101])
+def test_a_frequency_mask_covers_every_row(rows):
+    frames = mask_frames(torch.ones(500, rows, COEFFICIENTS, dtype=torch.float16), "FreqMask", 4)
+    assert torch.equal(frames, frames[:, :1].expand_as(frames))
+    assert 0.7 < (frames == 0).any(2)[:, 0].float().mean() < 0.9  # in four of five windows
+
+
+def test_a_single_frame_may_be_masked_whole():
+    frames = mask_frames(torch.ones(1000, 1, COEFFICIENTS), "TimeMask", time_mask_param=8)
+    share = (frames == 0).all(2).float().mean().item()
+    assert share == pytest.approx(0.5, abs=0.08)
+
+
 @pytest.mark.parametrize("augmentations", ["FreqMask", "TimeMask", "Both"])
 @pytest.mark.parametrize("view", [lambda frames: frames[::2], lambda frames: frames[:, 1:-1],
                                   lambda frames: frames.transpose(0, 1)])

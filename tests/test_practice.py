@@ -1,9 +1,8 @@
 """The practice corpus: layout, labels, the same bytes on every run (offline; needs espeakng-loader)."""
 
 import csv
-import itertools
 import random
-import shutil
+import sys
 from pathlib import Path
 
 import espeakng_loader
@@ -67,21 +66,20 @@ def check_labels(labels, partition, index):
     assert fits, "no shift makes the labels fit"
     after = (len(labels) * 160 + 352) / 16000 - fits[0] - len(audio) / helpers.ESPEAK_RATE
     assert 1 / 8 - 0.01 < fits[0] < 1 / 2 + 0.01
-    assert 1 / 8 - 0.02 < after < 1 / 2 + 0.02
+    assert 1 / 8 - 0.02 < after < 1 / 2 + 0.01
 
 
 @pytest.mark.parametrize("partition", [0, 1, 2])
 def test_labels_are_what_is_said_between_two_silences(corpus, partition):
-    for index, labels in enumerate(transcripts(corpus, partition)[:6]):
+    for index, labels in enumerate(transcripts(corpus, partition)):
         check_labels(labels, partition, index)
         assert set(labels[:11]) == set(labels[-11:]) == {"[SIL]"}
 
 
 def test_partitions_share_no_sentence_and_no_voice():
     scripts = [[helpers.practice_utterance(p, i) for i in range(2000)] for p in range(3)]
-    sentences = [{text for text, *_ in part} for part in scripts]
-    assert not any(a & b for a, b in itertools.combinations(sentences, 2))
-    assert all(len(part) >= 400 for part in sentences)
+    everything = [text for part in scripts for text, *_ in part]
+    assert len(set(everything)) == len(everything)  # so none is shared, and none comes twice
     assert [part[0][0] for part in scripts] == PANGRAMS
     assert [{voice for _, voice, *_ in part} for part in scripts] == [set(voices) for voices in VOICES]
     assert len(set().union(*VOICES)) == sum(map(len, VOICES))
@@ -113,7 +111,7 @@ def test_the_whole_vocabulary_is_mapped(voice):
     texts += [*PANGRAMS, *(helpers.practice_utterance(0, i)[0] for i in range(1, 200))]
     _, phones = helpers.speak(" ".join(texts), voice, rate=400)
     assert {phone for phone, _, _ in phones} == PHONES | {"[SIL]"}
-    assert len({word for entries in GRAMMAR for entry in entries for word in entry.lower().split()}) >= 90
+    assert len({word for entries in GRAMMAR for entry in entries for word in entry.lower().split()}) >= 100
 
 
 def test_an_unknown_mnemonic_is_refused(monkeypatch):
@@ -187,7 +185,16 @@ def test_a_full_disk_is_told(tmp_path, monkeypatch):
         helpers.make_practice_corpus(tmp_path / "corpus", (1, 1, 1))
 
 
-def test_a_corpus_without_a_partition_is_refused(tmp_path):
-    with pytest.raises(DataError, match="expected some in each"):
-        helpers.make_practice_corpus(tmp_path / "corpus", (1, 0, 1))
-    assert not (tmp_path / "corpus").exists() and shutil.rmtree(tmp_path / "corpus.partial") is None
+@pytest.mark.parametrize("utterances", [(1, 1), (0, 1, 1), (1, 1, 1, 1)])
+def test_numbers_out_of_range_are_refused(tmp_path, utterances):
+    with pytest.raises(DataError, match="expected"):
+        helpers.make_practice_corpus(tmp_path / "corpus", utterances)
+    assert not list(tmp_path.iterdir())
+
+
+def test_errors_say_what_to_install(monkeypatch):
+    with pytest.raises(DataError, match="nobody"):
+        helpers.speak("Hello.", "nobody")
+    monkeypatch.setitem(sys.modules, "espeakng_loader", None)
+    with pytest.raises(ImportError, match="pip install espeakng-loader"):
+        helpers.speak("Hello.")

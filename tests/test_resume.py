@@ -249,6 +249,19 @@ def stays_usable_when_full(path):
     assert helpers.load_checkpoint(path)["config"] == {"epoch": 1}
 
 
+def save_beyond_the_limit(path):
+    with kills.limited(1_000_000):
+        stays_usable_when_full(path)
+    helpers.save_checkpoint(path, STATE)
+
+
+def test_where_files_cannot_grow_the_previous_checkpoint_stays(tmp_path):
+    pytest.importorskip("resource")
+    helpers.save_checkpoint(tmp_path / "checkpoint.pt", {"config": {"epoch": 1}})
+    assert kills.in_child(save_beyond_the_limit, tmp_path / "checkpoint.pt") == 0  # the limit is for a whole process
+    assert helpers.load_checkpoint(tmp_path / "checkpoint.pt")["model"]["weight"].equal(STATE["model"]["weight"])
+
+
 def test_on_a_full_disk_the_previous_checkpoint_stays(tmp_path):
     disk = tmp_path / "disk"
     disk.mkdir()
