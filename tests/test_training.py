@@ -51,9 +51,7 @@ def settings(book, **changes):
 def built(book, config, input_size=INPUT):
     """Model, optimizer, scheduler and scaler as the notebook makes them, from the same seed."""
     torch.manual_seed(23)
-    model = book.Network(input_size, len(PHONEMES), config)
-    optimizer = book.make_optimizer(config, model)
-    return model, optimizer, book.make_scheduler(config, optimizer), torch.amp.GradScaler("cpu", enabled=False)
+    return tuple(book.make_parts(config, book.Network(input_size, len(PHONEMES), config)).values())
 
 
 def layer_names(model):
@@ -448,6 +446,12 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_leaves_the_checkpoint(book,
     for name in ("checkpoint.pt", "best.pt"):
         assert torch.load(tmp_path / name)["model"]["model.0.weight"].isfinite().all()
     assert len(helpers.load_checkpoint(tmp_path / "checkpoint.pt", config)["history"]) == 1
+
+
+def test_an_absurd_learning_rate_ends_in_a_readable_error(book, loaders, tmp_path):
+    config = settings(book, optimizers="sgd", learning_rate=100, epochs=3)
+    with pytest.raises(RunError, match="not finite"):
+        fit(book, config, built(book, config), loaders, tmp_path)
 
 
 def test_after_an_interrupt_the_run_carries_on_as_if_nothing_had_happened(book, loaders, data, tmp_path):

@@ -59,9 +59,7 @@ def train(config, seed, data, folder):
                    helpers.make_loader(val_data, 4 * config["batch_size"]))
         model = NOTEBOOK["Network"]((2 * config["context"] + 1) * helpers.COEFFICIENTS, len(helpers.PHONEMES),
                                     config).to(common.DEVICE)
-        optimizer = NOTEBOOK["make_optimizer"](config, model)
-        parts = {"model": model, "optimizer": optimizer, "scheduler": NOTEBOOK["make_scheduler"](config, optimizer),
-                 "scaler": NOTEBOOK["make_scaler"]()}
+        parts = NOTEBOOK["make_parts"](config, model)
         NOTEBOOK["begin"](config, parts, folder, train_data)
         history = NOTEBOOK["fit"](config, parts, *loaders, folder, SimpleNamespace(log=lambda *_, **__: None))
         model.load_state_dict(helpers.load_checkpoint(folder / "best.pt")["model"])
