@@ -19,9 +19,12 @@ import io
 import itertools
 import json
 import os
+import platform
 import re
+import secrets
 import shutil
 import subprocess
+import time
 import warnings
 import zipfile
 from collections import deque
@@ -109,6 +112,105 @@ def in_order(function, jobs):
         while pending:
             yield pending.popleft().result()
             pending.extend(itertools.islice(futures, 1))
+
+
+# ---- Config -------------------------------------------------------------------------------------------------
+
+NAME = r"[^./\\<>:\"|?*\x00-\x1f\x7f\s]([^/\\<>:\"|?*\x00-\x1f\x7f]*[^./\\<>:\"|?*\x00-\x1f\x7f\s])?"
+
+
+def _is_name(value):
+    """Can this text name a folder beside runs/cache, on every system?"""
+    with contextlib.suppress(UnicodeEncodeError):
+        return (isinstance(value, str) and re.fullmatch(NAME, value) is not None and len(value.encode()) <= 200
+                and value.casefold() != "cache")
+    return False
+
+
+def check_config(config, options):
+    """A checked copy of a config; numpy's numbers and one-element tensors in it become Python's.
+
+    options: what each key may be: a list of values, (type, lowest, highest), or str for a name of a folder.
+    Raises a ValueError that lists every unknown or missing key and every value that is not allowed.
+
+    Example: check_config({"epochs": np.int64(3)}, {"epochs": (int, 1, 10)})  # {"epochs": 3}
+    """
+    config = {key: value.item() if getattr(value, "ndim", None) == 0 else value for key, value in config.items()}
+    faults = [f"unknown key {key!r}; the keys are {', '.join(options)}" for key in config if key not in options]
+    faults += [f"the key {key!r} is missing" for key in options if key not in config]
+    for key, allowed in options.items():
+        value = config.get(key)
+        if allowed is str:
+            good = _is_name(value)
+            hint = ("1 to 200 characters (bytes in UTF-8) that can name a folder: none of / \\ < > : \" | ? *, no dot "
+                    "or blank at the ends; and not 'cache'")
+        elif isinstance(allowed, list):
+            good = any(type(value) is type(option) and value == option for option in allowed)
+            hint = ", ".join(map(repr, allowed))
+        else:
+            kind, low, high = allowed
+            good = isinstance(value, (int, kind)) and not isinstance(value, bool) and low <= value <= high
+            hint = f"{low} to {high} ({'a whole number' if kind is int else 'a number'})"
+        if key in config and not good:
+            faults.append(f"{key!r} is {value!r}; allowed: {hint}")
+    if faults:
+        raise ValueError("config: " + "\n        ".join(faults))
+    return config
+
+
+def variant_name(changes):
+    """The name of a variant by its changes to the config, a dict: short enough for a folder, the same each time."""
+    text = ",".join(f"{key}={value}" for key, value in sorted(changes.items())) or "base"
+    name = re.sub(r"[^\w.,=+-]", "_", text)
+    return name if _is_name(name) else f"{name[:40].strip('.')}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
+
+
+# ---- Device and precision ----------------------------------------------------------------------------------
+
+def pick_device():
+    """(device, its name): "cuda", "mps" or "cpu"; a RunError where there is a GPU that this torch cannot use."""
+    if not torch.cuda.is_available():
+        if torch.backends.mps.is_available():
+            return "mps", f"{platform.machine()} Apple GPU"
+        return "cpu", f"{platform.machine()} CPU, {os.cpu_count()} cores"
+    name = torch.cuda.get_device_name()
+    try:
+        torch.ones(8, device="cuda").sum().item()  # an old GPU is "available" and fails at its first operation
+    except RuntimeError as error:
+        raise RunError(f"torch {torch.__version__} cannot use this GPU, {name} ({str(error).splitlines()[0]}). Choose "
+                       "another one: on Kaggle Settings > Accelerator > GPU T4 x2, on Colab Runtime > Change runtime "
+                       "type > T4.") from None
+    others = torch.cuda.device_count() - 1
+    return "cuda", name + (f" (the first of {others + 1}: a run uses one)" if others else "")
+
+
+def pick_precision(device, saved=None):
+    """The dtype of the matrix products: what is fastest on this device, or what a resumed run had, if it can be had.
+
+    float16 needs a gradient scaler; bfloat16 has the range of float32 and needs none. `saved`: "float32", "bfloat16"
+    or "float16", from a checkpoint of the run.
+    """
+    if device == "mps":
+        return torch.float32
+    if device == "cuda":
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+        able = [torch.bfloat16, torch.float16] if native else [torch.float16]
+    else:  # float16 is emulated on CPUs, and so is bfloat16 on most
+        has = getattr(torch.cpu, "get_capabilities", dict)()
+        able = [torch.float32] + [torch.bfloat16] * bool(has.get("avx512_bf16") or has.get("amx_bf16"))
+        able.sort(key=_seconds_of_a_product)
+    return next((dtype for dtype in able if str(dtype) == f"torch.{saved}"), able[0])
+
+
+def _seconds_of_a_product(dtype):
+    """How long the CPU takes for a matrix product like those of the network, at best."""
+    a, b = torch.ones(256, 1600, dtype=dtype), torch.ones(1600, 1600, dtype=dtype)
+    seconds = []
+    for _ in range(4):
+        start = time.perf_counter()
+        a @ b
+        seconds.append(time.perf_counter() - start)
+    return min(seconds)
 
 
 # ---- Reading: a folder of .npy files -> one packed array ---------------------------------------------------
@@ -430,6 +532,54 @@ def mask_frames(frames, augmentations="Both", freq_mask_param=4, time_mask_param
     return frames
 
 
+# ---- Warps -------------------------------------------------------------------------------------------------
+
+def warp_maps(strength, deviations, count=41, bands=40):
+    """Maps that stretch or squeeze the frequencies by factors from 1 - strength to 1 + strength, evenly spaced.
+
+    deviations: (28,), by which the coefficients were divided when they were normalised. bands: of the mel scale (HTK's
+    formula, 0 to 8 kHz). The idea: Jaitly and Hinton, "Vocal Tract Length Perturbation", 2013.
+    Returns float32 (count, 28, 28): normalised frames @ map are the warped ones.
+    """
+    def mel(hertz):
+        return 2595 * torch.log10(1 + hertz / 700)
+
+    step = mel(torch.tensor(8000.0)) / (bands + 1)
+    centres = 700 * (10 ** (torch.arange(1, bands + 1) * step / 2595) - 1)  # of the bands, in Hz
+    factors = torch.linspace(1 - strength, 1 + strength, count)
+    position = (mel(factors[:, None] * centres) / step - 1).clamp(0, bands - 1)  # (count, bands), in bands
+    read = (1 - (position[:, None] - torch.arange(bands)[:, None]).abs()).clamp(min=0)  # (count, from, to)
+    dct = torchaudio.functional.create_dct(COEFFICIENTS, bands, norm="ortho")  # (bands, 28)
+    deviations = deviations.clamp(min=deviations.max() / 1000)  # a constant coefficient has none
+    return deviations[:, None] * (dct.T @ read @ dct).to(deviations.device) / deviations
+
+
+def warp_frames(frames, maps):
+    """Send each window of frames (B, 2c+1, 28) through one of the maps (n, 28, 28), drawn at random; in place."""
+    which = torch.randint(len(maps), (len(frames),), device=frames.device)
+    return frames.copy_(frames.to(maps.dtype) @ maps[which])
+
+
+# ---- Dropout -----------------------------------------------------------------------------------------------
+
+class Dropout(torch.nn.Dropout):
+    """torch draws a random number for each unit; on a CPU, here four units share its 64 bits (p in steps of 1/65536).
+
+    `rate` is the p it was made with, as p may grow over the epochs.
+    """
+
+    def __init__(self, p):
+        super().__init__(p)
+        self.rate = p
+
+    def forward(self, x):
+        if not self.training or x.device.type != "cpu":
+            return super().forward(x)
+        bits = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-2**63, None).view(torch.int16)
+        keep = bits[:x.numel()].view_as(x) >= round(self.p * 2**16) - 2**15
+        return x * keep.to(x.dtype).mul_(1 / (1 - self.p))
+
+
 # ---- Metrics -----------------------------------------------------------------------------------------------
 
 def confusion_matrix(labels, predictions):
@@ -452,11 +602,109 @@ def border_distance(labels, starts):
     return np.minimum(frame - borders[phone - 1], borders[phone] - 1 - frame)
 
 
+def calibration(confidences, correct, bins=10):
+    """Is a confidence of 80% right 80% of the time? Equal bins of (0, 1] (Guo et al., "On Calibration", 2017).
+
+    confidences: float (n,), probability of the predicted phoneme; correct: bool (n,).
+    Returns mean confidence, accuracy (NaN where a bin is empty) and count, (bins,) each; expected calibration error.
+    """
+    confidences = np.asarray(confidences)
+    which = np.digitize(confidences, np.linspace(0, 1, bins + 1)[1:-1], right=True)
+    count = np.bincount(which, minlength=bins)
+    with np.errstate(invalid="ignore"):  # 0 / 0 in an empty bin
+        sure, right = (np.bincount(which, weights, bins) / count for weights in (confidences, correct))
+    return sure, right, count, float(np.nansum(np.abs(sure - right) * count) / count.sum())
+
+
+# ---- Decoding ----------------------------------------------------------------------------------------------
+
+def count_transitions(labels, starts, states=40):
+    """How often each phoneme occurs, and what follows it from frame to frame inside the utterances; add-one smoothed.
+
+    labels: integer (n,), below `states`: the 40 phonemes, as [SOS] and [EOS] are no frame's. starts: (utterances + 1,),
+    the first frame of each utterance, and n.
+    Returns log probabilities, float32: (states,), and (states, states), row = a frame's phoneme, column = the next's.
+    """
+    labels = labels.long()
+    inside = torch.ones(len(labels), dtype=torch.bool, device=labels.device)
+    inside[starts[:-1]] = False  # the first frame of an utterance follows nothing
+    pairs = (labels[:-1] * states + labels[1:])[inside[1:]]
+    counts = torch.bincount(pairs, minlength=states**2).view(states, states).float() + 1
+    prior = torch.bincount(labels, minlength=states).float() + 1
+    return (prior / prior.sum()).log(), (counts / counts.sum(1, keepdim=True)).log()
+
+
+def viterbi(scores, transitions, starts):
+    """The best path through each utterance, int64 (n,).
+
+    scores: float32 (n, k) for each frame and state. transitions: float32 (k, k), row = from, column = to.
+    starts: (utterances + 1,), the first frame of each utterance, and n.
+    """
+    device, states = scores.device, scores.shape[1]
+    lengths, order = starts.diff().sort(descending=True)
+    first = starts[:-1][order].to(device)
+    lengths = np.array(lengths.tolist())
+    active = (lengths > np.arange(lengths[0])[:, None]).sum(1).tolist()  # how many utterances have a frame t
+    best = scores.clone()  # the score of the best path to each state, up to a constant of the frame
+    for t in range(1, len(active)):
+        frame = first[:active[t]] + t
+        total = (best[frame - 1].unsqueeze(2) + transitions).amax(1)
+        best[frame] += total - total.amax(1, keepdim=True)  # small numbers stay exact
+    # backwards, the state before a known one is the best one for it; behind the last frame there is none
+    to_next = torch.cat([transitions.T, torch.zeros(1, states, device=device)])
+    state = torch.full((len(first),), states, device=device)
+    path = torch.empty(len(scores), dtype=torch.int64, device=device)
+    for t in reversed(range(len(active))):
+        frame = first[:active[t]] + t
+        state[:active[t]] = path[frame] = (best[frame] + to_next[state[:active[t]]]).argmax(1)
+    return path
+
+
+class Decoder:
+    """Viterbi with the transitions of the labels (n,) and starts (utterances + 1,) of the training set.
+
+    A frame's score is its log posterior - `scale` x the log prior; a step's is `weight` x the log transition.
+
+    Example:
+        decoder = Decoder(train_data.labels, train_data.starts)
+        decoder.choose(log_posteriors, val_data.labels, val_data.starts)
+        indexes = decoder(log_posteriors, val_data.starts)
+    """
+
+    def __init__(self, labels, starts, scale=0.0, weight=1.0):
+        self.prior, self.transitions = count_transitions(labels, starts)
+        self.scale, self.weight = scale, weight
+
+    def __call__(self, log_posteriors, starts):
+        """Log posteriors, float32 (n, 42) -> indexes of the 40 phonemes, int64 (n,)."""
+        prior = self.prior.to(log_posteriors.device)
+        scores = log_posteriors[:, :len(prior)] - self.scale * prior
+        return viterbi(scores, self.weight * self.transitions.to(scores.device), starts)
+
+    def choose(self, log_posteriors, labels, starts, frames=200_000):
+        """Set `scale` and `weight` to the pair with the most right frames, on every second utterance or fewer.
+
+        log_posteriors: float32 (n, 42). labels: integer (n,). frames: about as many are looked at, at most.
+        Returns bool (n,): the frames of the other half of the utterances, on which the choice can be judged fairly.
+        """
+        step = 2 * max(1, round(len(labels) / 2 / frames))
+        utterance = torch.repeat_interleave(starts.diff())  # of each frame
+        chosen = (utterance % step == 0).to(log_posteriors.device)
+        few, known = log_posteriors[chosen], labels.to(log_posteriors.device)[chosen]
+        offsets = torch.cat([starts[:1], starts.diff()[::step].cumsum(0)])
+        right = {}
+        for self.scale, self.weight in itertools.product((0, 0.15, 0.3, 0.45), (0.25, 0.5, 0.75, 1, 1.5)):
+            right[self.scale, self.weight] = (self(few, offsets) == known).sum().item()
+        self.scale, self.weight = max(right, key=right.get)
+        others = utterance % 2 == 1
+        return others if others.any() else ~others  # a single utterance is all there is
+
+
 # ---- Checkpoint --------------------------------------------------------------------------------------------
 
 # what may change between two runs in one folder without making the trained weights something else
-FREE_KEYS = ("Name", "recipe", "test_warps", "smoothing", "data", "shorten", "wandb", "artifacts", "drive",
-             "kaggle_submit", "ablations")
+FREE_KEYS = ("Name", "recipe", "test_warps", "smoothing", "data", "competition", "shorten", "wandb", "artifacts",
+             "drive", "kaggle_submit", "ablations")
 
 
 def lock_run(folder):
@@ -511,24 +759,80 @@ def load_checkpoint(path, config=None):
     return state
 
 
-def snapshot(parts):
-    """The states of the model, optimizer, scheduler and scaler in a dict of these, and torch's random states."""
-    return {**{name: part.state_dict() for name, part in parts.items()}, "random": torch.get_rng_state(),
+STATEFUL = ("model", "optimizer", "scheduler", "scaler")  # what training changes in a run
+
+
+def snapshot(run):
+    """The states of a run's model, optimizer, scheduler and scaler in a dict of these, and torch's random states."""
+    return {**{name: getattr(run, name).state_dict() for name in STATEFUL}, "random": torch.get_rng_state(),
             "random_cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []}
 
 
-def restore(state, parts):
-    """Put a `snapshot` back, on whatever device the parts are; a RunError where the code has changed since."""
+def restore(state, run):
+    """Put a `snapshot` back into a run, on whatever device it is; a RunError where the code has changed since."""
     try:
-        for name, part in parts.items():
+        for name in STATEFUL:
             if state[name]:  # the scaler's is empty where it was not needed
-                part.load_state_dict(state[name])
-    except (RuntimeError, ValueError) as error:
-        raise RunError(f"the checkpoint is of another {name} than this code makes ({str(error).splitlines()[0]}) "
+                getattr(run, name).load_state_dict(state[name])
+    except (RuntimeError, ValueError, KeyError) as error:
+        raise RunError(f"the checkpoint has another {name} than this code makes ({str(error).splitlines()[0]}) "
                        "Choose another config['Name'] for a fresh run.") from None
     torch.set_rng_state(state["random"])
     if torch.cuda.is_available() and len(state["random_cuda"]) == torch.cuda.device_count():
         torch.cuda.set_rng_state_all(state["random_cuda"])
+
+
+def begin_run(run, checkpoint):
+    """Write the checkpoint of a new run, or see that the one there is of the same data. Returns what to tell the user.
+
+    run: `config`, `folder`, `train_loader`, and what is STATEFUL. checkpoint: of `load_checkpoint`, None for a new run.
+    """
+    data = run.train_loader.dataset
+    facts = {"frames": len(data), "sum of labels": int(data.labels.sum())}  # tells other data, wherever they lie
+    if checkpoint is None:
+        checkpoint = {"config": run.config, "data": facts, "history": [], "wandb_id": secrets.token_hex(4),
+                      "precision": str(run.model.precision).removeprefix("torch."), **snapshot(run)}
+        save_checkpoint(run.folder / "checkpoint.pt", checkpoint)
+    elif checkpoint["data"] != facts:
+        raise RunError(f"{run.folder} was trained on other data ({checkpoint['data']} there, {facts} now): choose "
+                       "another config['Name'] for a fresh run.")
+    run.wandb_id, run.history = checkpoint["wandb_id"], checkpoint["history"]
+    done, epochs = len(run.history), run.config["epochs"]
+    return f"{run.folder}: " + ("a new run" if done == 0 else f"{done} of {epochs} epochs are there, " + (
+        "resuming" if done < epochs else "nothing left to train"))
+
+
+# ---- Where a run is kept, and its curves -------------------------------------------------------------------
+
+def runs_folder():
+    kaggle = KAGGLE / "working"
+    return Path(os.environ.get("HW1P2_RUNS") or (kaggle / "runs" if kaggle.is_dir() else "runs"))
+
+
+def cache_folder():
+    return runs_folder() / "cache"
+
+
+def have_keys(*names):
+    return False
+
+
+def start_wandb(run, variant_of=None, wandb_run=None):
+    import wandb
+    if wandb_run is not None:
+        return wandb_run
+    mode = os.environ.get("WANDB_MODE", "offline") if run.config["wandb"] == "auto" else run.config["wandb"]
+    result = wandb.init(mode=mode, project="hw1p2", name=run.config["Name"][:120], id=run.wandb_id, dir=run.folder,
+                        config=run.config, settings=wandb.Settings(silent=True, console="off"))
+    return result
+
+
+def log_history(wandb_run, history):
+    wandb_run.log(history[-1])
+
+
+def artifact_name(run):
+    return re.sub(r"[^\w.-]", "-", run.config["Name"], flags=re.ASCII)[:100] + "-" + run.wandb_id
 
 
 # ---- Submission --------------------------------------------------------------------------------------------
@@ -866,7 +1170,11 @@ def make_librispeech_corpus(root, source=LIBRISPEECH):
 
 # ---- Where the data come from ------------------------------------------------------------------------------
 
-def get_data(choice, cache):
+def is_practice(data_folder):
+    return data_folder == cache_folder() / "practice-corpus"
+
+
+def get_data(choice, cache, competition=COMPETITION):
     """The data folder that config["data"] asks for. What is not there yet is fetched or made first.
 
     choice: "auto": $HW1P2_DATA, else Kaggle's data where they lie already, else the practice corpus; "practice",

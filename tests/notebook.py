@@ -48,15 +48,64 @@ def run_cells(changes=None, until=None, runs="runs", data=None, before_cell=None
     return namespace
 
 
-def definitions(mixed=False):
+class Session:
+    """The notebook's code cells in one namespace of this process: run in any order, edited, interrupted, run again.
+
+    Example:
+        session = Session(tmp_path, corpus, TINY)
+        session.run_all()
+        session["config"]["epochs"] = 3
+        session.run("history = fit(run)")  # the cell that contains this
+    """
+
+    def __init__(self, runs, data=None, changes=None, wandb_mode="disabled"):
+        self.changes, self.namespace = changes, {"__name__": "notebook"}
+        self.environment = {"HW1P2_RUNS": str(runs), "MPLBACKEND": "Agg", "TQDM_DISABLE": "1",
+                            "WANDB_MODE": wandb_mode, "WANDB_SILENT": "true"}
+        self.environment |= {"HW1P2_DATA": str(data)} if data else {}
+
+    def __getitem__(self, name):
+        return self.namespace[name]
+
+    @contextlib.contextmanager
+    def _surroundings(self):
+        with mock.patch.dict(os.environ, self.environment), mock.patch.object(sys, "path", [str(ROOT), *sys.path]):
+            yield
+            if "plt" in self.namespace:
+                self.namespace["plt"].close("all")
+
+    def execute(self, *sources):
+        """Sources of cells."""
+        with self._surroundings():
+            for source in sources:
+                exec(compile(source, "<notebook>", "exec"), self.namespace)
+
+    def call(self, name, *arguments):
+        """Call a function of the notebook."""
+        with self._surroundings():
+            return self.namespace[name](*arguments)
+
+    def run_all(self, until=None):
+        """All cells in their order, up to the one that contains `until`, with the changes to the config."""
+        cells = code_cells(self.changes)
+        stop = len(cells) if until is None else next(i for i, source in enumerate(cells) if until in source)
+        self.execute(*cells[:stop])
+
+    def run(self, *texts):
+        """The cells that contain these texts, in this order; without the changes to the config."""
+        for text in texts:
+            [source] = [source for source in code_cells() if text in source]
+            self.execute(source)
+
+
+def definitions():
     """A namespace with the notebook's imports, `config`, and its functions and classes; nothing is run.
 
-    What is not installed is left out. mixed: with the precision that the notebook chooses, else float32.
+    What is not installed is left out.
     """
-    import torch
-    wanted = {"device", "data_device", "device_name", "config", "OPTIONS", "ORIGINAL", "ACTIVATIONS", "criterion"}
-    wanted |= {"amp_dtype"} if mixed else set()
-    namespace = {"__name__": "notebook", "amp_dtype": torch.float32}
+    wanted = {"device", "device_name", "data_device", "config", "OPTIONS", "ORIGINAL", "SHORTER", "ACTIVATIONS",
+              "criterion", "MADE_IN"}
+    namespace = {"__name__": "notebook"}
 
     def sets(node):
         targets = {name.id for name in ast.walk(node) if isinstance(name, ast.Name) and isinstance(name.ctx, ast.Store)}

@@ -1,12 +1,21 @@
 """check_config: what each key of the config may be, and what is said of the others."""
 
+import json
 import re
 
+import numpy as np
 import pytest
+import torch
 from notebook import definitions
 
+import helpers
+
 BOOK = definitions()
-CONFIG, OPTIONS, check_config = (BOOK[name] for name in ("config", "OPTIONS", "check_config"))
+CONFIG, OPTIONS = BOOK["config"], BOOK["OPTIONS"]
+
+
+def check_config(config):
+    return helpers.check_config(config, OPTIONS)
 
 
 def test_the_notebooks_own_config_passes():
@@ -31,12 +40,36 @@ def test_every_option_passes_and_others_are_refused_with_the_options(key):
         assert all(repr(option) in str(error.value) for option in OPTIONS[key])
 
 
-@pytest.mark.parametrize("name", ["a/b", "..", "../a", "a\\b", ".hidden", "", "x" * 201, None, True, 5, b"x", []])
+@pytest.mark.parametrize("name", ["a/b", "..", "../a", "a\\b", ".hidden", "", "x" * 201, None, True, 5, b"x", [],
+                                  "ü" * 101, "cache", "Cache", " x", "x ", "x.", "a\nb", "a\0b", "a:b", "why?",
+                                  "\ud800"])
 def test_a_name_that_is_none_of_a_folder_in_runs_is_refused(name):
     with pytest.raises(ValueError, match="'Name' is .* allowed: 1 to 200 characters"):
         check_config({**CONFIG, "Name": name})
-    for good in ("x", "x" * 200, "lr=0.001, Jürgen's"):
+    for good in ("x", "x" * 200, "ü" * 100, "lr=0.001, Jürgen's", "exp 1 (lr=0.01)"):
         check_config({**CONFIG, "Name": good})
+
+
+@pytest.mark.parametrize("key, value, plain", [
+    ("learning_rate", np.logspace(-4, -2, 5)[2], 0.001), ("epochs", np.int64(3), 3),
+    ("dropout", np.float32(0.25), 0.25), ("batch_norm", np.bool_(False), False),
+    ("archetype", np.str_("diamond"), "diamond"),
+    ("warp", torch.tensor(0.125), 0.125), ("context", np.array(7), 7)], ids=str)
+def test_what_a_loop_over_numpys_numbers_gives_becomes_pythons(key, value, plain):
+    config = check_config({**CONFIG, key: value})
+    assert config[key] == pytest.approx(plain) if isinstance(plain, float) else config[key] == plain
+    assert type(config[key]) is type(plain) and config is not CONFIG
+    assert json.loads(json.dumps(config)) == config
+
+
+def test_the_name_of_a_variant_says_its_changes_where_there_is_room():
+    assert helpers.variant_name({}) == "base"
+    assert helpers.variant_name({"b": 0.5, "a": "x"}) == "a=x,b=0.5"
+    many = {key: value for key, value in CONFIG.items() if key not in ("Name", "data")}
+    names = [helpers.variant_name(changes) for changes in (many, {**many, "dropout": 0.3}, {"x": "a/b:c"}, {"x": "."})]
+    assert len(set(names)) == 4
+    for name in names:
+        check_config({**CONFIG, "Name": name})
 
 
 @pytest.mark.parametrize("key", [key for key, allowed in OPTIONS.items() if isinstance(allowed, tuple)])

@@ -106,13 +106,12 @@ def test_masks(augmentations, dtype):
 @pytest.mark.parametrize("augmentations", OPTIONS["augmentations"])
 def test_one_mask_for_the_batch_and_warps(augmentations, monkeypatch):
     monkeypatch.setattr(torch.Tensor, "__bool__", lambda tensor: tensor.device.type != "cpu")  # torchaudio's own checks
-    book = definitions()
     with rehearsal():
         frames = torch.zeros(64, 11, 28, dtype=torch.float16, device="cuda")
         check(helpers.mask_frames(frames, augmentations, iid_masks=False), 64, 11, 28, dtype=torch.float16)
         for dtype in (torch.float16, torch.bfloat16, torch.float32):
-            maps = book["warp_maps"](0.2, torch.ones(28, device="cuda")).to(dtype)
-            check(book["warp_frames"](frames, maps), 64, 11, 28, dtype=torch.float16)
+            maps = helpers.warp_maps(0.2, torch.ones(28, device="cuda")).to(dtype)
+            check(helpers.warp_frames(frames, maps), 64, 11, 28, dtype=torch.float16)
 
 
 @pytest.mark.parametrize("archetype", OPTIONS["archetype"])
@@ -153,4 +152,4 @@ def test_viterbi(monkeypatch):
     with rehearsal():
         scores, transitions = torch.zeros(6, 42, device="cuda"), torch.zeros(42, 42, device="cuda")
         starts = torch.tensor([0, 3, 5, 6], device="cuda")
-        check(definitions()["viterbi"](scores, transitions, starts), 6, dtype=torch.int64)
+        check(helpers.viterbi(scores, transitions, starts), 6, dtype=torch.int64)

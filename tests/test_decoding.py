@@ -7,11 +7,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from notebook import definitions
 
-from helpers import PHONEMES
-
-Decoder, count_transitions, viterbi = map(definitions().get, ("Decoder", "count_transitions", "viterbi"))
+from helpers import Decoder, count_transitions, viterbi
 
 repeatable = settings(derandomize=True, deadline=None, database=None, max_examples=60)
 
@@ -57,7 +54,7 @@ def test_long_utterances_are_decoded_exactly():
 @repeatable
 @given(lengths=st.lists(st.integers(1, 9), min_size=1, max_size=6), seed=st.integers(0, 99))
 def test_transitions_are_counted_inside_utterances_with_add_one(lengths, seed):
-    n, starts = len(PHONEMES), starts_of(lengths)
+    n, starts = 40, starts_of(lengths)  # [SOS] and [EOS] are no frame's
     labels = torch.from_numpy(np.random.default_rng(seed).integers(0, 5, sum(lengths)).astype(np.uint8))
     pairs, single = np.ones((n, n)), np.ones(n)
     for first, end in zip(starts.tolist(), starts.tolist()[1:]):
@@ -83,30 +80,63 @@ def noisy():
 def test_decoding_repairs_flickering_and_the_choice_is_the_best_pair(noisy):
     log_posteriors, labels, starts = noisy
     decoder = Decoder(labels, starts)
-    decoder.choose(log_posteriors, labels, starts)
-    accuracy = (decoder(log_posteriors, starts) == labels).float().mean()
-    assert accuracy > (log_posteriors.argmax(1) == labels).float().mean() + 0.2
+    others = decoder.choose(log_posteriors, labels, starts)
+    accuracy = (decoder(log_posteriors, starts) == labels)[~others].float().mean()
+    assert accuracy > (log_posteriors.argmax(1) == labels)[~others].float().mean() + 0.2
     for scale, weight in ((0, 0.25), (0.3, 1), (0.45, 1.5)):
         other = Decoder(labels, starts, scale, weight)
-        assert (other(log_posteriors, starts) == labels).float().mean() <= accuracy
+        assert (other(log_posteriors, starts) == labels)[~others].float().mean() <= accuracy
 
 
 def test_without_transitions_it_is_frame_by_frame(noisy):
     log_posteriors, labels, starts = noisy
-    assert torch.equal(Decoder(labels, starts, 0, 0)(log_posteriors, starts), log_posteriors.argmax(1))
+    assert torch.equal(Decoder(labels, starts, 0, 0)(log_posteriors, starts), log_posteriors[:, :40].argmax(1))
 
 
 def test_scale_takes_the_prior_out(noisy):
     log_posteriors, labels, starts = noisy
     decoder = Decoder(labels, starts, scale=0.5, weight=0)
     prior, _ = count_transitions(labels, starts)
-    assert torch.equal(decoder(log_posteriors, starts), (log_posteriors - 0.5 * prior).argmax(1))
+    assert torch.equal(decoder(log_posteriors, starts), (log_posteriors[:, :40] - 0.5 * prior).argmax(1))
     assert not torch.equal(decoder(log_posteriors, starts), log_posteriors.argmax(1))
 
 
-def test_the_choice_may_be_made_on_the_first_utterances(noisy):
+def test_the_choice_is_made_on_every_second_utterance_and_judged_on_the_others():
+    torch.manual_seed(4)
+    starts = starts_of([30, 20, 50, 40, 10])
+    labels = torch.randint(0, 40, (15,)).repeat_interleave(10)
+    log_posteriors = (2.0 * torch.nn.functional.one_hot(labels, 42) + torch.randn(150, 42)).log_softmax(1)
+    decoder, same = Decoder(labels, starts), Decoder(labels, starts)
+    others = decoder.choose(log_posteriors, labels, starts)
+    odd = torch.zeros(150, dtype=torch.bool)
+    odd[30:50] = odd[100:140] = True
+    assert torch.equal(others, odd)
+    spoilt = torch.where(odd[:, None], torch.randn(150, 42), log_posteriors)  # what is judged on has no say
+    same.choose(spoilt, torch.where(odd, 0, labels), starts)
+    assert (same.scale, same.weight) == (decoder.scale, decoder.weight)
+
+
+def test_of_many_frames_some_are_enough_for_the_choice_from_all_over_the_set():
+    starts, seen = starts_of([10] * 40), []
+
+    class Counting(Decoder):
+        def __call__(self, log_posteriors, starts):
+            seen.append((len(log_posteriors), starts.tolist()))
+            return super().__call__(log_posteriors, starts)
+
+    labels = torch.randint(0, 40, (400,))
+    others = Counting(labels, starts).choose(torch.randn(400, 42).log_softmax(1), labels, starts, frames=50)
+    assert seen[0] == (50, [0, 10, 20, 30, 40, 50]) and others.sum() == 200
+
+
+def test_a_single_utterance_is_chosen_and_judged_on():
+    labels, starts = torch.randint(0, 40, (60,)), torch.tensor([0, 60])
+    assert Decoder(labels, starts).choose(torch.randn(60, 42).log_softmax(1), labels, starts).all()
+
+
+def test_only_the_forty_phonemes_come_out(noisy):
     log_posteriors, labels, starts = noisy
-    first, same = Decoder(labels, starts), Decoder(labels, starts)
-    first.choose(log_posteriors, labels, starts, frames=210)  # ends in the second one, which is taken whole
-    same.choose(log_posteriors[:230], labels[:230], starts[:3])
-    assert (first.scale, first.weight) == (same.scale, same.weight)
+    log_posteriors = log_posteriors.clone()
+    log_posteriors[:, 40:] = 0.0  # [SOS] and [EOS], as sure as can be
+    for scale, weight in ((0.45, 0.25), (0, 0)):
+        assert Decoder(labels, starts, scale, weight)(log_posteriors, starts).max() < 40

@@ -6,11 +6,8 @@ import numpy as np
 import pytest
 import torch
 import torchaudio
-from notebook import definitions
 
-from helpers import mask_frames
-
-Dropout, warp_frames, warp_maps = map(definitions().get, ("Dropout", "warp_frames", "warp_maps"))
+from helpers import Dropout, mask_frames, warp_frames, warp_maps
 
 WINDOWS, FRAMES, COEFFICIENTS = 20_000, 21, 28
 

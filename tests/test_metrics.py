@@ -8,11 +8,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from notebook import definitions
 
-from helpers import PHONEMES, border_distance, confusion_matrix
+from helpers import PHONEMES, border_distance, calibration, confusion_matrix
 
-calibration = definitions()["calibration"]
 repeatable = settings(derandomize=True, deadline=None, database=None, max_examples=100)
 
 

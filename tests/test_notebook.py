@@ -9,7 +9,7 @@ from unittest import mock
 import nbformat
 import pandas as pd
 import pytest
-from notebook import NOTEBOOK, TINY, code_cells, definitions, execute, run_cells
+from notebook import NOTEBOOK, TINY, Session, definitions, execute
 from wandb.proto import wandb_internal_pb2
 
 CHANGES = {**TINY, "epochs": 3, "learning_rate": 0.003}
@@ -67,7 +67,7 @@ def test_it_leaves_one_line_an_epoch_one_figure_and_no_trail_of_a_bar(executed):
     assert [int(n) for n in re.findall(r"^epoch +(\d+)/3 \| train", text(executed), re.M)] == [1, 2, 3]
     assert not [output for output in outputs(executed) if "widget" in json.dumps(output)]
     assert not [output for output in outputs(executed, "stream") if output.name == "stderr"]
-    [training] = [cell for cell in executed.cells if cell.source.rstrip().endswith("run_folder, run)")]
+    [training] = [cell for cell in executed.cells if cell.source.startswith("run = make_run(config)")]
     assert sum("image/png" in output.get("data", {}) for output in training.outputs) == 1
     assert len(nbformat.writes(executed)) < 1e6
 
@@ -116,17 +116,15 @@ def test_the_committed_notebook_is_one_honest_run():
 
 
 def test_variants_are_trained_once_compared_and_a_failed_one_is_noted(corpus, tmp_path, capsys):
-    cells = code_cells(TINY)
-    [list_cell] = [i for i, source in enumerate(cells) if "variants = [" in source]
-    namespace = run_cells(TINY, until="variants = [", runs=tmp_path, data=corpus)
-    namespace["base"] = {**namespace["config"], "epochs": 1}
-    namespace["variants"] = [{"activations": "gelu"}, {"activations": "tanh", "num_layers": 3}, {"activations": "sine"}]
-    namespace["config"]["ablations"] = True
-    trained, train = [], namespace["train"]
-    namespace["train"] = lambda *arguments: trained.append(arguments[5]["Name"]) or train(*arguments)
+    session = Session(tmp_path, corpus, {**TINY, "ablations": True})
+    session.run_all(until="trained, failures =")
+    session.namespace["base"] = {"epochs": 1}
+    session.namespace["variants"] = [{"activations": "gelu"}, {"activations": "tanh", "num_layers": 3},
+                                     {"activations": "sine"}]
+    trained, train = [], session["train"]
+    session.namespace["train"] = lambda *arguments: trained.append(arguments[5]["Name"]) or train(*arguments)
     for _ in range(2):  # the second time everything is there
-        for source in cells[list_cell + 1:]:
-            exec(source, namespace)
+        session.run("trained, failures =", 'need("trained"')
     assert trained == ["activations=gelu", "activations=tanh,num_layers=3"]
     table = pd.read_csv(tmp_path / "pencil" / "variants.csv")
     assert list(table["val_acc"]) == sorted(table["val_acc"], reverse=True) and set(table["num_layers"]) == {2, 3}

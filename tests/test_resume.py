@@ -15,7 +15,7 @@ from notebook import TINY, definitions, run_cells
 import helpers
 from helpers import RunError
 
-CONFIG, OPTIONS, check_config = map(definitions().get, ("config", "OPTIONS", "check_config"))
+CONFIG, OPTIONS = map(definitions().get, ("config", "OPTIONS"))
 ADAMW, SGD = kills.CONFIGS.values()
 QUICK = {**TINY, "wandb": "disabled", "num_layers": 2, "epochs": 1, "batch_size": 1024, "scheduler": "steplr",
          "dropout_ramp": False}
@@ -43,7 +43,7 @@ def test_a_run_killed_at_every_step_of_writing_ends_like_one_never_killed(whole,
     for step in ["writing checkpoint.pt, part 2", "writing checkpoint.pt, after the move", *steps]:
         child = kills.start(tmp_path, corpus, ADAMW, stop=step)
         assert kills.kill(child, tmp_path) == step
-    assert "1 of 4 epochs: carrying on" in kills.finish(tmp_path, corpus, ADAMW)
+    assert "1 of 4 epochs are there, resuming" in kills.finish(tmp_path, corpus, ADAMW)
     assert kills.outcome(tmp_path) == whole[0]
 
 
@@ -105,8 +105,8 @@ def other_value(key):
     now = {**CONFIG, **QUICK}[key]
     if isinstance(options, list):
         return next(option for option in options if option != now)
-    if key in ("Name", "subset", "dropout"):
-        return {"Name": "another", "subset": 0.5, "dropout": 0.5}[key]
+    if key in ("Name", "competition", "subset", "dropout"):
+        return {"Name": "another", "competition": "another", "subset": 0.5, "dropout": 0.5}[key]
     return now + 1 if isinstance(now, int) else now / 2
 
 
@@ -114,7 +114,7 @@ def other_value(key):
 def test_another_config_is_refused_with_both_values(trained, key):
     state = torch.load(trained / "pencil" / "checkpoint.pt", weights_only=True)
     config = {**state["config"], key: other_value(key)}
-    check_config(config)
+    helpers.check_config(config, OPTIONS)
     with pytest.raises(RunError) as error:
         helpers.load_checkpoint(trained / "pencil" / "checkpoint.pt", config)
     assert f"{key}: {state['config'][key]!r} there, {config[key]!r} now" in str(error.value)
@@ -123,7 +123,7 @@ def test_another_config_is_refused_with_both_values(trained, key):
 
 def test_all_differences_are_listed_by_the_notebook(runs, corpus):
     with pytest.raises(RunError, match="another config") as error:
-        run_cells({**QUICK, "learning_rate": 0.5, "activations": "gelu"}, "history = fit(", runs, corpus)
+        run_cells({**QUICK, "learning_rate": 0.5, "activations": "gelu"}, "def judge", runs, corpus)
     assert "learning_rate: 0.001 there, 0.5 now" in str(error.value)
     assert "activations: 'leakyrelu' there, 'gelu' now" in str(error.value)
     assert len(re.findall(" there, ", str(error.value))) == 2
@@ -292,7 +292,7 @@ def test_a_run_on_a_full_disk_stops_and_carries_on_later(runs, corpus, tmp_path)
 # ---- Two runs in one folder --------------------------------------------------------------------------------
 
 def test_two_runs_in_one_folder_are_refused_until_the_first_is_gone(corpus, tmp_path):
-    first = kills.start(tmp_path, corpus, QUICK, stop="in an epoch")
+    first = kills.start(tmp_path, corpus, QUICK, stop="writing checkpoint.pt, part 1")
     while kills.place(tmp_path) != "stopped":
         assert first.is_alive()
     with pytest.raises(RunError, match="pencil: another notebook .*config\\['Name'\\]"):

@@ -3,12 +3,14 @@
 import math
 import re
 from types import SimpleNamespace
+from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
 import torch
-from notebook import TINY, definitions, run_cells
+from notebook import TINY, Session, definitions
 from torch import nn
+from torchsummaryX import summary
 
 import helpers
 from helpers import PHONEMES, RunError
@@ -28,7 +30,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 def book():
     """The notebook's functions and classes; on the CPU in float32, whatever this machine has."""
     namespace = definitions()
-    namespace.update(device="cpu", amp_dtype=torch.float32, show_progress=lambda *_: None)
+    namespace.update(device="cpu", show_progress=lambda *_: None)
     return SimpleNamespace(**{name: value for name, value in namespace.items() if name.isidentifier()},
                            namespace=namespace)
 
@@ -51,7 +53,9 @@ def settings(book, **changes):
 def built(book, config, input_size=INPUT):
     """Model, optimizer, scheduler and scaler as the notebook makes them, from the same seed."""
     torch.manual_seed(23)
-    return tuple(book.make_parts(config, book.Network(input_size, len(PHONEMES), config)).values())
+    model = book.Network(input_size, len(PHONEMES), config)
+    optimizer = book.make_optimizer(config, model)
+    return model, optimizer, book.make_scheduler(config, optimizer), torch.amp.GradScaler("cpu", enabled=False)
 
 
 def layer_names(model):
@@ -97,7 +101,7 @@ def test_a_state_dict_of_the_original_loads_strictly(pencil):
 
 def test_the_summary_is_that_of_the_homework(pencil, capsys):
     before = {name: tensor.clone() for name, tensor in pencil.state_dict().items()}
-    BOOK["summary"](pencil.eval(), torch.zeros(1, 101, 28))
+    summary(pencil.eval(), torch.zeros(1, 101, 28))
     printed = capsys.readouterr().out
     assert re.search(r"# Params: +19,985\.64K", printed) and re.search(r"# Mult-Adds: +19\.96M", printed)
     assert all(tensor.equal(before[name]) for name, tensor in pencil.state_dict().items())
@@ -284,7 +288,7 @@ def test_the_prediction_is_the_mean_over_the_warps(book, data):
     frames, _ = data["dev-clean"][torch.arange(len(data["dev-clean"]))]
     expected = 0
     for strength, which in ((0.08, 0), (0.04, 0), (0.04, 1), (0.04, 2), (0.08, 2)):  # 0.92, 0.96, 1, 1.04, 1.08
-        map = book.warp_maps(strength, data["dev-clean"].deviations, count=3)[which]
+        map = helpers.warp_maps(strength, data["dev-clean"].deviations, count=3)[which]
         with torch.no_grad():
             expected = expected + model(frames.float() @ map).log_softmax(1) / 5
     ours = book.all_log_posteriors(model, loader, config)
@@ -311,9 +315,11 @@ def test_dropout_grows_over_the_epochs_if_the_config_says_so(book, loaders, tmp_
 
 
 def test_recipe_original_switches_the_additions_off(corpus, tmp_path):
-    config = run_cells({"recipe": "original"}, "data_folder =", tmp_path, corpus)["config"]
+    session = Session(tmp_path, corpus, TINY)
+    session.run_all(until="def load_data")
+    config, _ = session.call("prepare", {**BOOK["config"], "recipe": "original"})
     assert {key: config[key] for key in BOOK["ORIGINAL"]} == {
-        "iid_masks": False, "warp": 0, "dropout_ramp": False, "test_warps": 1, "smoothing": False}
+        "iid_masks": False, "warp": 0, "dropout_ramp": False, "test_warps": 1}
     assert all(BOOK["config"][key] != value for key, value in BOOK["ORIGINAL"].items())
 
 
@@ -324,7 +330,7 @@ def test_every_optimizer_learns_with_every_scheduler(book, data, tmp_path, optim
     rate = 0.02 if optimizer in ("sgd", "nesterov") else 0.001
     config = settings(book, optimizers=optimizer, scheduler=scheduler, epochs=3, learning_rate=rate, num_layers=2,
                       batch_norm=True)
-    book.check_config(config)
+    helpers.check_config(config, OPTIONS)
     history = fit(book, config, built(book, config), loaders, tmp_path)
     losses = [row["train_loss"] for row in history]
     assert np.isfinite(losses).all() and losses[0] > losses[1] > losses[2]
@@ -417,10 +423,10 @@ def test_test_gives_the_phonemes_of_infers_logits_in_order(book, data):
 # ---- fit: what goes wrong in an epoch ----------------------------------------------------------------------
 
 def fit(book, config, parts, loaders, folder):
-    book.namespace["data_folder"] = folder
-    parts = dict(zip(("model", "optimizer", "scheduler", "scaler"), parts))
-    book.begin(config, parts, folder, loaders[0].dataset)
-    return book.fit(config, parts, *loaders[:2], folder, SimpleNamespace(log=lambda *_, **__: None))
+    run = SimpleNamespace(**dict(zip(helpers.STATEFUL, parts)), config=config, folder=folder,
+                          wandb=MagicMock(summary={}), train_loader=loaders[0], val_loader=loaders[1])
+    run.message = helpers.begin_run(run, helpers.load_checkpoint(folder / "checkpoint.pt", config))
+    return book.fit(run)
 
 
 def in_epoch(loader, number, action):

@@ -29,6 +29,7 @@ import helpers  # noqa: E402
 CHANGES = {**TINY, "epochs": 4, "dropout_alternate": False, "augmentations": "Both", "wandb": "disabled"}
 CONFIGS = {"adamw, cosineanneal": CHANGES,
            "sgd, reducelronplateau": {**CHANGES, "optimizers": "sgd", "scheduler": "reducelronplateau"}}
+TRAINING = "run = make_run(config)\n"  # in the cell that trains
 PAUSE = 0.03  # seconds at each of the five steps of writing a checkpoint: about a third of a run is writing
 # of what a run writes, the clock's readings and a random name: the only things that may differ
 NOT_COMPARED = ("seconds", "frames_per_second", "wandb_id")
@@ -61,8 +62,8 @@ def _run(runs, data, changes, stop, pause, until):
 
     def before_cell(source):
         nonlocal phase
-        if "history = fit(" in source or phase == "in an epoch":
-            phase = "in an epoch" if "history = fit(" in source else "after training"
+        if TRAINING in source or phase == "in an epoch":
+            phase = "in an epoch" if TRAINING in source else "after training"
             at(phase)
 
     def write_in_parts(path, data):

@@ -17,8 +17,8 @@ from torch import nn
 
 import helpers
 
-NOTEBOOK = notebook.definitions(mixed=True)
-DTYPE = NOTEBOOK["amp_dtype"]
+NOTEBOOK = notebook.definitions()
+DTYPE = helpers.pick_precision(common.DEVICE)
 LIMIT = "matrix products alone (the limit)"
 
 
@@ -51,7 +51,7 @@ class Trainer:
         self.model = NOTEBOOK["Network"]((2 * config["context"] + 1) * helpers.COEFFICIENTS, len(helpers.PHONEMES),
                                          config).to(common.DEVICE)
         # the usual precision on a GPU is float16 with a scaler; on a CPU both sides have the same
-        self.dtype = torch.float16 if usual and common.DEVICE == "cuda" else DTYPE
+        self.dtype = self.model.precision = torch.float16 if usual and common.DEVICE == "cuda" else DTYPE
         self.optimizer = (torch.optim.AdamW(self.model.parameters(), lr=config["learning_rate"],
                                             weight_decay=config["weight_decay"])
                           if usual else NOTEBOOK["make_optimizer"](config, self.model))

@@ -1,0 +1,266 @@
+"""A notebook is edited and run again: cells twice, out of order, interrupted, with another config than those above."""
+
+import re
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from notebook import TINY, Session, code_cells, definitions
+
+import helpers
+from helpers import RunError
+
+QUICK = {**TINY, "epochs": 2, "batch_size": 1024, "scheduler": "steplr", "dropout_ramp": False}
+TRAINING, RESULTS, SUBMISSION = "run = make_run(config)\n", "results = judge(run)", "predictions = test(run.model"
+LAST = "# @title The last entries of the wandb run"
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture
+def session(corpus, tmp_path):
+    """All cells before the training cell have been run."""
+    session = Session(tmp_path, corpus, QUICK)
+    session.run_all(until=TRAINING)
+    session.run("def judge")
+    return session
+
+
+def weights(session, file="checkpoint.pt"):
+    path = session["run"].folder / file
+    return {name: tensor.numpy().tobytes() for name, tensor in helpers.load_checkpoint(path)["model"].items()}
+
+
+# ---- The config is edited ----------------------------------------------------------------------------------
+
+def test_the_training_cell_alone_trains_what_the_config_says_now(session, corpus, tmp_path):
+    session.run(TRAINING)
+    changes = {"Name": "b", "learning_rate": 0.02, "archetype": "diamond", "context": 9}
+    session["config"].update(changes)
+    session.run(TRAINING)
+    afresh = Session(tmp_path / "afresh", corpus, {**QUICK, **changes})
+    afresh.run_all(until="def judge")
+    assert session["run"].message.endswith("b: a new run")
+    assert weights(session) == weights(afresh)
+    assert helpers.load_checkpoint(session["run"].folder / "checkpoint.pt")["config"] == afresh["run"].config
+    names = ("model", "optimizer", "scheduler", "scaler", "train_loader", "val_loader", "test_loader")
+    assert all(session[name] is getattr(session["run"], name) for name in names)
+    assert session["train_data"].context == 9 and session["train_data"] is session["train_loader"].dataset
+
+
+def test_the_config_stays_as_it_was_written(corpus, tmp_path):
+    session = Session(tmp_path, corpus, {**QUICK, "recipe": "original"})
+    session.run_all(until="def load_data")
+    original, _ = session.call("prepare", session["config"])
+    assert original["warp"] == 0 and session["config"]["warp"] == 0.2
+    session["config"]["recipe"] = "best"
+    assert session.call("prepare", session["config"])[0] == {**session["config"]}
+
+
+def test_a_practice_run_is_shortened_only_where_the_config_has_the_defaults(tmp_path):
+    session = Session(tmp_path, changes={"epochs": 150, "batch_size": 2048})
+    session.run_all(until="def load_data")
+    (tmp_path / "cache" / "practice-corpus").mkdir(parents=True)
+    short = {"epochs": 2, "batch_size": 512}
+    for changes, expected in (({}, short), ({"shorten": False}, {}), ({"epochs": 3}, {"batch_size": 512})):
+        config = {**session["config"], "data": "practice", **changes}
+        assert session.call("prepare", config)[0] == {**config, **expected}
+
+
+def test_the_old_runs_folder_is_free_when_another_one_has_begun(session):
+    session.run(TRAINING)
+    old = session["run"].folder
+    session["config"].update(Name="b")
+    session.run(TRAINING)
+    assert helpers.lock_run(old).lock_counter == 1  # nobody else in this process holds it
+
+
+@pytest.mark.parametrize("name", ["exp 1 (lr=0.01)", "x" * 130, "ü" * 100, "lr=0.001, Jürgen's"])
+def test_a_name_that_passes_the_check_works_to_the_end(corpus, tmp_path, name):
+    session = Session(tmp_path, corpus, {**QUICK, "epochs": 1, "Name": name}, wandb_mode="offline")
+    session.run_all()
+    assert (tmp_path / name / "submission.csv").exists() and list((tmp_path / name / "wandb").glob("offline-run-*"))
+
+
+def test_numbers_of_numpy_are_numbers(session):
+    session["config"].update(learning_rate=np.logspace(-4, -2, 5)[2], epochs=np.int64(1), batch_norm=np.bool_(True))
+    session.run(TRAINING)
+    session.run(TRAINING)  # reads the checkpoint
+    assert session["run"].config["learning_rate"] == pytest.approx(0.001)
+    assert "nothing left to train" in session["run"].message
+
+
+def test_a_trial_of_a_sweep_with_many_keys_gets_a_name(session):
+    session.run("def run_variant")
+    changes = {**{key: session["config"][key] for key in ("activations", "batch_norm", "batchnorm_alternate", "dropout",
+                                                         "dropout_alternate", "weight_decay", "augmentations",
+                                                         "freq_mask_param", "time_mask_param", "weight_initialization")},
+               **QUICK, "subset": 0.5, "epochs": 1}
+    config, history = session.call("run_variant", changes)
+    assert len(history) == 1 and config["Name"] == helpers.variant_name(changes) and config["epochs"] == 1
+
+
+@pytest.mark.parametrize("epochs", [1, 3])
+def test_epochs_may_be_lowered_and_raised_after_the_end(session, capsys, epochs):
+    session.run(TRAINING, RESULTS, SUBMISSION, LAST)
+    session["config"]["epochs"] = epochs
+    capsys.readouterr()
+    session.run(TRAINING, RESULTS, SUBMISSION, LAST)
+    printed, done = capsys.readouterr().out, max(2, epochs)
+    assert [row["epoch"] for row in session["history"]] == list(range(1, done + 1))
+    lines = re.findall(r"^epoch +(\d+)/(\d+) ", printed, re.M)
+    assert all(int(epoch) <= int(epochs) for epoch, epochs in lines) and lines[-1] == (str(done), str(done))
+    assert printed.rstrip() and ("finished" in printed) and ("nothing left to train" in printed) == (epochs == 1)
+
+
+# ---- Cells twice, and out of order -------------------------------------------------------------------------
+
+def test_every_cell_may_be_run_twice(corpus, tmp_path):
+    twice, once = (Session(tmp_path / name, corpus, QUICK, "offline") for name in ("twice", "once"))
+    once.run_all()
+    twice.run_all(until="def prepare")
+    for source in code_cells()[code_cells().index(next(s for s in code_cells() if s.startswith("def prepare"))):]:
+        twice.execute(source, source)
+    assert weights(twice) == weights(once)
+    csvs = [(tmp_path / name / "pencil" / "submission.csv").read_bytes() for name in ("twice", "once")]
+    assert csvs[0] == csvs[1]
+
+
+def test_a_cell_that_needs_what_is_not_there_says_what_to_run_first(corpus, tmp_path):
+    """Each cell directly behind the functions, as after "run selected cell" in a new kernel."""
+    told = {}
+    for source in code_cells():
+        if "need(" not in source or "def need" in source:
+            continue
+        session = Session(tmp_path, corpus)
+        session.namespace |= definitions()
+        with pytest.raises(RunError, match=r"is not there yet.*: run section \d+\. \w+.* first"):
+            session.execute(source)
+        told[source] = True
+    uses = [source for source in code_cells() if re.search(r"\b(results|run|train_data|prepared|frames|submission)\b",
+                                                          re.sub(r"(def|class) \w+\(.*?(?=\n\S|\Z)", "", source, flags=re.S))]
+    makes = ("run = make_run", "prepared, data_folder =", "MADE_IN", "import platform", "config = {", "print(f\"all that")
+    missing = [source for source in uses if source not in told and not any(text in source for text in makes)]
+    assert len(told) > 8 and not missing, missing
+
+
+def test_results_before_the_first_epoch_has_ended(session):
+    session.namespace["one_epoch"] = interrupt
+    with pytest.raises(KeyboardInterrupt):
+        session.run(TRAINING)
+    with pytest.raises(RunError, match="no epoch has ended yet: run the training cell"):
+        session.run(RESULTS)
+
+
+def test_results_of_an_earlier_run_are_not_taken_for_this_ones(session):
+    session.run(TRAINING, RESULTS)
+    session["config"]["Name"] = "b"
+    session.run(TRAINING)
+    for cell in (SUBMISSION, "# @title Accuracy of each phoneme", LAST):
+        with pytest.raises(RunError, match="`results` is not there yet, or of an earlier run: run section 8"):
+            session.run(cell)
+    session.run(RESULTS, SUBMISSION)
+    assert (session["run"].folder / "submission.csv").exists()
+
+
+# ---- Interrupts --------------------------------------------------------------------------------------------
+
+def interrupt(*_):
+    raise KeyboardInterrupt
+
+
+def test_an_interrupted_training_cell_run_again_ends_with_the_same_weights(session, corpus, tmp_path):
+    count, step = [0], torch.optim.AdamW.step
+
+    def stop_in_the_second_epoch(*arguments, **options):
+        count[0] += 1
+        if count[0] == len(session["train_loader"]) + 2:
+            raise KeyboardInterrupt
+        return step(*arguments, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.optim.AdamW, "step", stop_in_the_second_epoch)
+        with pytest.raises(KeyboardInterrupt):
+            session.run(TRAINING)
+    assert len(helpers.load_checkpoint(session["run"].folder / "checkpoint.pt")["history"]) == 1
+    session.run(RESULTS, SUBMISSION)  # with the epoch that is there
+    session.run(TRAINING)
+    assert "1 of 2 epochs are there, resuming" in session["run"].message
+    whole = Session(tmp_path / "whole", corpus, QUICK)
+    whole.run_all(until="def judge")
+    assert weights(session) == weights(whole) and weights(session, "best.pt") == weights(whole, "best.pt")
+
+
+def test_the_chosen_precision_is_kept_in_the_checkpoint(session, monkeypatch):
+    monkeypatch.setattr(helpers, "pick_precision", lambda device, saved=None: getattr(torch, saved or "bfloat16"))
+    session["config"]["epochs"] = 1
+    session.run(TRAINING)
+    monkeypatch.setattr(helpers, "pick_precision", lambda device, saved=None: getattr(torch, saved or "float32"))
+    session["config"]["epochs"] = 2
+    session.run(TRAINING)
+    assert session["model"].precision == torch.bfloat16
+
+
+# ---- Precision and optimizers ------------------------------------------------------------------------------
+
+def test_the_quicker_of_the_cpus_precisions_is_taken(monkeypatch):
+    quick = {}
+    monkeypatch.setattr(helpers, "_seconds_of_a_product", quick.get)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True}, raising=False)
+    for bfloat16, expected in ((1, torch.bfloat16), (3, torch.float32)):
+        quick |= {torch.float32: 2, torch.bfloat16: bfloat16}
+        assert helpers.pick_precision("cpu") == expected
+        assert helpers.pick_precision("cpu", "float32") == torch.float32
+        assert helpers.pick_precision("cpu", "float16") == expected  # of a GPU's checkpoint
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {}, raising=False)  # bfloat16 would be emulated
+    quick[torch.bfloat16] = 0
+    assert helpers.pick_precision("cpu", "bfloat16") == torch.float32
+    assert helpers.pick_precision("mps") == torch.float32
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_on_a_gpu_without_native_bfloat16_the_precision_is_float16(monkeypatch, native):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: native)
+    assert helpers.pick_precision("cuda") == (torch.bfloat16 if native else torch.float16)
+    assert helpers.pick_precision("cuda", "float16") == torch.float16
+    assert helpers.pick_precision("cuda", "bfloat16") == (torch.bfloat16 if native else torch.float16)
+
+
+def test_a_gpu_that_this_torch_cannot_use_is_named_with_what_to_choose(monkeypatch):
+    def ones(*_, device):
+        raise RuntimeError("CUDA error: no kernel image is available for execution on the device\nmore")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Tesla P100-PCIE-16GB")
+    monkeypatch.setattr(torch, "ones", ones)
+    with pytest.raises(RunError, match="Tesla P100-PCIE-16GB .*no kernel image.*Settings > Accelerator > GPU T4 x2"):
+        helpers.pick_device()
+
+
+SMALL = {"subset": 0.3, "context": 0, "batch_size": 128, "epochs": 1}  # a CPU that emulates float16 is slow
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "nesterov", "adam", "adamw", "rmsprop"])
+def test_a_first_step_that_overflows_in_float16_is_skipped_and_the_run_learns(session, optimizer):
+    """torch's fused SGD would go on from a momentum that was never written."""
+    rate = 0.01 if optimizer in ("sgd", "nesterov") else 0.001
+    session["config"].update(SMALL, optimizers=optimizer, archetype="diamond", batch_norm=False, learning_rate=rate,
+                             weight_initialization="kaiming_normal")
+    run = session.call("make_run", session["config"])
+    run.model.precision = torch.float16
+    run.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40, backoff_factor=2.0**-26)
+    row = session.call("one_epoch", run, 1)
+    assert all(tensor.isfinite().all() for tensor in run.model.state_dict().values())
+    assert np.isfinite(row["train_loss"]) and run.scaler.get_scale() < 2.0**40
+
+
+def test_an_epoch_whose_steps_were_all_skipped_warns_of_nothing(session):
+    session["config"].update(SMALL, optimizers="rmsprop")
+    run = session.call("make_run", session["config"])
+    run.model.precision = torch.float16
+    run.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**120, backoff_factor=0.99)
+    before = {name: tensor.clone() for name, tensor in run.model.named_parameters()}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        session.call("one_epoch", run, 1)
+    assert all(tensor.equal(before[name]) for name, tensor in run.model.named_parameters())
