@@ -15,6 +15,7 @@ import contextlib
 import ctypes
 import functools
 import hashlib
+import importlib.util
 import io
 import itertools
 import json
@@ -22,6 +23,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 import warnings
 import zipfile
 from collections import deque
@@ -46,7 +48,6 @@ PARTITIONS = ("train-clean-100", "dev-clean", "test-clean")
 KINDS = ("mfcc", "transcript")  # folders of a partition; test has the first one only
 COEFFICIENTS = 28  # MFCCs a frame; a frame every 10 ms
 COMPETITION = "11785-spring-25-hw-1-p-2"
-KAGGLE_FOLDER = "11785-s25-hw1p2"
 LIBRISPEECH = "gilkeyio/librispeech-alignments"  # on the Hugging Face hub: 33,862 utterances, 7 GB; 5.3 GB as MFCCs
 KAGGLE = Path("/kaggle")  # on Kaggle's own notebooks: input/ is what was attached, working/ is kept
 
@@ -59,6 +60,28 @@ class DataError(ValueError):
 
 class RunError(RuntimeError):
     """A run that cannot go on. The message says what happened and what to do."""
+
+
+def path_from_environment(name):
+    """The path in an environment variable, ~ and $VARIABLES expanded; None where it is unset or empty."""
+    value = os.environ.get(name, "").strip(" \t\r\n'\"")  # %env and .env files keep the quotes
+    return Path(os.path.expanduser(os.path.expandvars(value))) if value else None
+
+
+def is_clutter(name):
+    """Is it the name of what systems and editors leave in a folder: something hidden, a backup, an archive's extras?"""
+    return name.startswith((".", "~")) or name.endswith("~") or name == "__MACOSX"
+
+
+def find_files(folder, *patterns):
+    """The sorted paths below a folder that match one of these patterns of `Path.glob`, without clutter."""
+    return sorted(path for pattern in patterns for path in Path(folder).glob(pattern)
+                  if not any(map(is_clutter, path.relative_to(folder).parts)))
+
+
+def internet_switch():
+    """What to add on Kaggle to a message about something that could not be fetched; elsewhere nothing."""
+    return " On Kaggle, Settings > Internet must be on." if KAGGLE.is_dir() else ""
 
 
 @contextlib.contextmanager
@@ -539,12 +562,8 @@ def write_submission(path, predictions):
         pd.DataFrame({"label": predictions}).to_csv(temporary, index_label="id", lineterminator="\n")
 
 
-def read_submission(path, ids=None):
-    """The labels of a CSV as Kaggle takes it, str array (n,).
-
-    ids: what the ids must be, one a test frame; None: 0, 1, 2, as many as there are.
-    Raises a DataError where the header, an id, a label or the number of rows is not as expected.
-    """
+def _read_table(path):
+    """A CSV of the columns id and label, both as text; a DataError where it is something else."""
     try:
         table = pd.read_csv(path, dtype=str, keep_default_na=False)
     except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as error:
@@ -553,6 +572,16 @@ def read_submission(path, ids=None):
         raise DataError(f"{path}: the header is {','.join(table)[:200]!r}; expected id,label")
     if not isinstance(table.index, pd.RangeIndex):  # pandas takes the first of three values for an index
         raise DataError(f"{path}: rows with more than two values; expected id,label")
+    return table
+
+
+def read_submission(path, ids=None):
+    """The labels of a CSV as Kaggle takes it, str array (n,).
+
+    ids: what the ids must be, one a test frame; None: 0, 1, 2, as many as there are.
+    Raises a DataError where the header, an id, a label or the number of rows is not as expected.
+    """
+    table = _read_table(path)
     ids = [*map(str, range(len(table)) if ids is None else ids)]
     if len(table) != len(ids):
         raise DataError(f"{path}: {len(table):,} rows; expected {len(ids):,}, one for each frame of test-clean")
@@ -564,21 +593,44 @@ def read_submission(path, ids=None):
     return table["label"].to_numpy(str)
 
 
-KAGGLE_CAUSES = ("The usual causes: the rules are not accepted yet (press Join on "
-                 f"kaggle.com/competitions/{COMPETITION}), or the token is missing or has expired: create one in your "
-                 "account's settings on kaggle.com, and put it into ~/.kaggle/, the environment (KAGGLE_API_TOKEN) or "
-                 "Colab's secrets; never into a cell.")
+def check_sample_submission(data_folder, frames):
+    """Compare the ids of the sample submission that lies with the data, if any, with our CSV's, 0 ... frames - 1.
+
+    Raises a DataError that names it where they differ: it, or the test partition, belongs to something else.
+    """
+    for path in find_files(data_folder, "*sample_submission.csv", "*/*sample_submission.csv"):
+        ids = _read_table(path)["id"]
+        if not np.array_equal(np.sort(pd.to_numeric(ids, errors="coerce")), np.arange(frames)):
+            raise DataError(f"{path}: the sample submission has {len(ids):,} rows, ids {', '.join(ids[:3])} ...; "
+                            f"expected {frames:,}, one for each frame of {Path(data_folder) / 'test-clean'}, ids from "
+                            "0. If it belongs to something else, move it away.")
 
 
-def submit(path, message):
-    """Hand a CSV in with the official `kaggle` command. Returns what it printed; a RunError says what went wrong."""
-    if shutil.which("kaggle") is None:
+def kaggle_causes(competition):
+    """Why Kaggle may refuse a download or a submission, and what to do."""
+    return ("The usual causes: the rules are not accepted yet (press Join on "
+            f"kaggle.com/competitions/{competition}), or the token is missing or has expired: create one in your "
+            "account's settings on kaggle.com, and put it into ~/.kaggle/, the environment (KAGGLE_API_TOKEN) or "
+            "Colab's or Kaggle's secrets; never into a cell." + internet_switch())
+
+
+def _kaggle_command():
+    """The official `kaggle` command: of this Python's environment, activated or not, else of the PATH."""
+    if command := shutil.which("kaggle", path=os.path.dirname(sys.executable)) or shutil.which("kaggle"):
+        return [command]
+    package = importlib.util.find_spec("kaggle")  # installed elsewhere, as with pip install --user
+    if package is None or package.origin is None:  # a mere folder of that name has no origin
         raise RunError("the kaggle command is not installed: pip install kaggle")
-    command = ["kaggle", "competitions", "submit", "-c", COMPETITION, "-f", str(path), "-m", message]
+    return [sys.executable, "-m", "kaggle"]
+
+
+def submit(path, message, competition=COMPETITION):
+    """Hand a CSV in with the official `kaggle` command. Returns what it printed; a RunError says what went wrong."""
+    command = [*_kaggle_command(), "competitions", "submit", "-c", competition, "-f", str(path), "-m", message]
     result = subprocess.run(command, capture_output=True, text=True)
     output = (result.stdout + result.stderr).strip()
     if result.returncode or re.search(r"\b40[13]\b", output):
-        raise RunError(f"{path} could not be submitted: {output[-300:]}\n{KAGGLE_CAUSES}")
+        raise RunError(f"{path} could not be submitted: {output[-300:]}\n{kaggle_causes(competition)}")
     return output
 
 
@@ -634,12 +686,12 @@ def _new_corpus(root):
         raise RunError(f"{root} could not be made ({error}): {shutil.disk_usage(partial).free / 1e6:,.0f} MB are free. "
                        "Free some space and run again.") from error
     for name in PARTITIONS:
-        if not any((partial / name / "mfcc").iterdir()):
+        if not find_files(partial / name / "mfcc", "*.npy"):
             raise DataError(f"{partial}: no utterances for {name}; expected some in each partition")
     answers = partial / "test-clean" / "transcript"
     if not (partial / "answers.csv").exists():
         write_submission(partial / "answers.csv",
-                         np.concatenate([np.load(path)[1:-1] for path in sorted(answers.iterdir())]))
+                         np.concatenate([np.load(path)[1:-1] for path in find_files(answers, "*.npy")]))
     shutil.rmtree(answers)
     partial.rename(root)
 
@@ -695,7 +747,8 @@ def speak(text, voice="", rate=175, pitch=50):
         import espeakng_loader  # here, because only the practice corpus needs it
         espeak, data = ctypes.CDLL(espeakng_loader.get_library_path()), espeakng_loader.get_data_path()
     except (ImportError, RuntimeError, OSError) as error:
-        raise ImportError(f"eSpeak NG does not load ({error}): pip install espeakng-loader") from error
+        raise ImportError("eSpeak NG, which speaks the practice corpus, does not load "
+                          f"({error}): pip install espeakng-loader.{internet_switch()}") from error
     if voice and not Path(data, "voices", "!v", voice).is_file():  # eSpeak would take its plain voice
         raise DataError(f"eSpeak NG has no voice en-us+{voice}: expected a variant in {data}/voices/!v")
     audio, events = [], []
@@ -866,33 +919,101 @@ def make_librispeech_corpus(root, source=LIBRISPEECH):
 
 # ---- Where the data come from ------------------------------------------------------------------------------
 
-def get_data(choice, cache):
-    """The data folder that config["data"] asks for. What is not there yet is fetched or made first.
+def _roots(places):
+    """The folders that hold train-clean-100/mfcc, in these places and up to four levels below: {real path: folder}.
 
-    choice: "auto": $HW1P2_DATA, else Kaggle's data where they lie already, else the practice corpus; "practice",
-    "kaggle" (downloaded with kagglehub), "librispeech" (see `make_librispeech_corpus`). cache: where corpora are made.
-    Raises a RunError where it cannot be fetched or written; what is there already is kept for the next start.
+    Level by level. Folders of utterances, with their tens of thousands of files, and hidden ones are not looked into.
     """
-    if choice == "auto" and os.environ.get("HW1P2_DATA"):
-        return Path(os.environ["HW1P2_DATA"])
-    there = [folder for folder in (Path(KAGGLE_FOLDER), KAGGLE / "input" / COMPETITION) if folder.is_dir()]
-    if choice == "kaggle" and not there:
-        import kagglehub
+    roots, seen, folders = {}, set(), places
+    for depth in range(5):
+        deeper = []
+        for folder in folders:
+            real = os.path.realpath(folder)  # what several links lead to, or a link back up, counts once
+            if real in seen or folder.name in PARTITIONS + KINDS:
+                continue
+            seen.add(real)
+            if os.path.isdir(folder / PARTITIONS[0] / KINDS[0]):
+                roots[real] = folder
+            elif depth < 4:
+                with contextlib.suppress(OSError):  # no folder, or one that may not be read
+                    deeper += sorted(Path(entry) for entry in os.scandir(folder) if entry.is_dir()
+                                     and not is_clutter(entry.name) and not entry.name.endswith(".partial"))
+        folders = deeper
+    return roots
+
+
+def _one_root(roots, places):
+    """The one of `_roots`; a DataError that lists what was looked through where there is none, or more."""
+    if len(roots) == 1:
+        return next(iter(roots.values()))
+    looked, found = ", ".join(map(str, places)), ", ".join(map(str, roots.values()))
+    if roots:
+        raise DataError(f"{found}: each of them holds train-clean-100/mfcc; expected one folder. Looked through: "
+                        f"{looked}. Say which: by the environment variable HW1P2_DATA, with config['data'] = 'auto'.")
+    missing = "" if any(map(os.path.isdir, places)) else "there is no such folder; "
+    raise DataError(f"{looked}: {missing}expected a folder, there or up to four levels below, with "
+                    "{train-clean-100,dev-clean}/{mfcc,transcript}/*.npy and test-clean/mfcc/*.npy")
+
+
+def _places():
+    """(Folders beside the notebook that are named as the course's data, what is attached to a notebook of Kaggle's)."""
+    beside = [folder for folder in sorted(Path().iterdir()) if folder.is_dir() and not is_clutter(folder.name)
+              and re.search(r"hw-?1-?p-?2|11785|^archive$", folder.name, re.IGNORECASE)]
+    groups = {"competitions": "*", "datasets": "*/*", "notebooks": "*/*"}  # the last two by owner
+    return beside, [mount for folder in sorted((KAGGLE / "input").glob("*")) for mount in
+                    (sorted(folder.glob(groups[folder.name])) if folder.name in groups else [folder])]
+
+
+def find_data(choice, cache, competition=COMPETITION):
+    """The data folder that config["data"] asks for where it is there already, else None; see `get_data`."""
+    if choice == "auto" and (folder := path_from_environment("HW1P2_DATA")):
+        return _one_root(_roots([folder]), [folder])
+    if choice in ("auto", "kaggle"):
+        beside, attached = _places()
+        named = [mount for mount in attached if mount.name == competition]
+        roots = {real: folder for real, folder in _roots(beside + named).items()
+                 if not (folder / "answers.csv").exists()}  # one of our own corpora, of another copy of this project
+        if roots := roots or _roots(attached):
+            return _one_root(roots, beside + attached)
+        if choice == "kaggle":
+            return None
+    root = Path(cache) / ("librispeech" if choice == "librispeech" else "practice-corpus")
+    return root if root.exists() else None
+
+
+def get_data(choice, cache, competition=COMPETITION):
+    """The data folder, which holds `train-clean-100/mfcc`, that config["data"] asks for; fetched or made if need be.
+
+    choice: "auto": below $HW1P2_DATA, else below folders beside the notebook that are named as the course's data or
+    what is attached on Kaggle, else the practice corpus; "practice"; "kaggle": as "auto", but downloaded with kagglehub
+    where nothing is there; "librispeech" (see `make_librispeech_corpus`).
+    cache: where corpora are made. competition: the edition's name on Kaggle. The data of all editions are the same.
+    Raises a DataError where no folder, or more than one, holds the data, a RunError where they cannot be fetched or
+    written; what is there already is kept for the next start.
+    """
+    root, practice = find_data(choice, cache, competition), Path(cache) / "practice-corpus"
+    beside, attached = _places()
+    if choice == "auto" and root in (None, practice) and beside + attached:
+        print(f"no train-clean-100/mfcc in {', '.join(map(str, beside + attached))}: taking the practice corpus"
+              + (f". For the course's data, attach {competition} (Add Input)" if attached else ""))
+    if root is not None:
+        if KAGGLE in root.parents and competition not in root.parts:
+            print(f"{root}: these data are attached, and taken in place of {competition}")
+        return root
+    if choice == "kaggle":
+        from kagglehub import competition_download
         try:  # it resumes a broken download, compares the checksum, unpacks, and knows Colab's secrets
-            there = [Path(kagglehub.competition_download(COMPETITION))]
+            folder = Path(competition_download(competition))
         except Exception as error:  # its own, of the network, of the archive, of the disk
             raise RunError(f"Kaggle's data could not be fetched ({type(error).__name__}: {str(error)[:300]}).\n"
-                           f"{KAGGLE_CAUSES} Or the disk is full: 9 GB are needed. What is there is kept: run again."
-                           ) from error
-    if choice in ("auto", "kaggle") and there:
-        inside = there[0] / KAGGLE_FOLDER  # as the archive unpacks
-        return inside if inside.is_dir() else there[0]
-    name, make = {"practice": ("practice-corpus", make_practice_corpus),
-                  "librispeech": ("librispeech", make_librispeech_corpus)}[choice.replace("auto", "practice")]
-    root = Path(cache) / name
-    if not root.exists():
-        with alone(root):  # of two notebooks that ask at once, the second one waits
-            if not root.exists():
-                print(f"{root} is not there yet: making it")
-                make(root)
+                           f"{kaggle_causes(competition)} Or the disk is full: 9 GB are needed. What is there is kept: "
+                           "run again.") from error
+        return _one_root(_roots([folder]), [folder])
+    root, make = practice, make_practice_corpus
+    if choice == "librispeech":
+        root, make = Path(cache) / "librispeech", make_librispeech_corpus
+    with alone(root):  # of two notebooks that ask at once, the second one waits
+        if not root.exists():
+            print(f"{root} is not there yet: making it")
+            make(root)
     return root
