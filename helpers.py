@@ -48,7 +48,8 @@ PARTITIONS = ("train-clean-100", "dev-clean", "test-clean")
 KINDS = ("mfcc", "transcript")  # folders of a partition; test has the first one only
 COEFFICIENTS = 28  # MFCCs a frame; a frame every 10 ms
 COMPETITION = "11785-spring-25-hw-1-p-2"
-LIBRISPEECH = "gilkeyio/librispeech-alignments"  # on the Hugging Face hub: 33,862 utterances, 7 GB; 5.3 GB as MFCCs
+LIBRISPEECH = "gilkeyio/librispeech-alignments"  # on the Hugging Face hub: 33,861 utterances, 7 GB; 5.3 GB as MFCCs
+LIBRISPEECH_REVISION = "0daa1eb43dda38ee6ce752e785555380e5628f5c"  # of 2023-11-22
 KAGGLE = Path("/kaggle")  # on Kaggle's own notebooks: input/ is what was attached, working/ is kept
 
 
@@ -825,16 +826,20 @@ def make_practice_corpus(root, utterances=(370, 52, 52), seed=23):
             _write_utterance(partial / PARTITIONS[p], f"{i:06d}", audio, ESPEAK_RATE, phones)
 
 
-def _sources(source):
+def _sources(source, revision):
     """(name, arguments of `load_dataset`, partitions that the rows go to in turn) of each split or local file."""
     if Path(source).exists():
-        files = sorted(Path(source).rglob("*.parquet")) if Path(source).is_dir() else [Path(source)]
+        files = find_files(source, "**/*.parquet") if Path(source).is_dir() else [Path(source)]
+        if not files:
+            raise DataError(f"{source}: there are no .parquet files in it")
         named = [[name for name in PARTITIONS if file.name.replace("_", "-").startswith(name)] for file in files]
         return [(str(file), {"path": "parquet", "data_files": str(file), "split": "train"},
                  partitions or 3 * PARTITIONS[:1] + PARTITIONS[1:]) for file, partitions in zip(files, named)]
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)):
         raise DataError(f"{source}: no such file or folder; expected .parquet, or a dataset's name on the hub")
-    return [(f"{source}, {name}", {"path": source, "split": name.replace("-", "_")}, [name]) for name in PARTITIONS]
+    revision = revision or (LIBRISPEECH_REVISION if source == LIBRISPEECH else None)
+    return [(f"{source}, {name}", {"path": source, "split": name.replace("-", "_"), "revision": revision}, [name])
+            for name in PARTITIONS]
 
 
 def _convert_row(job):
@@ -842,8 +847,6 @@ def _convert_row(job):
     import soundfile
     folder, row = job
     phones = row["phonemes"] or []
-    if not re.fullmatch(r"[\w-]+", str(row["id"])):  # it becomes the name of a file
-        raise DataError(f"the id {row['id']!r} is no name of a file; expected one such as 103-1240-0000")
     if isinstance(phones, dict):  # a list of structs in older versions of datasets
         phones = [dict(zip(phones, values)) for values in zip(*phones.values())]
     if not phones:
@@ -852,9 +855,16 @@ def _convert_row(job):
         audio, rate = soundfile.read(io.BytesIO(row["audio"]["bytes"]), dtype="float32")
     except (RuntimeError, TypeError) as error:
         raise DataError(f"{row['id']}: the audio cannot be decoded ({error}); expected FLAC") from None
+    if audio.ndim != 1:
+        raise DataError(f"{row['id']}: the audio has {audio.shape[1]} channels; expected one")
+    if len(audio) / rate < 512 / 16000:
+        raise DataError(f"{row['id']}: the audio has {len(audio)} samples at {rate} Hz, too few for a frame; "
+                        f"expected at least {-(-512 * rate // 16000)}, 32 ms")
+    if not np.isfinite(np.array([(phone["start"], phone["end"]) for phone in phones], float)).all():
+        raise DataError(f"{row['id']}: a phone without start or end; expected both, in seconds")
     missing = len(audio) / rate - max(phone["end"] for phone in phones)
-    if missing > 0.5:
-        return row["id"], 0, f"its phones end {missing:.2f} s before the audio"
+    if abs(missing) > 0.5:
+        return row["id"], 0, f"its phones end {abs(missing):.2f} s {'before' if missing > 0 else 'after'} the audio"
     spans = []
     for phone in sorted(phones, key=lambda phone: phone["start"]):
         silent = phone["phoneme"] in ("sil", "sp", "spn", "", None)  # spn: an unknown word
@@ -866,6 +876,17 @@ def _convert_row(job):
     return row["id"], sum(phone["phoneme"] == "spn" for phone in phones), None
 
 
+def _check_ids(rows, seen):
+    """The same rows; a DataError where an id is no name of a file, or was `seen` (a set, which grows) before."""
+    for row in rows:
+        if row["id"] is None or not re.fullmatch(r"[\w-]{1,100}", str(row["id"])):
+            raise DataError(f"the id {row['id']!r} is no name of a file; expected one such as 103-1240-0000")
+        if row["id"] in seen:
+            raise DataError(f"{row['id']}: this id is there twice; expected each once")
+        seen.add(row["id"])
+        yield row
+
+
 def _convert_shard(rows, partial, partitions, bar):
     """Write the utterances of a shard. Returns what `_convert_row` does, for each."""
     jobs, records = zip(map(partial.joinpath, itertools.cycle(partitions)), rows), []
@@ -875,42 +896,52 @@ def _convert_shard(rows, partial, partitions, bar):
     return records
 
 
-def make_librispeech_corpus(root, source=LIBRISPEECH):
+def make_librispeech_corpus(root, source=LIBRISPEECH, revision=None):
     """Make a corpus of real speech in the course's layout under `root` from LibriSpeech with its phones' times.
 
     Read as a stream: neither the audio nor the dataset is ever whole on the disk or in memory. Killed or cut off, the
     next call goes on with the shard it was in and ends with the same bytes. ROOT/answers.csv (`id,label`) has the test
-    frames' phonemes, ROOT/left-out.txt the utterances without alignment or whose phones end half a second too early.
+    frames' phonemes, ROOT/left-out.txt the utterances without alignment or whose phones end half a second off.
 
     source: a dataset of the Hugging Face hub, or a local .parquet file or a folder of them, with the columns `id`,
     `audio` {bytes, path} and `phonemes` [{phoneme, start, end}] (ARPAbet, seconds). A file named train_clean_100...,
     dev_clean... or test_clean... is of that partition; of another one, train gets three utterances in five.
+    revision: a commit, tag or branch of the hub's dataset; None: LIBRISPEECH_REVISION, of other datasets the newest.
     Raises FileExistsError where `root` exists, DataError for bad files or rows, RunError for the network or the disk.
     """
-    import datasets
-    total, records = None if Path(source).exists() else 33_862, []
+    from datasets import Audio, load_dataset
+    total, records = None if Path(source).exists() else 33_861, []
+    sources = _sources(source, revision)
+    # a corpus that was begun from other files, or another revision of them, is begun anew
+    made_from = ascii([(*each, os.stat(each[0]).st_mtime_ns if os.path.exists(each[0]) else 0) for each in sources])
+    note = Path(f"{root}.partial", "made-from.txt")
+    if note.parent.exists() and not (note.exists() and note.read_text() == made_from):
+        shutil.rmtree(note.parent)
     with _new_corpus(Path(root)) as partial, tqdm(total=total, desc="LibriSpeech", leave=False) as bar:
-        for number, (name, arguments, partitions) in enumerate(_sources(source)):
+        note.write_text(made_from)
+        for number, (name, arguments, partitions) in enumerate(sources):
             try:
-                stream = datasets.load_dataset(**arguments, streaming=True).select_columns(["id", "audio", "phonemes"])
-                stream = stream.cast_column("audio", datasets.Audio(decode=False))  # decoding it needs torchcodec
+                stream = load_dataset(**arguments, streaming=True).select_columns(["id", "audio", "phonemes"])
+                stream = stream.cast_column("audio", Audio(decode=False))  # decoding it needs torchcodec
                 for i in range(stream.num_shards):
                     done = partial / f"{number:03d}-{i:03d}.json"
                     if not done.exists():
-                        shard = _convert_shard(stream.shard(stream.num_shards, i), partial, partitions, bar)
+                        rows = _check_ids(stream.shard(stream.num_shards, i), {record[0] for record in records})
+                        shard = _convert_shard(rows, partial, partitions, bar)
                         with replacing(done, 0) as temporary:
                             temporary.write_text(json.dumps(shard))
                     records += map(tuple, json.loads(done.read_text()))
                     bar.update(len(records) - bar.n)
-            except DataError:
-                raise
+            except DataError as error:
+                raise DataError(f"{name}: {error}") from None
             except Exception as error:  # a dozen kinds, of four libraries
                 if Path(name).exists() and not isinstance(error, OSError):
                     raise DataError(f"{name}: unreadable parquet ({error!r:.300}); expected LibriSpeech alignments "
                                     "(id, audio, phonemes)") from error
                 there = sum(path.stat().st_size for path in partial.rglob("*") if path.is_file()) / 1e6
-                raise RunError(f"{name}: {error!r:.300}. Check the connection and run again. In all, LibriSpeech needs "
-                               f"about 5,600 MB; {there:,.0f} MB are there, kept in {partial}.") from error
+                raise RunError(f"{name}: {error!r:.300}. Check the connection and run again.{internet_switch()} In "
+                               f"all, LibriSpeech needs about 5,600 MB; {there:,.0f} MB are there, kept in {partial}."
+                               ) from error
         left_out = [f"{name}: {why}\n" for name, _, why in sorted(records) if why]
         (partial / "left-out.txt").write_text("".join(left_out))
     print(f"{root}: {len(records) - len(left_out):,} utterances; {len(left_out):,} left out (their ids are in "
