@@ -630,7 +630,7 @@ def submit(path, message, competition=COMPETITION):
     command = [*_kaggle_command(), "competitions", "submit", "-c", competition, "-f", str(path), "-m", message]
     result = subprocess.run(command, capture_output=True, text=True)
     output = (result.stdout + result.stderr).strip()
-    if result.returncode or re.search(r"\b40[13]\b", output):
+    if result.returncode or re.search(r"\b40[13]\b|Could not submit", output):  # it may print these and exit with 0
         raise RunError(f"{path} could not be submitted: {output[-300:]}\n{kaggle_causes(competition)}")
     return output
 
