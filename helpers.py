@@ -15,6 +15,7 @@ import contextlib
 import ctypes
 import functools
 import hashlib
+import importlib.util
 import io
 import itertools
 import json
@@ -24,6 +25,7 @@ import re
 import secrets
 import shutil
 import subprocess
+import sys
 import time
 import warnings
 import zipfile
@@ -49,8 +51,8 @@ PARTITIONS = ("train-clean-100", "dev-clean", "test-clean")
 KINDS = ("mfcc", "transcript")  # folders of a partition; test has the first one only
 COEFFICIENTS = 28  # MFCCs a frame; a frame every 10 ms
 COMPETITION = "11785-spring-25-hw-1-p-2"
-KAGGLE_FOLDER = "11785-s25-hw1p2"
-LIBRISPEECH = "gilkeyio/librispeech-alignments"  # on the Hugging Face hub: 33,862 utterances, 7 GB; 5.3 GB as MFCCs
+LIBRISPEECH = "gilkeyio/librispeech-alignments"  # on the Hugging Face hub: 33,861 utterances, 7 GB; 5.3 GB as MFCCs
+LIBRISPEECH_REVISION = "0daa1eb43dda38ee6ce752e785555380e5628f5c"  # of 2023-11-22
 KAGGLE = Path("/kaggle")  # on Kaggle's own notebooks: input/ is what was attached, working/ is kept
 
 
@@ -62,6 +64,28 @@ class DataError(ValueError):
 
 class RunError(RuntimeError):
     """A run that cannot go on. The message says what happened and what to do."""
+
+
+def path_from_environment(name):
+    """The path in an environment variable, ~ and $VARIABLES expanded; None where it is unset or empty."""
+    value = os.environ.get(name, "").strip(" \t\r\n'\"")  # %env and .env files keep the quotes
+    return Path(os.path.expanduser(os.path.expandvars(value))) if value else None
+
+
+def is_clutter(name):
+    """Is it the name of what systems and editors leave in a folder: something hidden, a backup, an archive's extras?"""
+    return name.startswith((".", "~")) or name.endswith("~") or name == "__MACOSX"
+
+
+def find_files(folder, *patterns):
+    """The sorted paths below a folder that match one of these patterns of `Path.glob`, without clutter."""
+    return sorted(path for pattern in patterns for path in Path(folder).glob(pattern)
+                  if not any(map(is_clutter, path.relative_to(folder).parts)))
+
+
+def internet_switch():
+    """What to add on Kaggle to a message about something that could not be fetched; elsewhere nothing."""
+    return " On Kaggle, Settings > Internet must be on." if KAGGLE.is_dir() else ""
 
 
 @contextlib.contextmanager
@@ -843,12 +867,8 @@ def write_submission(path, predictions):
         pd.DataFrame({"label": predictions}).to_csv(temporary, index_label="id", lineterminator="\n")
 
 
-def read_submission(path, ids=None):
-    """The labels of a CSV as Kaggle takes it, str array (n,).
-
-    ids: what the ids must be, one a test frame; None: 0, 1, 2, as many as there are.
-    Raises a DataError where the header, an id, a label or the number of rows is not as expected.
-    """
+def _read_table(path):
+    """A CSV of the columns id and label, both as text; a DataError where it is something else."""
     try:
         table = pd.read_csv(path, dtype=str, keep_default_na=False)
     except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as error:
@@ -857,6 +877,16 @@ def read_submission(path, ids=None):
         raise DataError(f"{path}: the header is {','.join(table)[:200]!r}; expected id,label")
     if not isinstance(table.index, pd.RangeIndex):  # pandas takes the first of three values for an index
         raise DataError(f"{path}: rows with more than two values; expected id,label")
+    return table
+
+
+def read_submission(path, ids=None):
+    """The labels of a CSV as Kaggle takes it, str array (n,).
+
+    ids: what the ids must be, one a test frame; None: 0, 1, 2, as many as there are.
+    Raises a DataError where the header, an id, a label or the number of rows is not as expected.
+    """
+    table = _read_table(path)
     ids = [*map(str, range(len(table)) if ids is None else ids)]
     if len(table) != len(ids):
         raise DataError(f"{path}: {len(table):,} rows; expected {len(ids):,}, one for each frame of test-clean")
@@ -868,21 +898,44 @@ def read_submission(path, ids=None):
     return table["label"].to_numpy(str)
 
 
-KAGGLE_CAUSES = ("The usual causes: the rules are not accepted yet (press Join on "
-                 f"kaggle.com/competitions/{COMPETITION}), or the token is missing or has expired: create one in your "
-                 "account's settings on kaggle.com, and put it into ~/.kaggle/, the environment (KAGGLE_API_TOKEN) or "
-                 "Colab's secrets; never into a cell.")
+def check_sample_submission(data_folder, frames):
+    """Compare the ids of the sample submission that lies with the data, if any, with our CSV's, 0 ... frames - 1.
+
+    Raises a DataError that names it where they differ: it, or the test partition, belongs to something else.
+    """
+    for path in find_files(data_folder, "*sample_submission.csv", "*/*sample_submission.csv"):
+        ids = _read_table(path)["id"]
+        if not np.array_equal(np.sort(pd.to_numeric(ids, errors="coerce")), np.arange(frames)):
+            raise DataError(f"{path}: the sample submission has {len(ids):,} rows, ids {', '.join(ids[:3])} ...; "
+                            f"expected {frames:,}, one for each frame of {Path(data_folder) / 'test-clean'}, ids from "
+                            "0. If it belongs to something else, move it away.")
 
 
-def submit(path, message):
-    """Hand a CSV in with the official `kaggle` command. Returns what it printed; a RunError says what went wrong."""
-    if shutil.which("kaggle") is None:
+def kaggle_causes(competition):
+    """Why Kaggle may refuse a download or a submission, and what to do."""
+    return ("The usual causes: the rules are not accepted yet (press Join on "
+            f"kaggle.com/competitions/{competition}), or the token is missing or has expired: create one in your "
+            "account's settings on kaggle.com, and put it into ~/.kaggle/, the environment (KAGGLE_API_TOKEN) or "
+            "Colab's or Kaggle's secrets; never into a cell." + internet_switch())
+
+
+def _kaggle_command():
+    """The official `kaggle` command: of this Python's environment, activated or not, else of the PATH."""
+    if command := shutil.which("kaggle", path=os.path.dirname(sys.executable)) or shutil.which("kaggle"):
+        return [command]
+    package = importlib.util.find_spec("kaggle")  # installed elsewhere, as with pip install --user
+    if package is None or package.origin is None:  # a mere folder of that name has no origin
         raise RunError("the kaggle command is not installed: pip install kaggle")
-    command = ["kaggle", "competitions", "submit", "-c", COMPETITION, "-f", str(path), "-m", message]
+    return [sys.executable, "-m", "kaggle"]
+
+
+def submit(path, message, competition=COMPETITION):
+    """Hand a CSV in with the official `kaggle` command. Returns what it printed; a RunError says what went wrong."""
+    command = [*_kaggle_command(), "competitions", "submit", "-c", competition, "-f", str(path), "-m", message]
     result = subprocess.run(command, capture_output=True, text=True)
     output = (result.stdout + result.stderr).strip()
-    if result.returncode or re.search(r"\b40[13]\b", output):
-        raise RunError(f"{path} could not be submitted: {output[-300:]}\n{KAGGLE_CAUSES}")
+    if result.returncode or re.search(r"\b40[13]\b|Could not submit", output):  # it may print these and exit with 0
+        raise RunError(f"{path} could not be submitted: {output[-300:]}\n{kaggle_causes(competition)}")
     return output
 
 
@@ -938,12 +991,12 @@ def _new_corpus(root):
         raise RunError(f"{root} could not be made ({error}): {shutil.disk_usage(partial).free / 1e6:,.0f} MB are free. "
                        "Free some space and run again.") from error
     for name in PARTITIONS:
-        if not any((partial / name / "mfcc").iterdir()):
+        if not find_files(partial / name / "mfcc", "*.npy"):
             raise DataError(f"{partial}: no utterances for {name}; expected some in each partition")
     answers = partial / "test-clean" / "transcript"
     if not (partial / "answers.csv").exists():
         write_submission(partial / "answers.csv",
-                         np.concatenate([np.load(path)[1:-1] for path in sorted(answers.iterdir())]))
+                         np.concatenate([np.load(path)[1:-1] for path in find_files(answers, "*.npy")]))
     shutil.rmtree(answers)
     partial.rename(root)
 
@@ -999,7 +1052,8 @@ def speak(text, voice="", rate=175, pitch=50):
         import espeakng_loader  # here, because only the practice corpus needs it
         espeak, data = ctypes.CDLL(espeakng_loader.get_library_path()), espeakng_loader.get_data_path()
     except (ImportError, RuntimeError, OSError) as error:
-        raise ImportError(f"eSpeak NG does not load ({error}): pip install espeakng-loader") from error
+        raise ImportError("eSpeak NG, which speaks the practice corpus, does not load "
+                          f"({error}): pip install espeakng-loader.{internet_switch()}") from error
     if voice and not Path(data, "voices", "!v", voice).is_file():  # eSpeak would take its plain voice
         raise DataError(f"eSpeak NG has no voice en-us+{voice}: expected a variant in {data}/voices/!v")
     audio, events = [], []
@@ -1076,16 +1130,20 @@ def make_practice_corpus(root, utterances=(370, 52, 52), seed=23):
             _write_utterance(partial / PARTITIONS[p], f"{i:06d}", audio, ESPEAK_RATE, phones)
 
 
-def _sources(source):
+def _sources(source, revision):
     """(name, arguments of `load_dataset`, partitions that the rows go to in turn) of each split or local file."""
     if Path(source).exists():
-        files = sorted(Path(source).rglob("*.parquet")) if Path(source).is_dir() else [Path(source)]
+        files = find_files(source, "**/*.parquet") if Path(source).is_dir() else [Path(source)]
+        if not files:
+            raise DataError(f"{source}: there are no .parquet files in it")
         named = [[name for name in PARTITIONS if file.name.replace("_", "-").startswith(name)] for file in files]
         return [(str(file), {"path": "parquet", "data_files": str(file), "split": "train"},
                  partitions or 3 * PARTITIONS[:1] + PARTITIONS[1:]) for file, partitions in zip(files, named)]
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)):
         raise DataError(f"{source}: no such file or folder; expected .parquet, or a dataset's name on the hub")
-    return [(f"{source}, {name}", {"path": source, "split": name.replace("-", "_")}, [name]) for name in PARTITIONS]
+    revision = revision or (LIBRISPEECH_REVISION if source == LIBRISPEECH else None)
+    return [(f"{source}, {name}", {"path": source, "split": name.replace("-", "_"), "revision": revision}, [name])
+            for name in PARTITIONS]
 
 
 def _convert_row(job):
@@ -1093,8 +1151,6 @@ def _convert_row(job):
     import soundfile
     folder, row = job
     phones = row["phonemes"] or []
-    if not re.fullmatch(r"[\w-]+", str(row["id"])):  # it becomes the name of a file
-        raise DataError(f"the id {row['id']!r} is no name of a file; expected one such as 103-1240-0000")
     if isinstance(phones, dict):  # a list of structs in older versions of datasets
         phones = [dict(zip(phones, values)) for values in zip(*phones.values())]
     if not phones:
@@ -1103,9 +1159,16 @@ def _convert_row(job):
         audio, rate = soundfile.read(io.BytesIO(row["audio"]["bytes"]), dtype="float32")
     except (RuntimeError, TypeError) as error:
         raise DataError(f"{row['id']}: the audio cannot be decoded ({error}); expected FLAC") from None
+    if audio.ndim != 1:
+        raise DataError(f"{row['id']}: the audio has {audio.shape[1]} channels; expected one")
+    if len(audio) / rate < 512 / 16000:
+        raise DataError(f"{row['id']}: the audio has {len(audio)} samples at {rate} Hz, too few for a frame; "
+                        f"expected at least {-(-512 * rate // 16000)}, 32 ms")
+    if not np.isfinite(np.array([(phone["start"], phone["end"]) for phone in phones], float)).all():
+        raise DataError(f"{row['id']}: a phone without start or end; expected both, in seconds")
     missing = len(audio) / rate - max(phone["end"] for phone in phones)
-    if missing > 0.5:
-        return row["id"], 0, f"its phones end {missing:.2f} s before the audio"
+    if abs(missing) > 0.5:
+        return row["id"], 0, f"its phones end {abs(missing):.2f} s {'before' if missing > 0 else 'after'} the audio"
     spans = []
     for phone in sorted(phones, key=lambda phone: phone["start"]):
         silent = phone["phoneme"] in ("sil", "sp", "spn", "", None)  # spn: an unknown word
@@ -1117,6 +1180,17 @@ def _convert_row(job):
     return row["id"], sum(phone["phoneme"] == "spn" for phone in phones), None
 
 
+def _check_ids(rows, seen):
+    """The same rows; a DataError where an id is no name of a file, or was `seen` (a set, which grows) before."""
+    for row in rows:
+        if row["id"] is None or not re.fullmatch(r"[\w-]{1,100}", str(row["id"])):
+            raise DataError(f"the id {row['id']!r} is no name of a file; expected one such as 103-1240-0000")
+        if row["id"] in seen:
+            raise DataError(f"{row['id']}: this id is there twice; expected each once")
+        seen.add(row["id"])
+        yield row
+
+
 def _convert_shard(rows, partial, partitions, bar):
     """Write the utterances of a shard. Returns what `_convert_row` does, for each."""
     jobs, records = zip(map(partial.joinpath, itertools.cycle(partitions)), rows), []
@@ -1126,42 +1200,52 @@ def _convert_shard(rows, partial, partitions, bar):
     return records
 
 
-def make_librispeech_corpus(root, source=LIBRISPEECH):
+def make_librispeech_corpus(root, source=LIBRISPEECH, revision=None):
     """Make a corpus of real speech in the course's layout under `root` from LibriSpeech with its phones' times.
 
     Read as a stream: neither the audio nor the dataset is ever whole on the disk or in memory. Killed or cut off, the
     next call goes on with the shard it was in and ends with the same bytes. ROOT/answers.csv (`id,label`) has the test
-    frames' phonemes, ROOT/left-out.txt the utterances without alignment or whose phones end half a second too early.
+    frames' phonemes, ROOT/left-out.txt the utterances without alignment or whose phones end half a second off.
 
     source: a dataset of the Hugging Face hub, or a local .parquet file or a folder of them, with the columns `id`,
     `audio` {bytes, path} and `phonemes` [{phoneme, start, end}] (ARPAbet, seconds). A file named train_clean_100...,
     dev_clean... or test_clean... is of that partition; of another one, train gets three utterances in five.
+    revision: a commit, tag or branch of the hub's dataset; None: LIBRISPEECH_REVISION, of other datasets the newest.
     Raises FileExistsError where `root` exists, DataError for bad files or rows, RunError for the network or the disk.
     """
-    import datasets
-    total, records = None if Path(source).exists() else 33_862, []
+    from datasets import Audio, load_dataset
+    total, records = None if Path(source).exists() else 33_861, []
+    sources = _sources(source, revision)
+    # a corpus that was begun from other files, or another revision of them, is begun anew
+    made_from = ascii([(*each, os.stat(each[0]).st_mtime_ns if os.path.exists(each[0]) else 0) for each in sources])
+    note = Path(f"{root}.partial", "made-from.txt")
+    if note.parent.exists() and not (note.exists() and note.read_text() == made_from):
+        shutil.rmtree(note.parent)
     with _new_corpus(Path(root)) as partial, tqdm(total=total, desc="LibriSpeech", leave=False) as bar:
-        for number, (name, arguments, partitions) in enumerate(_sources(source)):
+        note.write_text(made_from)
+        for number, (name, arguments, partitions) in enumerate(sources):
             try:
-                stream = datasets.load_dataset(**arguments, streaming=True).select_columns(["id", "audio", "phonemes"])
-                stream = stream.cast_column("audio", datasets.Audio(decode=False))  # decoding it needs torchcodec
+                stream = load_dataset(**arguments, streaming=True).select_columns(["id", "audio", "phonemes"])
+                stream = stream.cast_column("audio", Audio(decode=False))  # decoding it needs torchcodec
                 for i in range(stream.num_shards):
                     done = partial / f"{number:03d}-{i:03d}.json"
                     if not done.exists():
-                        shard = _convert_shard(stream.shard(stream.num_shards, i), partial, partitions, bar)
+                        rows = _check_ids(stream.shard(stream.num_shards, i), {record[0] for record in records})
+                        shard = _convert_shard(rows, partial, partitions, bar)
                         with replacing(done, 0) as temporary:
                             temporary.write_text(json.dumps(shard))
                     records += map(tuple, json.loads(done.read_text()))
                     bar.update(len(records) - bar.n)
-            except DataError:
-                raise
+            except DataError as error:
+                raise DataError(f"{name}: {error}") from None
             except Exception as error:  # a dozen kinds, of four libraries
                 if Path(name).exists() and not isinstance(error, OSError):
                     raise DataError(f"{name}: unreadable parquet ({error!r:.300}); expected LibriSpeech alignments "
                                     "(id, audio, phonemes)") from error
                 there = sum(path.stat().st_size for path in partial.rglob("*") if path.is_file()) / 1e6
-                raise RunError(f"{name}: {error!r:.300}. Check the connection and run again. In all, LibriSpeech needs "
-                               f"about 5,600 MB; {there:,.0f} MB are there, kept in {partial}.") from error
+                raise RunError(f"{name}: {error!r:.300}. Check the connection and run again.{internet_switch()} In "
+                               f"all, LibriSpeech needs about 5,600 MB; {there:,.0f} MB are there, kept in {partial}."
+                               ) from error
         left_out = [f"{name}: {why}\n" for name, _, why in sorted(records) if why]
         (partial / "left-out.txt").write_text("".join(left_out))
     print(f"{root}: {len(records) - len(left_out):,} utterances; {len(left_out):,} left out (their ids are in "
@@ -1170,37 +1254,106 @@ def make_librispeech_corpus(root, source=LIBRISPEECH):
 
 # ---- Where the data come from ------------------------------------------------------------------------------
 
+def _roots(places):
+    """The folders that hold train-clean-100/mfcc, in these places and up to four levels below: {real path: folder}.
+
+    Level by level. Folders of utterances, with their tens of thousands of files, and hidden ones are not looked into.
+    """
+    roots, seen, folders = {}, set(), places
+    for depth in range(5):
+        deeper = []
+        for folder in folders:
+            real = os.path.realpath(folder)  # what several links lead to, or a link back up, counts once
+            if real in seen or folder.name in PARTITIONS + KINDS:
+                continue
+            seen.add(real)
+            if os.path.isdir(folder / PARTITIONS[0] / KINDS[0]):
+                roots[real] = folder
+            elif depth < 4:
+                with contextlib.suppress(OSError):  # no folder, or one that may not be read
+                    deeper += sorted(Path(entry) for entry in os.scandir(folder) if entry.is_dir()
+                                     and not is_clutter(entry.name) and not entry.name.endswith(".partial"))
+        folders = deeper
+    return roots
+
+
+def _one_root(roots, places):
+    """The one of `_roots`; a DataError that lists what was looked through where there is none, or more."""
+    if len(roots) == 1:
+        return next(iter(roots.values()))
+    looked, found = ", ".join(map(str, places)), ", ".join(map(str, roots.values()))
+    if roots:
+        raise DataError(f"{found}: each of them holds train-clean-100/mfcc; expected one folder. Looked through: "
+                        f"{looked}. Say which: by the environment variable HW1P2_DATA, with config['data'] = 'auto'.")
+    missing = "" if any(map(os.path.isdir, places)) else "there is no such folder; "
+    raise DataError(f"{looked}: {missing}expected a folder, there or up to four levels below, with "
+                    "{train-clean-100,dev-clean}/{mfcc,transcript}/*.npy and test-clean/mfcc/*.npy")
+
+
+def _places():
+    """(Folders beside the notebook that are named as the course's data, what is attached to a notebook of Kaggle's)."""
+    beside = [folder for folder in sorted(Path().iterdir()) if folder.is_dir() and not is_clutter(folder.name)
+              and re.search(r"hw-?1-?p-?2|11785|^archive$", folder.name, re.IGNORECASE)]
+    groups = {"competitions": "*", "datasets": "*/*", "notebooks": "*/*"}  # the last two by owner
+    return beside, [mount for folder in sorted((KAGGLE / "input").glob("*")) for mount in
+                    (sorted(folder.glob(groups[folder.name])) if folder.name in groups else [folder])]
+
+
 def is_practice(data_folder):
+    """Is it the practice corpus that `get_data` makes?"""
     return data_folder == cache_folder() / "practice-corpus"
 
 
-def get_data(choice, cache, competition=COMPETITION):
-    """The data folder that config["data"] asks for. What is not there yet is fetched or made first.
+def find_data(choice, cache, competition=COMPETITION):
+    """The data folder that config["data"] asks for where it is there already, else None; see `get_data`."""
+    if choice == "auto" and (folder := path_from_environment("HW1P2_DATA")):
+        return _one_root(_roots([folder]), [folder])
+    if choice in ("auto", "kaggle"):
+        beside, attached = _places()
+        named = [mount for mount in attached if mount.name == competition]
+        roots = {real: folder for real, folder in _roots(beside + named).items()
+                 if not (folder / "answers.csv").exists()}  # one of our own corpora, of another copy of this project
+        if roots := roots or _roots(attached):
+            return _one_root(roots, beside + attached)
+        if choice == "kaggle":
+            return None
+    root = Path(cache) / ("librispeech" if choice == "librispeech" else "practice-corpus")
+    return root if root.exists() else None
 
-    choice: "auto": $HW1P2_DATA, else Kaggle's data where they lie already, else the practice corpus; "practice",
-    "kaggle" (downloaded with kagglehub), "librispeech" (see `make_librispeech_corpus`). cache: where corpora are made.
-    Raises a RunError where it cannot be fetched or written; what is there already is kept for the next start.
+
+def get_data(choice, cache, competition=COMPETITION):
+    """The data folder, which holds `train-clean-100/mfcc`, that config["data"] asks for; fetched or made if need be.
+
+    choice: "auto": below $HW1P2_DATA, else below folders beside the notebook that are named as the course's data or
+    what is attached on Kaggle, else the practice corpus; "practice"; "kaggle": as "auto", but downloaded with kagglehub
+    where nothing is there; "librispeech" (see `make_librispeech_corpus`).
+    cache: where corpora are made. competition: the edition's name on Kaggle. The data of all editions are the same.
+    Raises a DataError where no folder, or more than one, holds the data, a RunError where they cannot be fetched or
+    written; what is there already is kept for the next start.
     """
-    if choice == "auto" and os.environ.get("HW1P2_DATA"):
-        return Path(os.environ["HW1P2_DATA"])
-    there = [folder for folder in (Path(KAGGLE_FOLDER), KAGGLE / "input" / COMPETITION) if folder.is_dir()]
-    if choice == "kaggle" and not there:
-        import kagglehub
+    root, practice = find_data(choice, cache, competition), Path(cache) / "practice-corpus"
+    beside, attached = _places()
+    if choice == "auto" and root in (None, practice) and beside + attached:
+        print(f"no train-clean-100/mfcc in {', '.join(map(str, beside + attached))}: taking the practice corpus"
+              + (f". For the course's data, attach {competition} (Add Input)" if attached else ""))
+    if root is not None:
+        if KAGGLE in root.parents and competition not in root.parts:
+            print(f"{root}: these data are attached, and taken in place of {competition}")
+        return root
+    if choice == "kaggle":
+        from kagglehub import competition_download
         try:  # it resumes a broken download, compares the checksum, unpacks, and knows Colab's secrets
-            there = [Path(kagglehub.competition_download(COMPETITION))]
+            folder = Path(competition_download(competition))
         except Exception as error:  # its own, of the network, of the archive, of the disk
             raise RunError(f"Kaggle's data could not be fetched ({type(error).__name__}: {str(error)[:300]}).\n"
-                           f"{KAGGLE_CAUSES} Or the disk is full: 9 GB are needed. What is there is kept: run again."
-                           ) from error
-    if choice in ("auto", "kaggle") and there:
-        inside = there[0] / KAGGLE_FOLDER  # as the archive unpacks
-        return inside if inside.is_dir() else there[0]
-    name, make = {"practice": ("practice-corpus", make_practice_corpus),
-                  "librispeech": ("librispeech", make_librispeech_corpus)}[choice.replace("auto", "practice")]
-    root = Path(cache) / name
-    if not root.exists():
-        with alone(root):  # of two notebooks that ask at once, the second one waits
-            if not root.exists():
-                print(f"{root} is not there yet: making it")
-                make(root)
+                           f"{kaggle_causes(competition)} Or the disk is full: 9 GB are needed. What is there is kept: "
+                           "run again.") from error
+        return _one_root(_roots([folder]), [folder])
+    root, make = practice, make_practice_corpus
+    if choice == "librispeech":
+        root, make = Path(cache) / "librispeech", make_librispeech_corpus
+    with alone(root):  # of two notebooks that ask at once, the second one waits
+        if not root.exists():
+            print(f"{root} is not there yet: making it")
+            make(root)
     return root

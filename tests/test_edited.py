@@ -93,10 +93,9 @@ def test_numbers_of_numpy_are_numbers(session):
 
 def test_a_trial_of_a_sweep_with_many_keys_gets_a_name(session):
     session.run("def run_variant")
-    changes = {**{key: session["config"][key] for key in ("activations", "batch_norm", "batchnorm_alternate", "dropout",
-                                                         "dropout_alternate", "weight_decay", "augmentations",
-                                                         "freq_mask_param", "time_mask_param", "weight_initialization")},
-               **QUICK, "subset": 0.5, "epochs": 1}
+    keys = ("activations", "batch_norm", "batchnorm_alternate", "dropout", "dropout_alternate", "weight_decay",
+            "augmentations", "freq_mask_param", "time_mask_param", "weight_initialization")
+    changes = {**{key: session["config"][key] for key in keys}, **QUICK, "subset": 0.5, "epochs": 1}
     config, history = session.call("run_variant", changes)
     assert len(history) == 1 and config["Name"] == helpers.variant_name(changes) and config["epochs"] == 1
 
@@ -138,9 +137,9 @@ def test_a_cell_that_needs_what_is_not_there_says_what_to_run_first(corpus, tmp_
         with pytest.raises(RunError, match=r"is not there yet.*: run section \d+\. \w+.* first"):
             session.execute(source)
         told[source] = True
-    uses = [source for source in code_cells() if re.search(r"\b(results|run|train_data|prepared|frames|submission)\b",
-                                                          re.sub(r"(def|class) \w+\(.*?(?=\n\S|\Z)", "", source, flags=re.S))]
-    makes = ("run = make_run", "prepared, data_folder =", "MADE_IN", "import platform", "config = {", "print(f\"all that")
+    bodies, names = r"(def|class) \w+\(.*?(?=\n\S|\Z)", r"\b(results|run|train_data|prepared|frames|submission)\b"
+    uses = [source for source in code_cells() if re.search(names, re.sub(bodies, "", source, flags=re.S))]
+    makes = ("run = make_run", "prepared, data_folder =", "MADE_IN", "import platform", "config = {", "def prepare")
     missing = [source for source in uses if source not in told and not any(text in source for text in makes)]
     assert len(told) > 8 and not missing, missing
 

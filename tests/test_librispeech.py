@@ -128,12 +128,13 @@ def test_overlaps_and_phones_in_another_order_are_read(tmp_path):
 
 def test_what_is_left_out_and_unknown_words_are_counted(tmp_path, capsys):
     rows = [row(f"{i}-0") for i in range(5)]
-    rows += [row("none-0", None, seconds=0.4), row("empty-0", []), row("short-0", seconds=2.0),
-             row("enough-0", seconds=1.85)]
+    rows += [row("none-0", None, seconds=0.004), row("empty-0", []), row("short-0", seconds=2.0),
+             row("enough-0", seconds=1.85), row("ms-0", [("AA", 0, 1400.0)])]
     make_librispeech_corpus(tmp_path / "a", write(tmp_path / "x.parquet", rows))
-    assert "6 utterances; 3 left out" in (printed := capsys.readouterr().out) and "6 unknown words" in printed
+    assert "6 utterances; 4 left out" in (printed := capsys.readouterr().out) and "6 unknown words" in printed
     assert (tmp_path / "a" / "left-out.txt").read_text().splitlines() == [
-        "empty-0: no alignment", "none-0: no alignment", "short-0: its phones end 0.60 s before the audio"]
+        "empty-0: no alignment", "ms-0: its phones end 1398.60 s after the audio", "none-0: no alignment",
+        "short-0: its phones end 0.60 s before the audio"]
     assert not list((tmp_path / "a").rglob("short-0.npy"))
 
 
@@ -152,8 +153,22 @@ def test_other_rates_and_the_lists_that_older_versions_write(tmp_path):
     assert len(lengths) == 1
 
 
+def flac(samples, rate=RATE):
+    file = io.BytesIO()
+    soundfile.write(file, samples, rate, format="FLAC")
+    return file.getvalue()
+
+
 BAD = {"an unknown phone": (row("0-0", [("QQ", 0.0, 1.4)]), "0-0: the phone 'QQ' at 0.00 s is unknown; expected AA"),
+       "a phone that never ends": (row("0-0", [("AA", 0.0, None)]), "0-0: a phone without start or end; expected both"),
        "no audio": (row("0-0", audio=b"nothing"), "0-0: the audio cannot be decoded"),
+       "stereo": (row("0-0", audio=flac(np.zeros((RATE, 2)))), "0-0: the audio has 2 channels; expected one"),
+       "100 samples": (row("0-0", audio=flac(np.zeros(100))),
+                       "0-0: the audio has 100 samples at 16000 Hz, too few for a frame; expected at least 512"),
+       "too short at 8 kHz": (row("0-0", audio=flac(np.zeros(255), 8000)), "for a frame; expected at least 256"),
+       "the same id twice": (row("1-0"), "1-0: this id is there twice; expected each once"),
+       "no id": (dict(row("0-0"), id=None), "the id None is no name of a file"),
+       "a long id": (row("0" * 300), "no name of a file"),
        "a path for an id": (row("../0"), "no name of a file")}
 
 
@@ -161,7 +176,54 @@ BAD = {"an unknown phone": (row("0-0", [("QQ", 0.0, 1.4)]), "0-0: the phone 'QQ'
 def test_bad_rows_are_named(tmp_path, bad, words):
     with pytest.raises(DataError) as caught:
         make_librispeech_corpus(tmp_path / "a", write(tmp_path / "x.parquet", [row("1-0"), bad]))
-    assert words in str(caught.value) and not (tmp_path / "a").exists()
+    assert str(caught.value).startswith(f"{tmp_path / 'x.parquet'}: ") and words in str(caught.value)
+    assert not (tmp_path / "a").exists()
+
+
+def test_the_shortest_utterance_has_one_frame(tmp_path):
+    rows = [row(f"{i}-0", [("AA", 0.0, 0.032)], audio=flac(np.ones(512) / 2)) for i in range(5)]
+    make_librispeech_corpus(tmp_path / "a", write(tmp_path / "x.parquet", rows))
+    assert np.load(tmp_path / "a" / "dev-clean" / "transcript" / "3-0.npy").tolist() == ["[SOS]", "AA", "[EOS]"]
+
+
+def test_the_same_id_in_two_files_is_named_and_once_mended_nothing_of_the_old_files_is_left(tmp_path):
+    files = {name: [row(f"{name}-{i}") for i in range(2)] for name in ("dev_clean", "test_clean", "train_clean_100")}
+    files["train_clean_100"].append(row("dev_clean-0"))
+
+    def rewrite():
+        for name, rows in files.items():
+            write(tmp_path / "x" / f"{name}.parquet", rows)
+    rewrite()
+    with pytest.raises(DataError, match="train_clean_100.parquet: dev_clean-0: this id is there twice"):
+        make_librispeech_corpus(tmp_path / "a", tmp_path / "x")
+    assert list((tmp_path / "a.partial" / "dev-clean").rglob("dev_clean-0.npy"))
+    del files["dev_clean"][0]
+    rewrite()
+    make_librispeech_corpus(tmp_path / "a", tmp_path / "x")
+    assert not list((tmp_path / "a" / "dev-clean").rglob("dev_clean-0.npy"))
+    assert len(list((tmp_path / "a").rglob("mfcc/*.npy"))) == 6
+
+
+def test_what_systems_and_editors_leave_is_not_read(tmp_path, monkeypatch, speech, corpus):
+    for name in ("._train_clean_100-00000-of-00002.parquet", "__MACOSX/dev_clean.parquet",
+                 ".ipynb_checkpoints/dev_clean.parquet", "~test_clean.parquet", "old~/test_clean.parquet"):
+        path = tmp_path / "x" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"\0\5\x16\7")
+    with pytest.raises(DataError, match="x: there are no .parquet files"):
+        make_librispeech_corpus(tmp_path / "a", tmp_path / "x")
+    for path in speech.iterdir():
+        (tmp_path / "x" / path.name).symlink_to(path)
+    convert = helpers._write_utterance
+
+    def watched(folder, *arguments):  # a file manager looks in while it is made
+        for name in (".DS_Store", "._0-1-0000.npy"):
+            (folder / "transcript" / name).write_bytes(b"\0\5\x16\7")
+        convert(folder, *arguments)
+    monkeypatch.setattr(helpers, "_write_utterance", watched)
+    make_librispeech_corpus(tmp_path / "a", tmp_path / "x")
+    assert [len(list((tmp_path / "a" / name / "mfcc").iterdir())) for name in helpers.PARTITIONS] == [6, 2, 2]
+    assert (tmp_path / "a" / "answers.csv").read_bytes() == (corpus / "answers.csv").read_bytes()
 
 
 def test_bad_sources_are_named(tmp_path):
@@ -206,7 +268,7 @@ def test_a_network_that_fails_keeps_what_is_there(tmp_path, monkeypatch):
     import datasets
     rows = {name: [row(f"{name}-{i}") for i in range(4)] for name in ("train_clean_100", "dev_clean", "test_clean")}
 
-    def load(path, split, streaming, fails=()):
+    def load(path, split, revision, streaming, fails=()):
         assert path == helpers.LIBRISPEECH and streaming
         return Hub(rows[split], 2 if split in fails else None)
     monkeypatch.setattr(datasets, "load_dataset", lambda *a, **k: load(*a, **k, fails=("dev_clean",)))
@@ -224,6 +286,36 @@ def test_a_network_that_fails_keeps_what_is_there(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets, "load_dataset", unreachable)
     with pytest.raises(RunError, match="no such host.*Check the connection"):
         make_librispeech_corpus(tmp_path / "b")
+
+
+@pytest.mark.parametrize("source, revision, expected", [
+    (helpers.LIBRISPEECH, None, "0daa1eb43dda38ee6ce752e785555380e5628f5c"), (helpers.LIBRISPEECH, "main", "main"),
+    ("somebody/speech", None, None), ("somebody/speech", "v2", "v2")])
+def test_the_revision_reaches_the_hub(tmp_path, monkeypatch, source, revision, expected):
+    import datasets
+    asked = []
+
+    def load(path, split, revision, streaming):
+        asked.append((path, split, revision))
+        return Hub([row(f"{split}-{i}") for i in range(2)])
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    make_librispeech_corpus(tmp_path / "a", source, revision)
+    assert asked == [(source, split, expected) for split in ("train_clean_100", "dev_clean", "test_clean")]
+
+
+def test_what_is_there_of_another_revision_is_fetched_again(tmp_path, monkeypatch):
+    import datasets
+    fails, asked = ["dev_clean"], []
+
+    def load(path, split, revision, streaming):
+        asked.append((split, revision))
+        return Hub([row(f"{split}-{revision}-{i}") for i in range(2)], 0 if split in fails else None)
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    with pytest.raises(RunError, match="line is dead"):
+        make_librispeech_corpus(tmp_path / "a", revision="old")
+    fails.clear()
+    make_librispeech_corpus(tmp_path / "a", revision="new")
+    assert len(list((tmp_path / "a").rglob("*new*.npy"))) == 10 and not list((tmp_path / "a").rglob("*old*.npy"))
 
 
 def test_a_full_disk_is_told_with_what_is_needed(tmp_path, monkeypatch):

@@ -1,5 +1,6 @@
-"""Where the data come from: config["data"], Kaggle's folders and download, two notebooks that start together."""
+"""Where the data come from: config["data"], the folders of every edition, Kaggle's mounts and download."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +10,7 @@ import pytest
 from notebook import ROOT, definitions
 
 import helpers
-from helpers import RunError, get_data
+from helpers import DataError, RunError, find_data, get_data
 
 
 @pytest.fixture(autouse=True)
@@ -32,36 +33,176 @@ def made(monkeypatch):
 
 
 def partitions(folder):
+    """Make the course's folders in this one, and give it back."""
     for name in helpers.PARTITIONS:
         (folder / name / "mfcc").mkdir(parents=True)
+    return folder
+
+
+EDITIONS = {"11785-hw1p2-f24": "", helpers.COMPETITION: "11785-s25-hw1p2",  # competition: folder of the data in it
+            "11785-hw-1-p-2-fall-2025-main": "11785-f25-hw1p2",
+            "hw-1-p-2-spring-2026-student-competition": "archive/11785-spring-2026-hw1p2"}
+each_edition = pytest.mark.parametrize("competition, inside", EDITIONS.items())
 
 
 def test_auto_takes_the_environments_then_kaggles_then_the_practice_corpus(tmp_path, monkeypatch, made):
-    assert get_data("auto", "cache") == Path("cache/practice-corpus") and made == ["practice"]
-    assert get_data("auto", "cache") == Path("cache/practice-corpus") and made == ["practice"]  # once
-    partitions(helpers.KAGGLE / "input" / helpers.COMPETITION / helpers.KAGGLE_FOLDER)
-    assert get_data("auto", "cache") == helpers.KAGGLE / "input" / helpers.COMPETITION / helpers.KAGGLE_FOLDER
-    partitions(Path(helpers.KAGGLE_FOLDER))
-    assert get_data("auto", "cache") == Path(helpers.KAGGLE_FOLDER)
-    monkeypatch.setenv("HW1P2_DATA", "elsewhere")
-    assert get_data("auto", "cache") == Path("elsewhere")
-    assert get_data("kaggle", "cache") == Path(helpers.KAGGLE_FOLDER)  # a word in the config wins
-    assert get_data("practice", "cache") == Path("cache/practice-corpus")
+    practice, beside = Path("cache/practice-corpus"), Path("11785-s25-hw1p2")
+    assert find_data("auto", "cache") is None
+    assert get_data("auto", "cache") == practice and made == ["practice"]
+    assert get_data("auto", "cache") == find_data("auto", "cache") == practice and made == ["practice"]  # once
+    mounted = partitions(helpers.KAGGLE / "input" / helpers.COMPETITION / "11785-s25-hw1p2")
+    assert get_data("auto", "cache") == find_data("auto", "cache") == mounted
+    beside.symlink_to(mounted)
+    assert get_data("auto", "cache") == beside  # the same folder, found twice
+    monkeypatch.setenv("HW1P2_DATA", str(partitions(tmp_path / "elsewhere")))
+    assert get_data("auto", "cache") == tmp_path / "elsewhere"
+    assert get_data("kaggle", "cache") == beside  # a word in the config wins
+    assert get_data("practice", "cache") == practice
     assert get_data("librispeech", "cache") == Path("cache/librispeech") and made == ["practice", "librispeech"]
+
+
+# ---- The folder that holds train-clean-100/mfcc ------------------------------------------------------------
+
+@each_edition
+@pytest.mark.parametrize("mount", ["input", "input/competitions"])
+def test_the_data_of_each_edition_are_found_in_both_mounts_of_kaggles(competition, inside, mount, capsys):
+    root = partitions(helpers.KAGGLE / mount / competition / inside)
+    partitions(helpers.KAGGLE / "input" / "datasets" / "somebody" / "hw1p2")  # attached as well, but not meant
+    assert get_data("auto", "cache", competition) == get_data("kaggle", "cache", competition) == root
+    assert not capsys.readouterr().out
+
+
+@each_edition
+@pytest.mark.parametrize("unpacked", [False, True])
+def test_the_data_of_each_edition_are_found_beside_the_notebook(competition, inside, unpacked):
+    root = partitions(Path(inside or competition) if unpacked else Path(competition, inside))
+    assert get_data("auto", "cache") == get_data("kaggle", "cache") == root
+
+
+@pytest.mark.parametrize("inside", [".", "a", "a/b/c/d", "archive/11785-spring-2026-hw1p2"])
+def test_the_environments_folder_may_be_up_to_four_levels_too_high(tmp_path, monkeypatch, inside):
+    root = partitions(tmp_path / "data" / inside)
+    for name in (".hidden", "__MACOSX", "x~", "corpus.partial"):  # what is left in there is not taken
+        partitions(tmp_path / "data" / name)
+    monkeypatch.setenv("HW1P2_DATA", str(tmp_path / "data"))
+    assert get_data("auto", "cache") == root
+
+
+@pytest.mark.parametrize("value", ["~/hw 1/data", "$PLACE/data", "${PLACE}/data/", ' "~/hw 1/data"\n', "'$PLACE/data'"])
+def test_the_environments_path_is_read_as_a_shell_would(tmp_path, monkeypatch, value):
+    partitions(tmp_path / "hw 1" / "data")
+    for name, there in (("HOME", tmp_path), ("USERPROFILE", tmp_path), ("PLACE", tmp_path / "hw 1")):
+        monkeypatch.setenv(name, str(there))
+    monkeypatch.setenv("HW1P2_DATA", value)
+    assert get_data("auto", "cache") == tmp_path / "hw 1" / "data"
+
+
+@pytest.mark.parametrize("value", ["", "  ", '""'])
+def test_an_empty_variable_is_none(monkeypatch, made, value):
+    monkeypatch.setenv("HW1P2_DATA", value)
+    assert get_data("auto", "cache") == Path("cache/practice-corpus")
+
+
+@pytest.mark.parametrize("there, words", [
+    ("data/a/b/c/d/e", "expected a folder, there or up to four levels below"),
+    ("data/train-clean-100", "data: expected a folder"), ("elsewhere", "data: there is no such folder; expected")])
+def test_a_folder_without_data_is_told(tmp_path, monkeypatch, there, words):
+    (tmp_path / there).mkdir(parents=True) if there.endswith("100") else partitions(tmp_path / there)
+    monkeypatch.setenv("HW1P2_DATA", str(tmp_path / "data"))
+    with pytest.raises(DataError) as caught:
+        get_data("auto", "cache")
+    assert str(caught.value).startswith(f"{tmp_path / 'data'}: ") and words in str(caught.value)
+
+
+def test_of_several_folders_none_is_taken(tmp_path, monkeypatch):
+    several = [partitions(Path(name)) for name in ("11785-f25-hw1p2", "11785-s25-hw1p2")]
+    other = partitions(helpers.KAGGLE / "input" / "datasets" / "somebody" / "speech")
+    for choice in ("auto", "kaggle"):
+        with pytest.raises(DataError, match="f25.*s25.*: each of them holds.*Looked through: .*HW1P2_DATA") as caught:
+            get_data(choice, "cache")
+        assert str(other) in str(caught.value)  # looked through
+    monkeypatch.setenv("HW1P2_DATA", ".")
+    with pytest.raises(DataError, match="each of them holds train-clean-100/mfcc"):
+        get_data("auto", "cache")
+    monkeypatch.setenv("HW1P2_DATA", str(several[1]))
+    assert get_data("auto", "cache") == several[1]
+
+
+def test_neither_utterances_nor_hidden_folders_are_listed_nor_a_loop_of_links_followed(tmp_path, monkeypatch):
+    root, listed, scandir = partitions(tmp_path / "data" / "a" / "b"), [], os.scandir
+    for path in ("dev-clean/mfcc", ".git/x", "a/c/d/e/f"):  # an incomplete copy; a repository; deeper than is looked
+        (tmp_path / "data" / path).mkdir(parents=True)
+    (tmp_path / "data" / "a" / "up").symlink_to(tmp_path / "data")
+    (tmp_path / "data" / "broken").symlink_to(tmp_path / "nowhere")
+    monkeypatch.setattr(os, "scandir", lambda path: listed.append(path) or scandir(path))
+    monkeypatch.setenv("HW1P2_DATA", str(tmp_path / "data"))
+    assert get_data("auto", "cache") == root
+    assert listed == [tmp_path / "data" / path for path in (".", "a", "a/c", "a/c/d")]
+
+
+def test_own_corpora_of_another_copy_of_this_project_are_not_taken_for_the_courses(made, capsys):
+    for name in ("practice-corpus", "librispeech"):
+        (partitions(Path("hw1p2-runs/cache") / name) / "answers.csv").touch()
+    partitions(Path("hw1p2-runs/cache/other.partial"))
+    assert get_data("auto", "cache") == Path("cache/practice-corpus")
+    assert "no train-clean-100/mfcc in hw1p2-runs: taking the practice corpus\n" in capsys.readouterr().out
+
+
+# ---- Kaggle ------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("path", [
+    "11785-f25-hw1p2", "competitions/11785-hw-1-p-2-fall-2025-main/11785-f25-hw1p2", "datasets/somebody/speech/a/b/c/d",
+    "notebooks/somebody/hw1/runs/cache/librispeech"])
+def test_what_is_attached_under_another_name_is_taken_and_told(path, capsys):
+    root = partitions(helpers.KAGGLE / "input" / path)
+    (helpers.KAGGLE / "input" / "datasets" / "somebody" / "helpers").mkdir(parents=True)
+    assert get_data("auto", "cache") == root
+    assert f"{root}: these data are attached, and taken in place of 11785-spring-25" in capsys.readouterr().out
+
+
+def test_where_something_else_is_attached_that_is_told(made, capsys):
+    attached = [helpers.KAGGLE / "input" / name for name in ("competitions/titanic", "datasets/somebody/images", "old")]
+    for folder in attached:
+        folder.mkdir(parents=True)
+    for _ in range(2):  # made, then there
+        assert get_data("auto", "cache") == Path("cache/practice-corpus")
+        words = "taking the practice corpus. For the course's data, attach 11785-spring-25-hw-1-p-2 (Add Input)"
+        assert f"{', '.join(map(str, attached))}: {words}" in capsys.readouterr().out
+
+
+def test_without_internet_kaggles_switch_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "espeakng_loader", None)  # it cannot be imported
+    for folder in (None, helpers.KAGGLE):
+        if folder:
+            folder.mkdir()
+        with pytest.raises(ImportError, match="practice corpus.*pip install espeakng-loader") as caught:
+            get_data("practice", "cache")
+        assert ("Settings > Internet" in str(caught.value)) == (folder is not None)
+    fake_kagglehub(monkeypatch, lambda competition: 1 / 0)
+    with pytest.raises(RunError, match="Settings > Internet"):
+        get_data("kaggle", "cache")
 
 
 def fake_kagglehub(monkeypatch, download):
     monkeypatch.setitem(sys.modules, "kagglehub", SimpleNamespace(competition_download=download))
 
 
-@pytest.mark.parametrize("inside", ["", helpers.KAGGLE_FOLDER])
-def test_kaggle_downloads_what_is_not_there(tmp_path, monkeypatch, inside):
-    def download(competition):
-        assert competition == helpers.COMPETITION
+@each_edition
+def test_kaggle_downloads_what_is_not_there(tmp_path, monkeypatch, competition, inside):
+    def download(name):
+        assert name == competition
         partitions(tmp_path / "download" / inside)
         return str(tmp_path / "download")
     fake_kagglehub(monkeypatch, download)
-    assert get_data("kaggle", "cache") == tmp_path / "download" / inside
+    assert find_data("kaggle", "cache", competition) is None
+    assert get_data("kaggle", "cache", competition) == tmp_path / "download" / inside
+
+
+def test_a_download_of_something_else_is_told(tmp_path, monkeypatch):
+    (tmp_path / "download").mkdir()
+    fake_kagglehub(monkeypatch, lambda competition: tmp_path / "download")
+    with pytest.raises(DataError, match="download: expected a folder, there or up to four levels below"):
+        get_data("kaggle", "cache", "titanic")
 
 
 @pytest.mark.parametrize("error", [PermissionError("403 Forbidden"), ConnectionError("no route"), OSError(28, "full")])
@@ -69,8 +210,9 @@ def test_a_failed_download_says_what_to_do(monkeypatch, error):
     def download(competition):
         raise error
     fake_kagglehub(monkeypatch, download)
-    with pytest.raises(RunError, match="(?s)could not be fetched.*press Join on.*token.*9 GB.*run again") as caught:
-        get_data("kaggle", "cache")
+    words = "(?s)could not be fetched.*press Join on kaggle.com/competitions/hw-1-p-2.*token.*9 GB.*run again"
+    with pytest.raises(RunError, match=words) as caught:
+        get_data("kaggle", "cache", "hw-1-p-2-spring-2026-student-competition")
     assert type(error).__name__ in str(caught.value)
 
 

@@ -9,9 +9,11 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from helpers import PHONEMES, DataError, RunError, read_submission, submit
+import helpers
+from helpers import PHONEMES, DataError, RunError, check_sample_submission, read_submission, submit
 from helpers import write_submission as write
 
+PYTHON, FIND_SPEC = sys.executable, helpers.importlib.util.find_spec
 NAMES = np.array(PHONEMES)[[0, 1, 5, 39, 0, 0, 22]]
 
 
@@ -98,6 +100,36 @@ def test_the_sample_submissions_ids_decide(tmp_path):
         read_submission(path, pd.Series(range(1, 8)))
 
 
+@pytest.mark.parametrize("name", ["sample_submission.csv", "test-clean/test_sample_submission.csv"])
+def test_a_sample_submission_that_does_not_fit_is_named(tmp_path, name):
+    check_sample_submission(tmp_path, 3)  # there is none
+    path = tmp_path / name
+    path.parent.mkdir(exist_ok=True)
+    for rows in ("0,AA\n1,AA\n2,AA\n", "2,AA\n0,\n1,AA\n"):  # Kaggle does not mind the order
+        path.write_text(f"id,label\n{rows}")
+        check_sample_submission(tmp_path, 3)
+    for rows, words in (("0,AA\n1,AA\n", "2 rows, ids 0, 1 ...; expected 3, one for each frame of"),
+                        ("1,AA\n2,AA\n3,AA\n", "3 rows, ids 1, 2, 3 ...; expected 3"), ("", "0 rows"),
+                        ("0,AA\n1,AA\n1,AA\n", "ids 0, 1, 1 ..."), ("a,AA\nb,AA\nc,AA\n", "ids a, b, c ..."),
+                        ("0,AA,1\n", "more than two values")):
+        path.write_text(f"id,label\n{rows}")
+        with pytest.raises(DataError) as caught:
+            check_sample_submission(tmp_path, 3)
+        assert str(caught.value).startswith(f"{path}: ") and words in str(caught.value)
+    path.write_bytes(bytes(99))
+    with pytest.raises(DataError, match="sample_submission.csv: "):
+        check_sample_submission(tmp_path, 3)
+
+
+@pytest.mark.parametrize("name", ["._sample_submission.csv", ".ipynb_checkpoints/a_sample_submission.csv",
+                                  "~$sample_submission.csv", "__MACOSX/sample_submission.csv",
+                                  "sample_submission.csv~", "archive~/sample_submission.csv"])
+def test_what_systems_and_editors_leave_is_no_sample_submission(tmp_path, name):
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_bytes(b"\0\5\x16\7")
+    check_sample_submission(tmp_path, 3)
+
+
 @pytest.mark.parametrize("error, raised", [(OSError(28, "No space left on device"), RunError),
                                            (KeyboardInterrupt(), KeyboardInterrupt), (ValueError("x"), ValueError)])
 @pytest.mark.parametrize("step", ["content", "flush", "move"])
@@ -126,7 +158,7 @@ def test_a_failure_leaves_the_old_file(tmp_path, monkeypatch, step, error, raise
 
 @pytest.fixture
 def account(tmp_path, monkeypatch):
-    """A home, and a folder of commands that is all there is on the PATH."""
+    """A home, a folder of commands that is all there is on the PATH, and an environment without the command."""
     for name in ("KAGGLE_API_TOKEN", "KAGGLE_USERNAME", "KAGGLE_KEY", "KAGGLE_CONFIG_DIR"):
         monkeypatch.delenv(name, raising=False)
     (tmp_path / "home").mkdir()
@@ -134,13 +166,17 @@ def account(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.setenv("USERPROFILE", str(tmp_path / "home"))
     monkeypatch.setenv("PATH", str(tmp_path / "bin"))
+    (tmp_path / "environment").mkdir()
+    (tmp_path / "environment" / "python").symlink_to(PYTHON)
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "environment" / "python"))
+    monkeypatch.setattr(helpers.importlib.util, "find_spec", lambda name: None)
     return tmp_path
 
 
-def fake(account, monkeypatch, code):
+def fake(account, monkeypatch, code, folder="bin"):
     """Put a `kaggle` on the PATH that runs this Python code and notes its arguments; with credentials."""
-    command = account / "bin" / "kaggle"
-    command.write_text(f"#!{sys.executable}\nimport sys\n"
+    command = account / folder / "kaggle"
+    command.write_text(f"#!{PYTHON}\nimport sys\n"
                        f"open({str(account / 'calls')!r}, 'a').write(' '.join(sys.argv[1:]) + '\\n')\n"
                        + textwrap.dedent(code))
     command.chmod(command.stat().st_mode | stat.S_IEXEC)
@@ -160,22 +196,47 @@ def test_without_the_command(account):
 
 
 @posix
-def test_its_output_and_its_arguments(account, monkeypatch):
+@pytest.mark.parametrize("competition", ["11785-spring-25-hw-1-p-2", "hw-1-p-2-spring-2026-student-competition"])
+def test_its_output_and_its_arguments(account, monkeypatch, competition):
     fake(account, monkeypatch, "print('Successfully submitted')")
-    assert submit(account / "a.csv", "two words") == "Successfully submitted"
-    assert calls(account) == [f"competitions submit -c 11785-spring-25-hw-1-p-2 -f {account / 'a.csv'} -m two words"]
+    assert submit(account / "a.csv", "two words", competition) == "Successfully submitted"
+    assert calls(account) == [f"competitions submit -c {competition} -f {account / 'a.csv'} -m two words"]
+
+
+@posix
+def test_the_command_of_an_environment_that_is_not_activated_comes_first(account, monkeypatch):
+    fake(account, monkeypatch, "print('the environment')", "environment")
+    assert submit("a.csv", "x") == "the environment"
+    fake(account, monkeypatch, "print('the PATH')")
+    assert submit("a.csv", "x") == "the environment"
+
+
+@posix
+def test_the_package_is_found_without_its_command(account, monkeypatch):
+    (account / "kaggle").mkdir()  # a folder of that name is no package
+    monkeypatch.setattr(helpers.importlib.util, "find_spec", FIND_SPEC)
+    monkeypatch.syspath_prepend(str(account))
+    monkeypatch.setenv("PYTHONPATH", str(account))
+    if FIND_SPEC("kaggle").origin is None:  # else the package is installed here
+        with pytest.raises(RunError, match="pip install kaggle"):
+            submit("a.csv", "x")
+    (account / "kaggle" / "__init__.py").touch()
+    (account / "kaggle" / "__main__.py").write_text("import sys; print('module', *sys.argv[1:3])")
+    helpers.importlib.invalidate_caches()
+    assert submit("a.csv", "x") == "module competitions submit"
 
 
 @posix
 @pytest.mark.parametrize("code", ["print('401 - Unauthorized'); sys.exit(1)", "print('403 - Forbidden'); sys.exit(1)",
                                   "sys.exit('403 Client Error: Forbidden for url: https://api.kaggle.com/v1/x')",
-                                  "print('401 Client Error: Unauthorized')", "sys.exit('404 - Not Found')"])
+                                  "print('401 Client Error: Unauthorized')", "sys.exit('404 - Not Found')",
+                                  "print('Could not submit to competition')"])
 def test_refused(account, monkeypatch, code):
     fake(account, monkeypatch, code)
-    with pytest.raises(RunError, match="a.csv could not be submitted: .*40[134]") as caught:
-        submit("a.csv", "a message")
+    with pytest.raises(RunError, match="a.csv could not be submitted: .*(40[134]|Could not)") as caught:
+        submit("a.csv", "a message", "11785-hw1p2-f24")
     message = str(caught.value)
-    assert "press Join on kaggle.com/competitions/11785" in message and "never into a cell" in message
+    assert "press Join on kaggle.com/competitions/11785-hw1p2-f24)" in message and "never into a cell" in message
     assert "not-a-real-one" not in message
 
 
