@@ -1255,11 +1255,11 @@ def make_librispeech_corpus(root, source=LIBRISPEECH, revision=None):
 # ---- Where the data come from ------------------------------------------------------------------------------
 
 def _roots(places):
-    """The folders that hold train-clean-100/mfcc, in these places and up to four levels below: {real path: folder}.
+    """The folders that hold train-clean-100/mfcc: these places, or up to four levels below them.
 
     Level by level. Folders of utterances, with their tens of thousands of files, and hidden ones are not looked into.
     """
-    roots, seen, folders = {}, set(), places
+    roots, seen, folders = [], set(), places
     for depth in range(5):
         deeper = []
         for folder in folders:
@@ -1268,7 +1268,7 @@ def _roots(places):
                 continue
             seen.add(real)
             if os.path.isdir(folder / PARTITIONS[0] / KINDS[0]):
-                roots[real] = folder
+                roots.append(folder)
             elif depth < 4:
                 with contextlib.suppress(OSError):  # no folder, or one that may not be read
                     deeper += sorted(Path(entry) for entry in os.scandir(folder) if entry.is_dir()
@@ -1280,11 +1280,12 @@ def _roots(places):
 def _one_root(roots, places):
     """The one of `_roots`; a DataError that lists what was looked through where there is none, or more."""
     if len(roots) == 1:
-        return next(iter(roots.values()))
-    looked, found = ", ".join(map(str, places)), ", ".join(map(str, roots.values()))
+        return roots[0]
+    looked = ", ".join(map(str, places))
     if roots:
-        raise DataError(f"{found}: each of them holds train-clean-100/mfcc; expected one folder. Looked through: "
-                        f"{looked}. Say which: by the environment variable HW1P2_DATA, with config['data'] = 'auto'.")
+        raise DataError(f"{', '.join(map(str, roots))}: each of them holds train-clean-100/mfcc; expected one folder. "
+                        f"Looked through: {looked}. Say which: by the environment variable HW1P2_DATA, with "
+                        "config['data'] = 'auto'.")
     missing = "" if any(map(os.path.isdir, places)) else "there is no such folder; "
     raise DataError(f"{looked}: {missing}expected a folder, there or up to four levels below, with "
                     "{train-clean-100,dev-clean}/{mfcc,transcript}/*.npy and test-clean/mfcc/*.npy")
@@ -1311,9 +1312,9 @@ def find_data(choice, cache, competition=COMPETITION):
     if choice in ("auto", "kaggle"):
         beside, attached = _places()
         named = [mount for mount in attached if mount.name == competition]
-        roots = {real: folder for real, folder in _roots(beside + named).items()
-                 if not (folder / "answers.csv").exists()}  # one of our own corpora, of another copy of this project
-        if roots := roots or _roots(attached):
+        own = "answers.csv"  # lies in a corpus that another copy of this project has made
+        roots = [folder for folder in _roots(beside + named) if not (folder / own).exists()] or _roots(attached)
+        if roots:
             return _one_root(roots, beside + attached)
         if choice == "kaggle":
             return None
