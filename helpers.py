@@ -1300,11 +1300,6 @@ def _places():
                     (sorted(folder.glob(groups[folder.name])) if folder.name in groups else [folder])]
 
 
-def is_practice(data_folder):
-    """Is it the practice corpus that `get_data` makes?"""
-    return data_folder == cache_folder() / "practice-corpus"
-
-
 def find_data(choice, cache, competition=COMPETITION):
     """The data folder that config["data"] asks for where it is there already, else None; see `get_data`."""
     if choice == "auto" and (folder := path_from_environment("HW1P2_DATA")):

@@ -1,5 +1,7 @@
 """Where the data come from: config["data"], the folders of every edition, Kaggle's mounts and download."""
 
+import importlib
+import importlib.util
 import os
 import subprocess
 import sys
@@ -7,7 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from notebook import ROOT, definitions
+from notebook import ROOT, code_cells, definitions
 
 import helpers
 from helpers import DataError, RunError, find_data, get_data
@@ -214,6 +216,54 @@ def test_a_failed_download_says_what_to_do(monkeypatch, error):
     with pytest.raises(RunError, match=words) as caught:
         get_data("kaggle", "cache", "hw-1-p-2-spring-2026-student-competition")
     assert type(error).__name__ in str(caught.value)
+
+
+@pytest.fixture
+def helpers_elsewhere(monkeypatch):
+    """As in a new kernel: no helpers.py beside the notebook, none imported."""
+    monkeypatch.setattr(sys, "path", [folder for folder in sys.path if not (Path(folder) / "helpers.py").exists()])
+    monkeypatch.delitem(sys.modules, "helpers")
+    importlib.invalidate_caches()
+    return definitions_of("find_helpers")
+
+
+def definitions_of(name):
+    """A function of the notebook that must run before helpers.py is there."""
+    [source] = [source for source in code_cells() if f"def {name}(" in source]
+    namespace = {"importlib": importlib, "sys": sys, "Path": Path, "subprocess": subprocess}
+    exec(source.rsplit("\n\n\n", 1)[0], namespace)
+    return namespace
+
+
+@pytest.mark.parametrize("place", ["input/helpers", "input/datasets/me/hw", "usr/lib/helpers",
+                                   "usr/lib/notebooks/me/helpers"])
+def test_helpers_is_found_where_kaggle_mounts_it(helpers_elsewhere, tmp_path, monkeypatch, place):
+    folder = tmp_path / "mnt" / place
+    for other in (folder, tmp_path / "mnt" / "input" / "another"):
+        other.mkdir(parents=True)
+        (other / "helpers.py").write_text("print()")
+    (folder / "helpers.py").write_text("class AudioDataset: pass")
+    helpers_elsewhere["Path"] = lambda path=".": Path(str(path).replace("/kaggle", f"{tmp_path}/mnt"))
+    helpers_elsewhere["Path"].cwd = Path.cwd
+    (tmp_path / "helpers").mkdir()  # a mere folder beside the notebook
+    monkeypatch.syspath_prepend(tmp_path)
+    helpers_elsewhere["find_helpers"]()
+    assert importlib.util.find_spec("helpers").origin == str(folder / "helpers.py")
+
+
+def test_where_there_is_no_helpers_the_message_says_where_it_belongs(helpers_elsewhere, tmp_path):
+    with pytest.raises(FileNotFoundError, match="belongs beside this notebook.*Colab.*Kaggle"):
+        helpers_elsewhere["find_helpers"]()
+
+
+def test_a_folder_of_the_packages_name_does_not_hide_that_it_is_missing(tmp_path, monkeypatch):
+    (tmp_path / "nopackage").mkdir()
+    monkeypatch.syspath_prepend(tmp_path)
+    asked = []
+    monkeypatch.setattr(subprocess, "run",
+                        lambda command, **_: asked.append(command[-1]) or SimpleNamespace(returncode=0))
+    definitions()["install"]("nopackage", "numpy")
+    assert asked == ["nopackage"]
 
 
 def test_what_is_missing_is_installed_or_told(monkeypatch):

@@ -117,16 +117,16 @@ def main():
     frames = np.diff(starts)
     best = {key: value for key, value in config_of("best", 1).items() if key in NOTEBOOK["ORIGINAL"]}
     frames_a_parameter = sorted({f"{result['frames_a_parameter']:.2g}" for result in sum(rows.values(), [])})
-    common.report("Accuracy", data=f"{arguments.data.name}; {starts[-1]:,} frames in {len(frames)} utterances of dev-clean",
+    common.report("Accuracy", data=f"{arguments.data.name}; {starts[-1]:,} dev-clean frames, {len(frames)} utterances",
                   network=f"pencil, {arguments.width} wide{', noise-matched' * arguments.match_noise}, context "
                           f"{NOTEBOOK['config']['context']}, batch {NOTEBOOK['config']['batch_size']}, "
                           f"{helpers.pick_precision(common.DEVICE)}; frames a parameter "
                           f"{', '.join(frames_a_parameter)}",
                   seeds=", ".join(map(str, arguments.seeds)), best=re.sub(r'["{}]', "", json.dumps(best)))
     print("validation accuracy, %, mean over the seeds [lowest - highest]: the network alone, frame by frame; points\n"
-          "more than the original's, with a 95% interval over the utterances; the mean over warps; Viterbi; seconds of\n"
-          "a training epoch; the first epoch in which the network alone is as good as the original's best. Below: the\n"
-          "network alone after every epoch, and its accuracy while training\n")
+          "more than the original's, with a 95% interval over the utterances; the mean over warps; Viterbi; seconds\n"
+          "of a training epoch; the first epoch in which the network alone is as good as the original's best. Below,\n"
+          "the network alone after every epoch, and its accuracy while training\n")
     for (epochs, recipe), results in rows.items():
         alone, mean, viterbi = ([100 * result[name][result["others"] if name == "viterbi" else ...].mean()
                                  for result in results] for name in ("alone", "mean", "viterbi"))
