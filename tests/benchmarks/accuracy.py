@@ -69,7 +69,7 @@ def train(config, seed, data, folder):
             decoder.choose(log_posteriors, val_data.labels, val_data.starts)
             labels[f"plain{warps}"] = log_posteriors.argmax(1).cpu()
             labels[f"decoded{warps}"] = decoder(log_posteriors, val_data.starts).cpu()
-        with helpers.replacing(folder / "labels.npz", 32 * len(val_data)) as temporary, open(temporary, "wb") as file:
+        with helpers.atomic_write(folder / "labels.npz", 32 * len(val_data)) as path, open(path, "wb") as file:
             np.savez(file, **labels, seconds=[row["seconds"] for row in history])
         (folder / "checkpoint.pt").unlink()
         (folder / "best.pt").unlink()
