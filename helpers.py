@@ -377,10 +377,7 @@ class AudioDataset(Dataset):
 
     def _batch(self, index):
         gaps = torch.searchsorted(self.starts, index, right=True)  # that lie before the frame: one an utterance
-        out = None
-        if self.frames.device.type == "cpu":  # numpy's large pages of memory come much quicker than torch's small ones
-            out = torch.from_numpy(np.empty((len(index), self.windows.shape[1]), np.float16))
-        frames = torch.index_select(self.windows, 0, index + self.gap * gaps - self.context, out=out)
+        frames = torch.index_select(self.windows, 0, index + self.gap * gaps - self.context)
         frames = frames.view(len(index), -1, COEFFICIENTS)
         return frames if self.labels is None else (frames, self.labels[index].long())
 
