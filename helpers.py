@@ -26,8 +26,10 @@ import secrets
 import shutil
 import subprocess
 import sys
+import threading
 import time
 import warnings
+import weakref
 import zipfile
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
@@ -35,11 +37,9 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import safetensors.torch
 import torch
 import torchaudio
-from filelock import FileLock, Timeout
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch.utils.data import DataLoader, Dataset, Sampler
 from tqdm.auto import tqdm
 
@@ -89,7 +89,7 @@ def internet_switch():
 
 
 @contextlib.contextmanager
-def replacing(path, size):
+def atomic_write(path, size):
     """Give a temporary path beside `path`; flush it and move it into place only if the block succeeds.
 
     A reader sees the old file or the new one, never a part. A RunError tells a full disk, and the `size` needed, bytes.
@@ -102,7 +102,7 @@ def replacing(path, size):
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except (OSError, SafetensorError) as error:
+    except (OSError, safetensors.SafetensorError) as error:
         free = shutil.disk_usage(path.parent).free if path.parent.exists() else 0
         raise RunError(f"{path} could not be written ({error}): {size / 1e6:.1f} MB are needed there, {free / 1e6:.1f} "
                        "MB are free. What was there before is unchanged. Free some space and run again.") from error
@@ -111,31 +111,57 @@ def replacing(path, size):
             temporary.unlink()
 
 
-@contextlib.contextmanager
-def alone(path):
-    """Of two notebooks that make the same thing, let one into the block and the other wait until it comes out."""
-    lock = FileLock(path.with_name(f".{path.name}.lock"))
+def take_lock(path):
+    """Lock the file `path` for this process until the file that is returned is closed; None where another one has it.
+
+    The system's own lock ends with its process, however that dies. Where a file system has none, a warning is printed
+    and the work goes on: one notebook needs no lock. Raises a RunError where the file cannot be made.
+    """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            held = lock.acquire(timeout=0)
-        except Timeout:
-            print(f"another notebook is making {path}: waiting for it")
-            held = lock.acquire()
+        file = open(path, "a")
     except OSError as error:
-        raise RunError(f"{path} cannot be made: {error}") from error
-    with held:
+        raise RunError(f"{path.parent} cannot be written to: {error}") from error
+    try:
+        if os.name == "nt":
+            import msvcrt
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+        else:
+            import fcntl
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        file.close()
+        return None
+    except OSError as error:
+        print(f"{path} cannot be locked on this file system ({error}): going on without a lock. Do not start a second "
+              "notebook that writes there at the same time.")
+    return file
+
+
+@contextlib.contextmanager
+def one_process_at_a_time(path):
+    """Of two notebooks that make the same thing, let one into the block and the other wait until it comes out."""
+    for attempt in itertools.count():
+        if lock := take_lock(path.with_name(f".{path.name}.lock")):
+            break
+        if attempt == 0:
+            print(f"another notebook is making {path}: waiting for it")
+        time.sleep(0.1)
+    with lock:
         yield
 
 
-def in_order(function, jobs):
-    """Yield function(job) for each job, in their order; 16 threads work a little ahead."""
-    with ThreadPoolExecutor(16) as pool:
+def map_in_threads(function, jobs):
+    """Yield function(job) for each job, in their order; 16 threads work a little ahead, and end with the generator."""
+    pool = ThreadPoolExecutor(16)
+    try:
         futures = (pool.submit(function, job) for job in jobs)
         pending = deque(itertools.islice(futures, 64))
         while pending:
             yield pending.popleft().result()
             pending.extend(itertools.islice(futures, 1))
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 # ---- Config -------------------------------------------------------------------------------------------------
@@ -269,29 +295,17 @@ def _labels(array):
     if (array[0], array[-1]) != ("[SOS]", "[EOS]"):
         raise ValueError(f"it starts with {str(array[0])!r} and ends with {str(array[-1])!r}; expected [SOS] and [EOS]")
     array = array[1:-1]
-    starts = np.flatnonzero(np.append(True, array[1:] != array[:-1]))  # a phoneme lasts: one lookup for all its frames
-    phonemes = array[starts].tolist()
-    for t, phoneme in zip(starts, phonemes):
+    offsets = np.flatnonzero(np.append(True, array[1:] != array[:-1]))  # a phoneme lasts: one lookup for all its frames
+    phonemes = array[offsets].tolist()
+    for t, phoneme in zip(offsets, phonemes):
         if phoneme not in _INDEX:
             raise ValueError(f"{phoneme!r} at frame {t} is not a phoneme; expected one of {' '.join(_INDEX)}")
-    return np.repeat(np.array([_INDEX[phoneme] for phoneme in phonemes], np.uint8), np.diff(starts, append=len(array)))
+    return np.repeat(np.array([_INDEX[phoneme] for phoneme in phonemes], np.uint8), np.diff(offsets, append=len(array)))
 
 
-def _contents(utterances):
-    """A list for each utterance (list of paths): the bytes of its files, or the errors that they cannot be read."""
-    def read(path):
-        try:
-            return path.read_bytes()
-        except OSError as error:
-            return error
-    return [[*map(read, paths)] for paths in utterances]
-
-
-def _load_npy(content):
-    """The array in an .npy file of these bytes; an error that says what is wrong with it."""
-    if isinstance(content, OSError):
-        raise content
-    file = io.BytesIO(content)
+def _load_npy(path):
+    """The array in an .npy file; an error that says what is wrong with it."""
+    file = io.BytesIO(path.read_bytes())
     try:
         array = np.lib.format.read_array(file, allow_pickle=False)
         if file.read(1):
@@ -301,12 +315,12 @@ def _load_npy(content):
         raise ValueError(f"{error}; expected one whole array in an .npy file") from None
 
 
-def _convert(contents, paths):
+def _read_utterance(paths):
     """((MFCCs, deviations), labels or None) of an utterance, and a list of what is wrong with its files."""
     arrays, faults = [None, None], []
-    for i, (path, content, convert) in enumerate(zip(paths, contents, (_mfccs, _labels))):
+    for i, (path, convert) in enumerate(zip(paths, (_mfccs, _labels))):
         try:
-            arrays[i] = convert(_load_npy(content))
+            arrays[i] = convert(_load_npy(path))
         except Exception as error:  # whatever a damaged file provokes, it is that file's fault
             faults.append(f"{path}: {error}")
     if not faults and arrays[1] is not None and len(arrays[1]) != len(arrays[0][0]):
@@ -332,9 +346,7 @@ def _pack(folder, names, kinds, gap):
     rows = sum(path.stat().st_size for path, *_ in paths if path.exists()) // (2 * COEFFICIENTS)
     frames = torch.from_numpy(np.zeros((rows + gap * (len(names) + 1), COEFFICIENTS), np.float16))
     labels, lengths, deviations, faults, row = [np.zeros(0, np.uint8)], [], [], [], gap
-    # small files are waited for more than worked on, so threads read them, sixteen a job; Python converts one at a time
-    contents = in_order(_contents, (paths[i:i + 16] for i in range(0, len(paths), 16)))
-    utterances = map(_convert, itertools.chain.from_iterable(contents), paths)
+    utterances = map_in_threads(_read_utterance, paths)  # small files are waited for more than worked on
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # numpy's and Python's, about what stands in a damaged header
         for mfccs, phonemes, wrong in tqdm(utterances, f"reading {folder.name}", len(names), leave=False, delay=10):
@@ -352,6 +364,18 @@ def _pack(folder, names, kinds, gap):
             "deviations": torch.tensor(np.mean(deviations, axis=0), dtype=torch.float32)}
 
 
+def _npy_files(folder):
+    """Sorted names of the utterances' files in a folder, and of all else, which is not data.
+
+    That is what systems and tools leave: hidden files, those without .npy at the end, and copies beside their original:
+    "x (1).npy", "x copy.npy", "x - Copy.npy", "x-Copy1.npy".
+    """
+    found = {*os.listdir(folder)}
+    copies = {name for name in found if (match := re.match("(.+?)( |-Copy)", name)) and f"{match[1]}.npy" in found}
+    names = {name for name in found - copies if name.endswith(".npy") and not name.startswith(".")}
+    return sorted(names), sorted(found - names)
+
+
 def _list_utterances(folder, kinds, subset):
     """Sorted names of a partition's first utterances; a DataError where one has no counterpart or none is left."""
     names = {}
@@ -359,9 +383,8 @@ def _list_utterances(folder, kinds, subset):
         if not (folder / kind).is_dir():
             raise DataError(f"{folder / kind}: there is no such folder; expected ROOT/{{train-clean-100,dev-clean}}/"
                             "{mfcc,transcript}/*.npy and ROOT/test-clean/mfcc/*.npy")
-        found = sorted(os.listdir(folder / kind))
-        names[kind] = [name for name in found if name.endswith(".npy") and not name.startswith(".")]
-        if ignored := sorted({*found} - {*names[kind]}):
+        names[kind], ignored = _npy_files(folder / kind)
+        if ignored:
             print(f"{folder.name}: ignored {len(ignored)} file(s) in {kind} that are not utterances: "
                   + ", ".join(map(_printable, ignored[:5])))
     if not names["mfcc"]:
@@ -381,14 +404,17 @@ def _cache_key(folder, names, kinds, gap):
         with contextlib.suppress(OSError):  # a link to nowhere: reading it tells
             stats = [os.stat(os.path.join(folder, kind, name)) for kind in kinds]
             return name, *((stat.st_size, stat.st_mtime_ns) for stat in stats)
-    return hashlib.sha256(repr(("packed 3", folder.name, gap, [*in_order(stamp, names)])).encode()).hexdigest()
+    return hashlib.sha256(repr(("packed 3", folder.name, gap, [*map_in_threads(stamp, names)])).encode()).hexdigest()
 
 
 def _open_cache(path, key):
     """The packed tensors of a cache file, mapped into memory; None where it is missing, partial or foreign."""
-    with contextlib.suppress(Exception), safe_open(path, "pt") as file:  # whatever is wrong with it, it is made anew
-        if file.metadata() == {"key": key}:
-            return {name: file.get_tensor(name) for name in file.keys()}
+    # the second way is for file systems that cannot map (some network disks): it reads the whole file
+    for load in (safetensors.torch.load_file, lambda path: safetensors.torch.load(path.read_bytes())):
+        with contextlib.suppress(Exception):  # whatever is wrong with it, it is made anew
+            packed = load(path)
+            if packed.pop("key").numpy().tobytes().decode() == key:
+                return packed
 
 
 def read_partition(root, partition, subset=1, gap=GAP, cache=None):
@@ -406,24 +432,26 @@ def read_partition(root, partition, subset=1, gap=GAP, cache=None):
     each coefficient's standard deviation before normalisation.
     Raises a DataError that tells all faulty files together, the first ten by name.
     """
-    folder, packed = Path(root) / partition, None
+    folder = Path(root) / partition
     kinds, subset = (KINDS[:1], 1) if partition == "test-clean" else (KINDS, subset)
     names = _list_utterances(folder, kinds, subset)
     if cache is None:
         return _pack(folder, names, kinds, gap)
     key = _cache_key(folder, names, kinds, gap)
     path = Path(cache) / f"{partition}-{key[:16]}.safetensors"
-    try:
-        with alone(path):  # of two runs that start together, one reads the files
-            if not (mapped := _open_cache(path, key)):
-                packed = _pack(folder, names, kinds, gap)
-                with replacing(path, packed["frames"].nbytes) as temporary:
-                    save_file(packed, temporary, {"key": key})
-                mapped = _open_cache(path, key)
-            return mapped
-    except RunError as error:  # the cache is a convenience
-        print(f"going on without a cache: {error}")
-        return packed or _pack(folder, names, kinds, gap)
+    packed = _open_cache(path, key)
+    if not packed:
+        try:
+            with one_process_at_a_time(path):
+                packed = _open_cache(path, key)  # another one may have made it meanwhile
+                if not packed:
+                    packed = _pack(folder, names, kinds, gap)
+                    stamped = {**packed, "key": torch.tensor([*key.encode()], dtype=torch.uint8)}
+                    with atomic_write(path, packed["frames"].nbytes) as temporary:
+                        safetensors.torch.save_file(stamped, temporary)
+        except RunError as error:  # the cache is a convenience
+            print(f"going on without a cache: {error}")
+    return packed or _pack(folder, names, kinds, gap)
 
 
 # ---- Windows and loaders -----------------------------------------------------------------------------------
@@ -474,10 +502,7 @@ class AudioDataset(Dataset):
 
     def _batch(self, index):
         gaps = torch.searchsorted(self.starts, index, right=True)  # that lie before the frame: one an utterance
-        out = None
-        if self.frames.device.type == "cpu":  # numpy's large pages of memory come much quicker than torch's small ones
-            out = torch.from_numpy(np.empty((len(index), self.windows.shape[1]), np.float16))
-        frames = torch.index_select(self.windows, 0, index + self.gap * gaps - self.context, out=out)
+        frames = torch.index_select(self.windows, 0, index + self.gap * gaps - self.context)
         frames = frames.view(len(index), -1, COEFFICIENTS)
         return frames if self.labels is None else (frames, self.labels[index].long())
 
@@ -731,14 +756,22 @@ FREE_KEYS = ("Name", "recipe", "test_warps", "smoothing", "data", "competition",
              "drive", "kaggle_submit", "ablations")
 
 
+_RUN_LOCKS = weakref.WeakValueDictionary()  # path -> lock
+
+
 def lock_run(folder):
-    """Take the run folder for this process until it ends, once or again; a RunError where another one has it."""
-    lock = FileLock(Path(folder) / ".lock", timeout=0, is_singleton=True)
-    try:
-        lock.acquire()
-    except Timeout:
+    """Take the run folder for this process, once or again, until what is returned is closed or no longer referenced.
+
+    Raises a RunError where another process has it.
+    """
+    path = Path(folder).resolve() / ".lock"
+    lock = _RUN_LOCKS.get(path)
+    if lock is None or lock.closed:
+        lock = take_lock(path)
+    if lock is None:
         raise RunError(f"{folder}: another notebook is training in this folder. Stop it (Kernel > Shut Down), or give "
-                       "this run another config['Name'].") from None
+                       "this run another config['Name'].")
+    _RUN_LOCKS[path] = lock
     return lock
 
 
@@ -746,7 +779,7 @@ def save_checkpoint(path, state):
     """Write a dict of tensors, numbers and text; a RunError where that fails: the previous checkpoint is untouched."""
     file = io.BytesIO()  # torch.save loses the error of a full disk
     torch.save(state, file)
-    with replacing(path, file.tell()) as temporary:
+    with atomic_write(path, file.tell()) as temporary:
         temporary.write_bytes(file.getbuffer())
 
 
@@ -863,7 +896,7 @@ def artifact_name(run):
 
 def write_submission(path, predictions):
     """Write Kaggle's CSV: header `id,label`, ids from 0, and the phoneme names (n,) of the test frames, in order."""
-    with replacing(path, 12 * len(predictions)) as temporary:
+    with atomic_write(path, 12 * len(predictions)) as temporary:
         pd.DataFrame({"label": predictions}).to_csv(temporary, index_label="id", lineterminator="\n")
 
 
@@ -991,12 +1024,12 @@ def _new_corpus(root):
         raise RunError(f"{root} could not be made ({error}): {shutil.disk_usage(partial).free / 1e6:,.0f} MB are free. "
                        "Free some space and run again.") from error
     for name in PARTITIONS:
-        if not find_files(partial / name / "mfcc", "*.npy"):
+        if not _npy_files(partial / name / "mfcc")[0]:
             raise DataError(f"{partial}: no utterances for {name}; expected some in each partition")
     answers = partial / "test-clean" / "transcript"
     if not (partial / "answers.csv").exists():
         write_submission(partial / "answers.csv",
-                         np.concatenate([np.load(path)[1:-1] for path in find_files(answers, "*.npy")]))
+                         np.concatenate([np.load(answers / name)[1:-1] for name in _npy_files(answers)[0]]))
     shutil.rmtree(answers)
     partial.rename(root)
 
@@ -1042,47 +1075,58 @@ class _Event(ctypes.Structure):  # espeak_EVENT of eSpeak NG's speak_lib.h, its 
                 ("user_data", ctypes.c_void_p), ("phoneme", ctypes.c_char * 8)]
 
 
+_ESPEAK = threading.Lock()  # it has one state for the whole process
+
+
+def _synthesize(text, voice, rate, pitch):
+    """What eSpeak says: int16 chunks of audio, and (first sample, mnemonic) of each of its phonemes."""
+    with _ESPEAK:
+        try:
+            import espeakng_loader  # here, because only the practice corpus needs it
+            espeak, data = ctypes.CDLL(espeakng_loader.get_library_path()), espeakng_loader.get_data_path()
+        except (ImportError, RuntimeError, OSError) as error:
+            raise ImportError("eSpeak NG, which speaks the practice corpus, does not load "
+                              f"({error}): pip install espeakng-loader.{internet_switch()}") from error
+        audio, events = [], []
+
+        @ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(ctypes.c_short), ctypes.c_int, ctypes.POINTER(_Event))
+        def callback(samples, count, event):
+            if samples and count > 0:
+                audio.append(np.ctypeslib.as_array(samples, (count,)).copy())
+            for i in itertools.count():
+                if event[i].type == 0:  # espeakEVENT_LIST_TERMINATED
+                    return 0  # go on
+                if event[i].type == 7:  # espeakEVENT_PHONEME
+                    events.append((event[i].sample, event[i].phoneme.decode().lstrip("',%=")))
+
+        try:
+            if voice and not Path(data, "voices", "!v", voice).is_file():  # eSpeak would take its plain voice
+                raise DataError(f"eSpeak NG has no voice en-us+{voice}: expected a variant in {data}/voices/!v")
+            # 2: AUDIO_OUTPUT_SYNCHRONOUS; 1: PHONEME_EVENTS; 0x8000: DONT_EXIT, return an error instead
+            if espeak.espeak_Initialize(2, 0, os.fsencode(data), 1 | 0x8000) != ESPEAK_RATE:
+                raise ImportError("eSpeak NG does not find its data: reinstall espeakng-loader with pip")
+            espeak.espeak_SetSynthCallback(callback)
+            espeak.espeak_SetVoiceByName(f"en-us+{voice}".rstrip("+").encode())
+            espeak.espeak_SetParameter(1, rate, 0)  # espeakRATE
+            espeak.espeak_SetParameter(3, pitch, 0)  # espeakPITCH
+            encoded = text.encode()  # flags 1: espeakCHARS_UTF8
+            espeak.espeak_Synth(encoded, ctypes.c_size_t(len(encoded) + 1), 0, 0, 0, 1, None, None)
+        finally:
+            # eSpeak's noise and flutter go on from call to call, in variables that no function resets. Unloading
+            # the library does: the sound of an utterance must not depend on what the process said before.
+            espeak.espeak_Terminate()
+            (_ctypes.FreeLibrary if os.name == "nt" else _ctypes.dlclose)(espeak._handle)
+    return audio, events
+
+
 def speak(text, voice="", rate=175, pitch=50):
     """Speak a text with eSpeak NG: `voice` is a variant of en-us, `rate` in words a minute, `pitch` 0 to 99.
 
     Returns (audio, phones): float32 (samples,) at 22,050 Hz; a list of (phoneme, start, end) in seconds, ARPAbet or
     [SIL]. Raises ImportError where eSpeak NG does not load, DataError for an unknown voice or phoneme.
     """
-    try:
-        import espeakng_loader  # here, because only the practice corpus needs it
-        espeak, data = ctypes.CDLL(espeakng_loader.get_library_path()), espeakng_loader.get_data_path()
-    except (ImportError, RuntimeError, OSError) as error:
-        raise ImportError("eSpeak NG, which speaks the practice corpus, does not load "
-                          f"({error}): pip install espeakng-loader.{internet_switch()}") from error
-    if voice and not Path(data, "voices", "!v", voice).is_file():  # eSpeak would take its plain voice
-        raise DataError(f"eSpeak NG has no voice en-us+{voice}: expected a variant in {data}/voices/!v")
-    audio, events = [], []
-
-    @ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(ctypes.c_short), ctypes.c_int, ctypes.POINTER(_Event))
-    def callback(samples, count, event):
-        if samples and count > 0:
-            audio.append(np.ctypeslib.as_array(samples, (count,)).copy())
-        for i in itertools.count():
-            if event[i].type == 0:  # espeakEVENT_LIST_TERMINATED
-                return 0  # go on
-            if event[i].type == 7:  # espeakEVENT_PHONEME
-                events.append((event[i].sample, event[i].phoneme.decode().lstrip("',%=")))
-
-    try:
-        # 2: AUDIO_OUTPUT_SYNCHRONOUS; 1: PHONEME_EVENTS; 0x8000: DONT_EXIT, return an error instead
-        if espeak.espeak_Initialize(2, 0, os.fsencode(data), 1 | 0x8000) != ESPEAK_RATE:
-            raise ImportError("eSpeak NG does not find its data: reinstall espeakng-loader with pip")
-        espeak.espeak_SetSynthCallback(callback)
-        espeak.espeak_SetVoiceByName(f"en-us+{voice}".rstrip("+").encode())
-        espeak.espeak_SetParameter(1, rate, 0)  # espeakRATE
-        espeak.espeak_SetParameter(3, pitch, 0)  # espeakPITCH
-        encoded = text.encode()  # flags 1: espeakCHARS_UTF8
-        espeak.espeak_Synth(encoded, ctypes.c_size_t(len(encoded) + 1), 0, 0, 0, 1, None, None)
-    finally:
-        # eSpeak's noise and flutter go on from call to call, in variables that no function resets. Unloading
-        # the library does: the sound of an utterance must not depend on what the process said before.
-        espeak.espeak_Terminate()
-        (_ctypes.FreeLibrary if os.name == "nt" else _ctypes.dlclose)(espeak._handle)
+    with ThreadPoolExecutor(1) as thread:  # the main thread's Ctrl-C would be lost inside eSpeak's callback
+        audio, events = thread.submit(_synthesize, text, voice, rate, pitch).result()
     audio, phones = np.concatenate(audio).astype(np.float32) / 2**15, []
     for (start, mnemonic), (end, _) in zip(events, [*events[1:], (len(audio), "")]):
         if not mnemonic.startswith("_") and mnemonic not in ARPABET:
@@ -1128,6 +1172,8 @@ def make_practice_corpus(root, utterances=(370, 52, 52), seed=23):
             audio += noise * np.float32(audio.std() * 10 ** (-rng.uniform(20, 40) / 20))  # 20 to 40 dB below
             phones = [(phoneme, start + shift, end + shift) for phoneme, start, end in phones]
             _write_utterance(partial / PARTITIONS[p], f"{i:06d}", audio, ESPEAK_RATE, phones)
+        if [len(_npy_files(partial / name / "mfcc")[0]) for name in PARTITIONS] != [*utterances]:
+            raise RunError(f"{partial} was changed by somebody else while it was made. Run again.")
 
 
 def _sources(source, revision):
@@ -1194,7 +1240,7 @@ def _check_ids(rows, seen):
 def _convert_shard(rows, partial, partitions, bar):
     """Write the utterances of a shard. Returns what `_convert_row` does, for each."""
     jobs, records = zip(map(partial.joinpath, itertools.cycle(partitions)), rows), []
-    for record in in_order(_convert_row, jobs):
+    for record in map_in_threads(_convert_row, jobs):
         records.append(record)
         bar.update()
     return records
@@ -1232,7 +1278,7 @@ def make_librispeech_corpus(root, source=LIBRISPEECH, revision=None):
                     if not done.exists():
                         rows = _check_ids(stream.shard(stream.num_shards, i), {record[0] for record in records})
                         shard = _convert_shard(rows, partial, partitions, bar)
-                        with replacing(done, 0) as temporary:
+                        with atomic_write(done, 0) as temporary:
                             temporary.write_text(json.dumps(shard))
                     records += map(tuple, json.loads(done.read_text()))
                     bar.update(len(records) - bar.n)
@@ -1348,7 +1394,7 @@ def get_data(choice, cache, competition=COMPETITION):
     root, make = practice, make_practice_corpus
     if choice == "librispeech":
         root, make = Path(cache) / "librispeech", make_librispeech_corpus
-    with alone(root):  # of two notebooks that ask at once, the second one waits
+    with one_process_at_a_time(root):  # of two notebooks that ask at once, the second one waits
         if not root.exists():
             print(f"{root} is not there yet: making it")
             make(root)

@@ -202,19 +202,28 @@ def test_a_subset_is_judged_by_its_own_files(root):
 def test_strays_are_ignored_with_a_note(root, capsys):
     expected = AudioDataset(root, "dev-clean")
     capsys.readouterr()
-    strays = [".DS_Store", "._0001.npy", "notes.txt", "Thumbs.db"]
+    strays = [".DS_Store", "._0001.npy", "notes.txt", "Thumbs.db", "0001.npy~", "#0001.npy#", "0001.npy.bak",
+              "0001 (1).npy", "0001 copy.npy", "0001 - Copy.npy", "0001-Copy1.npy"]
     for name in strays:
         (root / "dev-clean" / "mfcc" / name).write_bytes(b"\0")
     (root / "dev-clean" / "transcript" / "desktop.ini").touch()
-    (root / "dev-clean" / "transcript" / "backup").mkdir()
+    (root / "dev-clean" / "transcript" / ".ipynb_checkpoints").mkdir()
+    (root / "dev-clean" / "transcript" / ".ipynb_checkpoints" / "0001-checkpoint.npy").touch()
     dataset = AudioDataset(root, "dev-clean")
     note = capsys.readouterr().out
-    assert "dev-clean: ignored 4 file(s) in mfcc that are not utterances: " in note
-    assert "dev-clean: ignored 2 file(s) in transcript that are not utterances: backup, desktop.ini" in note
-    assert all(name in note for name in strays)
+    assert "dev-clean: ignored 11 file(s) in mfcc that are not utterances: " in note
+    assert "dev-clean: ignored 2 file(s) in transcript that are not utterances: .ipynb_checkpoints, desktop.ini" in note
+    assert all(name in note for name in sorted(strays)[:5])
     assert dataset.frames.equal(expected.frames) and dataset.labels.equal(expected.labels)
     AudioDataset(root, "train-clean-100")
     assert capsys.readouterr().out == ""
+
+
+def test_names_with_a_blank_are_data_unless_their_original_is_there(root):
+    for kind in ("mfcc", "transcript"):
+        for i in range(2):
+            (root / "dev-clean" / kind / f"000{i}.npy").rename(root / "dev-clean" / kind / f"take {i}.npy")
+    assert AudioDataset(root, "dev-clean").starts.diff().tolist() == [7, 6, 9]  # 0002, take 0, take 1
 
 
 @pytest.mark.skipif(os.name == "nt", reason="names are text there")

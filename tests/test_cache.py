@@ -141,10 +141,38 @@ def test_the_cache_of_another_partition_under_this_name_is_not_taken(small, tmp_
 def test_a_cache_folder_that_cannot_be_written_does_not_stop_loading(small, tmp_path, monkeypatch, capsys, error):
     def refuse(*args, **kwargs):
         raise error
-    monkeypatch.setattr(helpers.FileLock, "acquire", refuse)
+    monkeypatch.setattr(helpers.Path, "mkdir", refuse)
     assert packed_equal(helpers.read_partition(small, "dev-clean", cache=tmp_path / "cache"),
                         helpers.read_partition(small, "dev-clean"))
     assert "going on without a cache" in capsys.readouterr().out
+
+
+def test_a_cache_that_is_there_is_read_where_nothing_can_be_written(small, tmp_path, monkeypatch):
+    expected = helpers.read_partition(small, "dev-clean", cache=tmp_path)
+    forbid_reading(monkeypatch)
+
+    def refuse(*args):
+        raise helpers.RunError("read-only")
+    monkeypatch.setattr(helpers, "take_lock", refuse)
+    assert packed_equal(helpers.read_partition(small, "dev-clean", cache=tmp_path), expected)
+
+
+def test_without_mmap_the_cache_is_read(small, tmp_path, monkeypatch):
+    def no_mmap(path, *args, **kwargs):
+        os.stat(path)
+        raise OSError("No such device (os error 19)")
+    monkeypatch.setattr(safetensors.torch, "safe_open", no_mmap)
+    expected = helpers.read_partition(small, "dev-clean")
+    assert packed_equal(helpers.read_partition(small, "dev-clean", cache=tmp_path), expected)
+    forbid_reading(monkeypatch)
+    assert packed_equal(helpers.read_partition(small, "dev-clean", cache=tmp_path), expected)
+
+
+def test_a_cache_that_cannot_be_read_again_does_not_stop_loading(small, tmp_path, monkeypatch):
+    monkeypatch.setattr(helpers, "_open_cache", lambda *args: None)
+    for _ in range(2):
+        assert packed_equal(helpers.read_partition(small, "dev-clean", cache=tmp_path),
+                            helpers.read_partition(small, "dev-clean"))
 
 
 def test_a_cache_folder_that_cannot_be_made_does_not_stop_loading(small, tmp_path, capsys):

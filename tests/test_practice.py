@@ -177,6 +177,34 @@ def test_an_interrupted_build_does_not_look_finished(tmp_path, monkeypatch):
         helpers.make_practice_corpus(root, (1, 1, 1))
 
 
+def test_what_systems_leave_in_its_folders_is_no_data(tmp_path):
+    def leave_files(partial):
+        for name in (".DS_Store", "._a.npy", "a.npy~", "a (1).npy"):
+            for kind in ("mfcc", "transcript"):
+                (partial / "test-clean" / kind / name).write_bytes(b"\0")
+    with helpers._new_corpus(tmp_path / "corpus") as partial:
+        for name in PARTITIONS:
+            helpers._write_utterance(partial / name, "a", np.zeros(16000, np.float32), 16000, [("AA", 0, 1)])
+        leave_files(partial)
+    assert set(helpers.read_submission(tmp_path / "corpus" / "answers.csv")) == {"AA"}
+    with pytest.raises(DataError, match="no utterances for train-clean-100"):
+        with helpers._new_corpus(tmp_path / "empty") as partial:
+            (partial / "train-clean-100" / "mfcc" / ".DS_Store").touch()
+
+
+def test_a_corpus_that_loses_utterances_while_it_is_made_is_refused(tmp_path, monkeypatch):
+    speak = helpers.speak
+
+    def lose(*arguments):
+        for path in tmp_path.rglob("mfcc/*.npy"):
+            path.unlink()
+        return speak(*arguments)
+    monkeypatch.setattr(helpers, "speak", lose)
+    with pytest.raises(helpers.RunError, match="corpus.partial was changed by somebody else"):
+        helpers.make_practice_corpus(tmp_path / "corpus", (2, 1, 1))
+    assert not (tmp_path / "corpus").exists()
+
+
 def test_a_full_disk_is_told(tmp_path, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")

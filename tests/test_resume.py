@@ -1,5 +1,6 @@
 """Checkpoints: a killed run ends as one that was never killed, and what cannot be resumed is refused in plain words."""
 
+import errno
 import os
 import pickle
 import random
@@ -305,9 +306,33 @@ def test_two_runs_in_one_folder_are_refused_until_the_first_is_gone(corpus, tmp_
 
 def test_one_process_may_take_its_folder_again(tmp_path):
     locks = [helpers.lock_run(tmp_path / "run") for _ in range(3)]
-    assert locks[0].is_locked
     with pytest.raises(AssertionError):
         assert kills.in_child(helpers.lock_run, tmp_path / "run") == 0  # another process may not
     for lock in locks:
-        lock.release()
+        lock.close()
     assert kills.in_child(helpers.lock_run, tmp_path / "run") == 0
+    assert not helpers.lock_run(tmp_path / "run").closed
+
+
+def test_a_run_folder_that_cannot_be_made_is_named(tmp_path):
+    (tmp_path / "runs").touch()
+    with pytest.raises(RunError, match="runs.pencil cannot be written to: .*Not a directory"):
+        helpers.lock_run(tmp_path / "runs" / "pencil")
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP])
+def test_without_locks_a_run_goes_on_with_a_warning(tmp_path, monkeypatch, capsys, number):
+    fcntl = pytest.importorskip("fcntl")
+
+    def refuse(*args):
+        raise OSError(number, os.strerror(number))
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / ".lock").write_text("4711\nanother-host\n")  # as some programs leave it behind
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    for _ in range(2):
+        lock = helpers.lock_run(tmp_path / "run")
+    printed = capsys.readouterr().out
+    assert printed.count("cannot be locked on this file system") == 1 and not lock.closed
+    assert str(tmp_path / "run" / ".lock") in printed and os.strerror(number) in printed
+    with helpers.one_process_at_a_time(tmp_path / "thing"):
+        assert str(tmp_path / ".thing.lock") in capsys.readouterr().out

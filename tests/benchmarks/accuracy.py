@@ -80,7 +80,7 @@ def train(config, seed, arguments):
         run = NOTEBOOK["make_run"]({**config, "Name": name}, seed=seed)
         history = NOTEBOOK["fit"](run)
         results = NOTEBOOK["judge"](run)
-        with helpers.replacing(path, 4 * len(results.truth)) as temporary, open(temporary, "wb") as file:
+        with helpers.atomic_write(path, 4 * len(results.truth)) as temporary, open(temporary, "wb") as file:
             np.savez(file, alone=results.alone == results.truth, mean=results.right, others=results.others,
                      viterbi=results.decoded == results.truth,
                      **{key: [row[key] for row in history] for key in ("seconds", "train_acc", "val_acc")},

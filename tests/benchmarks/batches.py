@@ -7,7 +7,7 @@ Batches of 2048 frames with 50 on either side, on the device that training would
 70% of the batches (as in training) and on all, with Both on 70%. The usual way has as many workers as suit it best.
 Each side has a process of its own, so that neither works in memory that the other has left.
 The data are random numbers; --data takes a folder of others.
-Target: at least 8 times as fast with masks.
+Target: at least 5 times as fast with masks.
 """
 
 import json

@@ -1,12 +1,13 @@
 """Kill a training run N times at random moments and tell whether it ends as if nothing had happened.
 
-    python tests/benchmarks/kills.py [N, default 100]           test_resume.py uses its functions
+    python tests/benchmarks/kills.py [N, default 100]           test_resume.py and others use its functions
 """
 
 import contextlib
 import multiprocessing
 import os
 import random
+import signal
 import sys
 import tempfile
 import threading
@@ -38,7 +39,7 @@ NOT_COMPARED = ("seconds", "frames_per_second", "wandb_id")
 # sys.path, so it cannot import the project's own files.)
 server = multiprocessing.get_context("forkserver")
 server.set_forkserver_preload(["torch._dynamo", "torchaudio", "wandb", "torchsummaryX", "pandas", "matplotlib.pyplot",
-                               "IPython.display", "nbclient", "nbformat", "filelock", "tqdm.auto"])
+                               "IPython.display", "nbclient", "nbformat", "tqdm.auto"])
 
 
 def _run(runs, data, changes, stop, pause, until):
@@ -161,6 +162,25 @@ def in_child(function, *arguments):
     child.start()
     child.join(120)
     return child.exitcode
+
+
+def interrupted(function, delay):
+    """Call a function and press Ctrl-C after so many seconds; whether it ended in KeyboardInterrupt, not by itself."""
+    sent = threading.Event()
+
+    def press():
+        sent.set()
+        os.kill(os.getpid(), signal.SIGINT)
+    timer = threading.Timer(delay, press)
+    try:
+        timer.start()
+        function()
+        timer.cancel()
+        timer.join()
+    except KeyboardInterrupt:
+        return True
+    assert not sent.is_set(), "the interrupt was swallowed"
+    return False
 
 
 def frozen(value):

@@ -1,0 +1,78 @@
+"""Ctrl-C at random moments: KeyboardInterrupt comes out, and the next start ends with the same bytes.
+
+The same process starts again, as after a notebook's stop button. (Training, and kills: test_resume.py.)
+"""
+
+import os
+import random
+import time
+
+import kills
+import numpy as np
+import pytest
+import torch
+
+import helpers
+
+pytestmark = [pytest.mark.usefixtures("one_thread"),
+              pytest.mark.skipif(os.name == "nt", reason="a process cannot press Ctrl-C for itself there")]
+STATE = {"model": torch.arange(4e6), "config": {}}
+LABELS = np.random.default_rng(0).choice(helpers.PHONEMES[:40], 100_000)
+
+
+def librispeech(tmp_path):
+    from test_librispeech import row, write
+    source = write(tmp_path / "x.parquet", [row(f"{i}-0") for i in range(15)])
+    return lambda folder: folder.exists() or helpers.make_librispeech_corpus(folder, source)
+
+
+def packing(tmp_path):
+    helpers.make_practice_corpus(tmp_path / "data", (9, 1, 1))
+    return lambda folder: helpers.read_partition(tmp_path / "data", "train-clean-100", cache=folder)
+
+
+MAKERS = {"practice corpus": lambda _: lambda root: root.exists() or helpers.make_practice_corpus(root, (3, 1, 1)),
+          "librispeech": librispeech, "packing": packing,
+          "checkpoint": lambda _: lambda folder: helpers.save_checkpoint(folder / "checkpoint.pt", STATE),
+          "submission": lambda _: lambda folder: helpers.write_submission(folder / "submission.csv", LABELS)}
+
+
+def contents(folder):
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*")
+            if path.is_file() and path.suffix != ".lock"}
+
+
+@pytest.mark.parametrize("maker", MAKERS.values(), ids=MAKERS)
+def test_interrupted_at_random_moments_it_ends_with_the_same_bytes(tmp_path, maker):
+    make = maker(tmp_path)
+    make(tmp_path / "first")  # libraries are loaded
+    start = time.perf_counter()
+    make(tmp_path / "whole")
+    seconds, whole = time.perf_counter() - start, contents(tmp_path / "whole")
+    interrupts = 0
+    for i in range(12):
+        folder = tmp_path / str(i)
+        interrupts += kills.interrupted(lambda folder=folder: make(folder), random.uniform(0, seconds))
+        assert not [*tmp_path.rglob(".*.tmp")]
+        make(folder)
+        assert contents(folder) == whole
+    assert interrupts
+
+
+def test_threads_end_with_the_interrupt():
+    done = []
+
+    def work(job):
+        time.sleep(0.01)
+        done.append(job)
+    assert kills.interrupted(lambda: list(helpers.map_in_threads(work, range(100_000))), 0.2)
+    count = len(done)
+    time.sleep(0.1)
+    assert len(done) == count
+
+
+def test_what_is_said_after_an_interrupt_is_the_same():
+    expected = helpers.speak("They sang both songs.", "f1")[0]
+    for _ in range(10):
+        kills.interrupted(lambda: [helpers.speak("They sang both songs.") for _ in range(3)], random.uniform(0, 0.1))
+        assert np.array_equal(helpers.speak("They sang both songs.", "f1")[0], expected)
