@@ -41,7 +41,6 @@ import safetensors.torch
 import torch
 import torchaudio
 from torch.utils.data import DataLoader, Dataset, Sampler
-from tqdm.auto import tqdm
 
 # ---- Constants ---------------------------------------------------------------------------------------------
 
@@ -303,9 +302,22 @@ def _labels(array):
     return np.repeat(np.array([_INDEX[phoneme] for phoneme in phonemes], np.uint8), np.diff(offsets, append=len(array)))
 
 
-def _load_npy(path):
-    """The array in an .npy file; an error that says what is wrong with it."""
-    file = io.BytesIO(path.read_bytes())
+def _contents(paths):
+    """The bytes of an utterance's files, or the errors that they cannot be read."""
+    contents = []
+    for path in paths:
+        try:
+            contents.append(path.read_bytes())
+        except OSError as error:
+            contents.append(error)
+    return contents
+
+
+def _load_npy(content):
+    """The array in an .npy file of these bytes; an error that says what is wrong with it."""
+    if isinstance(content, OSError):
+        raise content
+    file = io.BytesIO(content)
     try:
         array = np.lib.format.read_array(file, allow_pickle=False)
         if file.read(1):
@@ -315,12 +327,12 @@ def _load_npy(path):
         raise ValueError(f"{error}; expected one whole array in an .npy file") from None
 
 
-def _read_utterance(paths):
+def _convert(contents, paths):
     """((MFCCs, deviations), labels or None) of an utterance, and a list of what is wrong with its files."""
     arrays, faults = [None, None], []
-    for i, (path, convert) in enumerate(zip(paths, (_mfccs, _labels))):
+    for i, (path, content, convert) in enumerate(zip(paths, contents, (_mfccs, _labels))):
         try:
-            arrays[i] = convert(_load_npy(path))
+            arrays[i] = convert(_load_npy(content))
         except Exception as error:  # whatever a damaged file provokes, it is that file's fault
             faults.append(f"{path}: {error}")
     if not faults and arrays[1] is not None and len(arrays[1]) != len(arrays[0][0]):
@@ -346,10 +358,12 @@ def _pack(folder, names, kinds, gap):
     rows = sum(path.stat().st_size for path, *_ in paths if path.exists()) // (2 * COEFFICIENTS)
     frames = torch.from_numpy(np.zeros((rows + gap * (len(names) + 1), COEFFICIENTS), np.float16))
     labels, lengths, deviations, faults, row = [np.zeros(0, np.uint8)], [], [], [], gap
-    utterances = map_in_threads(_read_utterance, paths)  # small files are waited for more than worked on
+    # small files are waited for more than worked on, so threads read them; but Python 3.11 parses headers in one only
+    utterances = map(_convert, map_in_threads(_contents, paths), paths)
+    print(f"reading {len(names):,} utterances of {folder.name}")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # numpy's and Python's, about what stands in a damaged header
-        for mfccs, phonemes, wrong in tqdm(utterances, f"reading {folder.name}", len(names), leave=False, delay=10):
+        for mfccs, phonemes, wrong in utterances:
             faults += wrong
             if not faults:
                 mfcc, deviation = mfccs
@@ -1162,8 +1176,7 @@ def make_practice_corpus(root, utterances=(370, 52, 52), seed=23):
         raise DataError(f"utterances {utterances}: expected three numbers >= 1")
     shutil.rmtree(f"{root}.partial", ignore_errors=True)
     with _new_corpus(Path(root)) as partial:
-        jobs = [(p, i) for p, count in enumerate(utterances) for i in range(count)]
-        for p, i in tqdm(jobs, "practice corpus", leave=False, delay=30):
+        for p, i in ((p, i) for p, count in enumerate(utterances) for i in range(count)):
             audio, phones = speak(*practice_utterance(p, i, seed))
             rng = np.random.default_rng((seed, p, i, 1))
             silence = (rng.uniform(1 / 8, 1 / 2, 2) * ESPEAK_RATE).astype(int)  # around it; eSpeak starts at once
@@ -1237,15 +1250,6 @@ def _check_ids(rows, seen):
         yield row
 
 
-def _convert_shard(rows, partial, partitions, bar):
-    """Write the utterances of a shard. Returns what `_convert_row` does, for each."""
-    jobs, records = zip(map(partial.joinpath, itertools.cycle(partitions)), rows), []
-    for record in map_in_threads(_convert_row, jobs):
-        records.append(record)
-        bar.update()
-    return records
-
-
 def make_librispeech_corpus(root, source=LIBRISPEECH, revision=None):
     """Make a corpus of real speech in the course's layout under `root` from LibriSpeech with its phones' times.
 
@@ -1260,14 +1264,13 @@ def make_librispeech_corpus(root, source=LIBRISPEECH, revision=None):
     Raises FileExistsError where `root` exists, DataError for bad files or rows, RunError for the network or the disk.
     """
     from datasets import Audio, load_dataset
-    total, records = None if Path(source).exists() else 33_861, []
-    sources = _sources(source, revision)
+    sources, records = _sources(source, revision), []
     # a corpus that was begun from other files, or another revision of them, is begun anew
     made_from = ascii([(*each, os.stat(each[0]).st_mtime_ns if os.path.exists(each[0]) else 0) for each in sources])
     note = Path(f"{root}.partial", "made-from.txt")
     if note.parent.exists() and not (note.exists() and note.read_text() == made_from):
         shutil.rmtree(note.parent)
-    with _new_corpus(Path(root)) as partial, tqdm(total=total, desc="LibriSpeech", leave=False) as bar:
+    with _new_corpus(Path(root)) as partial:
         note.write_text(made_from)
         for number, (name, arguments, partitions) in enumerate(sources):
             try:
@@ -1277,11 +1280,12 @@ def make_librispeech_corpus(root, source=LIBRISPEECH, revision=None):
                     done = partial / f"{number:03d}-{i:03d}.json"
                     if not done.exists():
                         rows = _check_ids(stream.shard(stream.num_shards, i), {record[0] for record in records})
-                        shard = _convert_shard(rows, partial, partitions, bar)
+                        jobs = zip(map(partial.joinpath, itertools.cycle(partitions)), rows)
+                        shard = [*map_in_threads(_convert_row, jobs)]
                         with atomic_write(done, 0) as temporary:
                             temporary.write_text(json.dumps(shard))
                     records += map(tuple, json.loads(done.read_text()))
-                    bar.update(len(records) - bar.n)
+                    print(f"{name}: part {i + 1} of {stream.num_shards}, {len(records):,} utterances so far")
             except DataError as error:
                 raise DataError(f"{name}: {error}") from None
             except Exception as error:  # a dozen kinds, of four libraries
