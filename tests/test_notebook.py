@@ -3,14 +3,12 @@
 import json
 import re
 import shutil
-import struct
 from unittest import mock
 
 import nbformat
 import pandas as pd
 import pytest
-from notebook import NOTEBOOK, TINY, code_cells, definitions, execute, run_cells
-from wandb.proto import wandb_internal_pb2
+from notebook import NOTEBOOK, TINY, code_cells, definitions, execute, run_cells, wandb_records
 
 CHANGES = {**TINY, "epochs": 3, "learning_rate": 0.003}
 
@@ -35,22 +33,6 @@ def outputs(notebook, kind=None):
 
 def text(notebook):
     return "".join(output.text for output in outputs(notebook, "stream"))
-
-
-def wandb_records(folder):
-    """The records of the newest offline run: LevelDB's log format (32 KiB blocks, 7-byte headers) behind 7 bytes."""
-    [*_, path] = sorted(folder.glob("wandb/offline-run-*/*.wandb"))
-    data, position, whole = path.read_bytes(), 7, b""
-    while position + 7 <= len(data):
-        if 32768 - position % 32768 < 7:  # too little room for a header: the next block
-            position += 32768 - position % 32768
-            continue
-        length, kind = struct.unpack("<HB", data[position + 4:position + 7])
-        whole += data[position + 7:position + 7 + length]
-        position += 7 + length
-        if kind in (1, 4):  # a full record, or its last part
-            yield wandb_internal_pb2.Record.FromString(whole)
-            whole = b""
 
 
 def test_it_runs_to_a_checked_and_scored_csv(executed, runs, corpus):
