@@ -5,6 +5,7 @@
     mask_frames                                     SpecAugment's masks
     confusion_matrix, border_distance               how good predictions are
     save_checkpoint, load_checkpoint, restore       a run that can be carried on
+    runs_folder, start_wandb, copy_to_drive         where a run is kept, and its curves
     write_submission, read_submission, submit       the CSV
     make_practice_corpus, make_librispeech_corpus   speech for those who have no data
     get_data                                        where the data come from
@@ -875,35 +876,232 @@ def begin_run(run, checkpoint):
 
 # ---- Where a run is kept, and its curves -------------------------------------------------------------------
 
+DRIVE = Path("/content/drive")  # where Colab mounts Google Drive
+DRIVE_SECONDS = 9 * 60  # between two copies to Drive, unless an epoch takes longer: a kill may lose ten minutes
+DRIVE_SLOTS = ("checkpoint-a.zip", "checkpoint-b.zip")  # written in turn
+LOGIN_SECONDS = 25  # how long wandb may take for it
+# logs in as wandb itself does, and asks the server; 3: no key is configured
+WANDB_LOGIN = """
+import sys, wandb
+try:
+    sys.exit(0 if wandb.login(verify=True) else 3)
+except wandb.errors.UsageError:
+    sys.exit(3)
+"""
+
+
 def runs_folder():
+    """Where runs are kept: $HW1P2_RUNS, else /kaggle/working/runs on Kaggle, else runs/ here."""
     kaggle = KAGGLE / "working"
-    return Path(os.environ.get("HW1P2_RUNS") or (kaggle / "runs" if kaggle.is_dir() else "runs"))
+    return path_from_environment("HW1P2_RUNS") or (kaggle / "runs" if kaggle.is_dir() else Path("runs"))
 
 
-def cache_folder():
-    return runs_folder() / "cache"
+def cache_folder(runs=None):
+    """Where packed data, corpora and wandb's uploads in preparation go: runs/cache, which may be deleted at any time.
+
+    It is kept out of /kaggle/working, which Kaggle saves with the notebook, and of Google Drive.
+    """
+    runs = Path(runs or runs_folder())
+    for kept, elsewhere in ((KAGGLE / "working", KAGGLE / "temp"), (DRIVE, DRIVE.parent)):
+        if runs.resolve().is_relative_to(kept):
+            return elsewhere / "hw1p2-cache"
+    return runs / "cache"
 
 
-def have_keys(*names):
-    return False
+def have_keys(*names, seconds=30):
+    """Are all these keys in the environment? Colab's and Kaggle's secrets of these names are put there first.
+
+    seconds: how long to wait for all of them; without its browser window Colab never answers, nor Kaggle offline.
+    """
+    def fetch(name):
+        with contextlib.suppress(Exception):  # no such secret, or no access to it
+            if "google.colab" in sys.modules:
+                from google.colab import userdata
+                os.environ[name] = userdata.get(name)
+            elif KAGGLE.is_dir():
+                from kaggle_secrets import UserSecretsClient
+                os.environ[name] = UserSecretsClient().get_secret(name)
+
+    threads = [threading.Thread(target=fetch, args=[name], daemon=True) for name in names if not os.environ.get(name)]
+    end = time.monotonic() + seconds
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(max(end - time.monotonic(), 0))
+    return all(os.environ.get(name) for name in names)
 
 
-def start_wandb(run, variant_of=None, wandb_run=None):
+def wandb_mode(choice):
+    """The mode for `wandb.init` that config["wandb"] asks for: online only where wandb can log in, else offline.
+
+    "auto": $WANDB_MODE where it is set, else online where a key is configured in any of wandb's ways.
+    The login is tried in a process of its own: some versions wait for ever for the network, or ask for a key.
+    """
+    choice = (os.environ.get("WANDB_MODE") or choice) if choice == "auto" else choice
+    if choice not in ("auto", "online", "run"):
+        return choice
+    have_keys("WANDB_API_KEY")
+    environment = {**os.environ, **({} if choice == "auto" else {"WANDB_MODE": "online"})}
+    try:
+        login = subprocess.run([sys.executable, "-c", WANDB_LOGIN], env=environment, stdin=subprocess.DEVNULL,
+                               stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, timeout=LOGIN_SECONDS)
+        if login.returncode == 0:
+            return "online"
+        why = "no key" if login.returncode == 3 else (login.stderr.strip() or "?").splitlines()[-1][:200]
+    except subprocess.TimeoutExpired:
+        why = f"no answer in {LOGIN_SECONDS} s"
+    if choice != "auto" or why != "no key":
+        print(f"wandb could not log in ({why}): this run is kept offline")
+    return "offline"
+
+
+def _init_wandb(mode, run_id, **options):
+    """`wandb.init`, but a run that the server refuses gets a new id, and what cannot start is done without."""
     import wandb
-    if wandb_run is not None:
-        return wandb_run
-    mode = os.environ.get("WANDB_MODE", "offline") if run.config["wandb"] == "auto" else run.config["wandb"]
-    result = wandb.init(mode=mode, project="hw1p2", name=run.config["Name"][:120], id=run.wandb_id, dir=run.folder,
-                        config=run.config, settings=wandb.Settings(silent=True, console="off"))
-    return result
+    new_id = secrets.token_hex(4)  # offline too: a refused run still holds its id in this process
+    attempts = [(mode, run_id, None)] if mode != "online" else [
+        ("online", run_id, f"perhaps it was deleted there. It goes on as the new run {new_id}"),
+        ("online", new_id, "this run is kept offline"), ("offline", new_id, None)]
+    try:
+        for mode, run_id, otherwise in attempts:
+            try:
+                # offline there is nothing to resume, and some versions warn of it
+                return wandb.init(mode=mode, id=run_id, resume="allow" if mode == "online" else None, **options)
+            except wandb.errors.CommError as error:
+                if otherwise is None:
+                    raise
+                print(f"wandb does not take the run {run_id} ({str(error).splitlines()[0][:200]}): {otherwise}")
+    except Exception as error:  # its service does not start: a dozen reasons, as many kinds
+        print(f"wandb does not start ({type(error).__name__}: {str(error)[:200]}): training goes on without it")
+    return wandb.init(mode="disabled", **options)
 
 
-def log_history(wandb_run, history):
-    wandb_run.log(history[-1])
+def start_wandb(config, folder, run_id, history, model, details, group=None):
+    """A wandb run that has all rows of the history; it carries on with a known id, and never waits for a network.
+
+    config["wandb"] is the mode, see `wandb_mode`; details: a dict of what else made the run, beside the config. The
+    text of the model is kept in `folder` and with the run, as model_arch.txt. The id of the returned run is another
+    one if the server refuses this one: keep it. Where wandb does not start, the run does nothing, and that is said.
+    """
+    import wandb  # here, because it takes a second, and benchmarks do without
+    folder, details = Path(folder), {**config, **details}
+    run = wandb.run
+    if run is not None and (run.id, run.config.get("wandb")) == (run_id, config["wandb"]):
+        run.config.update(details, allow_val_change=True)
+    else:
+        if run is not None:
+            run.finish()
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "model_arch.txt").write_text(str(model), "utf-8")
+        limits = {"finish_timeout": 600} if "finish_timeout" in wandb.Settings.model_fields else {}  # s; since 0.28
+        settings = wandb.Settings(silent=True, console="off", init_timeout=30, **limits)
+        run = _init_wandb(wandb_mode(config["wandb"]), run_id, project="hw1p2", name=config["Name"][:120], group=group,
+                          dir=folder, config=details, settings=settings)
+        if run.settings.mode != "disabled":  # a copy in wandb's own folder is uploaded without a link to it
+            run.save(shutil.copy(folder / "model_arch.txt", run.dir), base_path=run.dir, policy="now")
+    log_history(run, history)
+    return run
+
+
+def log_history(run, history):
+    """Send the rows of a history (dicts with "epoch") that a wandb run has not got yet; epochs are the curves' axis.
+
+    Charts are logged without "epoch" and `step`, in a row of their own.
+    """
+    got = run.summary.get("epoch") or 0
+    for name in history[-1] if history else ():
+        if name != "epoch":
+            run.define_metric(name, step_metric="epoch")
+    for row in history:
+        if row["epoch"] > got:
+            run.log(row)
 
 
 def artifact_name(run):
+    """The name of a run's artifact in wandb, which takes up to 128 letters, digits, dots, dashes and underscores."""
     return re.sub(r"[^\w.-]", "-", run.config["Name"], flags=re.ASCII)[:100] + "-" + run.wandb_id
+
+
+def mount_drive():
+    """Mount Google Drive on Colab and return the folder for runs there; None anywhere else, which is said."""
+    if "google.colab" not in sys.modules:
+        print("config['drive'] is for Colab: it is ignored here")
+        return None
+    try:
+        from google.colab import drive
+        drive.mount(str(DRIVE))
+    except Exception as error:  # Google's own kinds
+        raise RunError(f"Google Drive could not be mounted ({type(error).__name__}: {str(error)[:200]}). Run the cell "
+                       "again and allow the access that Google asks for, or set config['drive'] = False.") from error
+    return DRIVE / "MyDrive" / "hw1p2-runs"
+
+
+def warn_of_the_end(drive, practice):
+    """Say that nothing outlives a session of Colab, unless Drive is used or it is only the practice corpus."""
+    if "google.colab" in sys.modules and not drive and not practice:
+        print("NOTHING HERE OUTLIVES THIS COLAB SESSION, which ends after 12 hours or earlier: config['drive'] = True "
+              "keeps the checkpoints on Google Drive.")
+
+
+def _epochs_in(archive):
+    """How many epochs of a run are in an archive on Drive; -1 where it is missing or not whole."""
+    try:
+        with zipfile.ZipFile(archive) as file:
+            return int(file.comment) if file.testzip() is None else -1
+    except FileNotFoundError:
+        return -1
+    except OSError:  # Drive is away: nothing is known of it
+        raise
+    except Exception:  # of damaged bytes zipfile makes several kinds
+        return -1
+
+
+def _epochs_here(folder):
+    with contextlib.suppress(Exception):  # none there, or damaged: `load_checkpoint` tells
+        return len(torch.load(folder / "checkpoint.pt", map_location="cpu", mmap=True, weights_only=True)["history"])
+    return -1
+
+
+def copy_to_drive(folder, drive_folder, next_in=float("inf")):
+    """Copy a run's checkpoint, best weights and CSV files to its folder on Google Drive.
+
+    Nothing is done if the next call, in about `next_in` seconds, is soon enough. What is replaced or deleted on Drive
+    goes to its trash and counts: two archives are overwritten in place, in turn, so that one is always whole.
+    """
+    folder, drive_folder = Path(folder), Path(drive_folder)
+    slots = [drive_folder / name for name in DRIVE_SLOTS]
+    last = max((slot.stat().st_mtime for slot in slots if zipfile.is_zipfile(slot)), default=0)
+    if time.time() + next_in < last + DRIVE_SECONDS:
+        return
+    try:
+        drive_folder.mkdir(parents=True, exist_ok=True)
+        with open(min(slots, key=_epochs_in), "wb") as file:
+            with zipfile.ZipFile(file, "w") as archive:
+                archive.comment = str(_epochs_here(folder)).encode()
+                for name in ("best.pt", "checkpoint.pt"):
+                    if (folder / name).exists():
+                        archive.write(folder / name, name)
+            os.fsync(file.fileno())
+        for path in folder.glob("*.csv"):
+            shutil.copyfile(path, drive_folder / path.name)  # in place too
+    except OSError as error:
+        print(f"the run could not be copied to Google Drive ({error}): training goes on, the next epoch tries again")
+
+
+def restore_from_drive(folder, drive_folder):
+    """Fetch a run's checkpoint and best weights from Google Drive if it is further there than in `folder`."""
+    try:
+        epochs, slot = max((_epochs_in(slot), slot) for slot in map(Path(drive_folder).joinpath, DRIVE_SLOTS))
+        if epochs <= _epochs_here(Path(folder)):
+            return
+        with zipfile.ZipFile(slot) as archive:
+            for name in archive.namelist():  # the checkpoint comes last: killed before, the next start fetches it again
+                with atomic_write(Path(folder) / Path(name).name, archive.getinfo(name).file_size) as temporary:
+                    temporary.write_bytes(archive.read(name))
+    except OSError as error:
+        raise RunError(f"{drive_folder} on Google Drive cannot be read ({error}): restart the session, or set "
+                       "config['drive'] = False.") from error
+    print(f"{folder}: fetched from Google Drive, {epochs} epoch(s)")
 
 
 # ---- Submission --------------------------------------------------------------------------------------------

@@ -3,14 +3,11 @@
 import json
 import re
 import shutil
-import struct
-from unittest import mock
 
 import nbformat
 import pandas as pd
 import pytest
-from notebook import NOTEBOOK, TINY, Session, definitions, execute
-from wandb.proto import wandb_internal_pb2
+from notebook import NOTEBOOK, TINY, Session, execute, wandb_records
 
 CHANGES = {**TINY, "epochs": 3, "learning_rate": 0.003}
 
@@ -35,22 +32,6 @@ def outputs(notebook, kind=None):
 
 def text(notebook):
     return "".join(output.text for output in outputs(notebook, "stream"))
-
-
-def wandb_records(folder):
-    """The records of the newest offline run: LevelDB's log format (32 KiB blocks, 7-byte headers) behind 7 bytes."""
-    [*_, path] = sorted(folder.glob("wandb/offline-run-*/*.wandb"))
-    data, position, whole = path.read_bytes(), 7, b""
-    while position + 7 <= len(data):
-        if 32768 - position % 32768 < 7:  # too little room for a header: the next block
-            position += 32768 - position % 32768
-            continue
-        length, kind = struct.unpack("<HB", data[position + 4:position + 7])
-        whole += data[position + 7:position + 7 + length]
-        position += 7 + length
-        if kind in (1, 4):  # a full record, or its last part
-            yield wandb_internal_pb2.Record.FromString(whole)
-            whole = b""
 
 
 def test_it_runs_to_a_checked_and_scored_csv(executed, runs, corpus):
@@ -129,29 +110,3 @@ def test_variants_are_trained_once_compared_and_a_failed_one_is_noted(corpus, tm
     table = pd.read_csv(tmp_path / "pencil" / "variants.csv")
     assert list(table["val_acc"]) == sorted(table["val_acc"], reverse=True) and set(table["num_layers"]) == {2, 3}
     assert "sine" in capsys.readouterr().out
-
-
-def test_wandb_is_online_with_a_key_and_offline_without_one_or_without_a_connection(monkeypatch, tmp_path, capsys):
-    namespace = definitions()
-    namespace.update(data_folder=tmp_path, amp_dtype=None)
-    wandb, modes = namespace["wandb"], []
-
-    def init(mode, **options):
-        modes.append(mode)
-        if mode == "online":
-            raise wandb.errors.CommError("no such host")
-        return mock.MagicMock(settings=mock.MagicMock(mode=mode))
-
-    monkeypatch.setattr(wandb, "init", init)
-    monkeypatch.setattr(wandb, "teardown", lambda: modes.append("teardown"))
-    monkeypatch.setenv("HOME", str(tmp_path))
-    for name in ("WANDB_MODE", "WANDB_API_KEY"):
-        monkeypatch.delenv(name, raising=False)
-    start = namespace["start_wandb"]
-    config, row = {**namespace["config"]}, {"epoch": 1, "val_acc": 0.5}
-    start(config, tmp_path, "id", [row]).log.assert_called_once_with(row, step=1)
-    (tmp_path / ".netrc").write_text("machine api.wandb.ai login user password x")
-    start(config, tmp_path, "id", [row]).log.assert_called_once_with(row, step=1)
-    start({**config, "wandb": "disabled"}, tmp_path, "id", [row]).log.assert_not_called()
-    assert modes == ["offline", "online", "teardown", "offline", "disabled"]
-    assert "kept offline (no such host)" in capsys.readouterr().out

@@ -280,15 +280,6 @@ def test_what_is_missing_is_installed_or_told(monkeypatch):
     assert commands == [[sys.executable, "-m", "pip", "install", "--quiet", "no-such-module==2"]]
 
 
-def test_runs_are_kept_where_kaggle_keeps_them(monkeypatch):
-    runs_folder = definitions()["runs_folder"]
-    assert runs_folder() == Path("runs")
-    (helpers.KAGGLE / "working").mkdir(parents=True)
-    assert runs_folder() == helpers.KAGGLE / "working" / "runs"
-    monkeypatch.setenv("HW1P2_RUNS", "elsewhere")
-    assert runs_folder(drive=True) == Path("elsewhere")  # drive is for Colab
-
-
 TWO = """
 import time, helpers
 def make(root):

@@ -424,7 +424,7 @@ def test_test_gives_the_phonemes_of_infers_logits_in_order(book, data):
 
 def fit(book, config, parts, loaders, folder):
     run = SimpleNamespace(**dict(zip(helpers.STATEFUL, parts)), config=config, folder=folder,
-                          wandb=MagicMock(summary={}), train_loader=loaders[0], val_loader=loaders[1])
+                          wandb=MagicMock(summary={}), drive=None, train_loader=loaders[0], val_loader=loaders[1])
     run.message = helpers.begin_run(run, helpers.load_checkpoint(folder / "checkpoint.pt", config))
     return book.fit(run)
 

@@ -1,0 +1,170 @@
+"""A run's copy on Google Drive: a plain folder stands for it. Nothing goes to its trash, and a kill loses little."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from notebook import ROOT
+
+import helpers
+from helpers import RunError, copy_to_drive, load_checkpoint, restore_from_drive, save_checkpoint
+
+
+def train_to(folder, epochs, size=100):
+    """Leave in a run's folder what `epochs` epochs leave."""
+    history = [{"epoch": epoch} for epoch in range(1, epochs + 1)]
+    save_checkpoint(folder / "best.pt", {"model": torch.full((size,), float(epochs)), "config": {}})
+    save_checkpoint(folder / "checkpoint.pt", {"model": torch.full((size,), float(epochs)), "config": {},
+                                               "history": history})
+
+
+def epochs_of(folder):
+    """The epochs of the checkpoint in a folder, which must be whole."""
+    state = load_checkpoint(folder / "checkpoint.pt")
+    assert (state["model"] == len(state["history"])).all()
+    assert (load_checkpoint(folder / "best.pt")["model"] == len(state["history"])).all()
+    return len(state["history"])
+
+
+def files(drive):
+    """Name -> inode of each file: a file that is replaced gets another one, and the old one would go to the trash."""
+    return {path.name: path.stat().st_ino for path in drive.iterdir()}
+
+
+@pytest.fixture
+def places(tmp_path):
+    """The run's own folder, that on Drive, and that of a later session."""
+    return tmp_path / "run", tmp_path / "drive" / "run", tmp_path / "later"
+
+
+def test_the_newest_copy_is_fetched_where_it_is_ahead(places):
+    run, drive, later = places
+    restore_from_drive(later, drive)  # nothing there yet
+    assert not later.exists()
+    for epochs in (1, 2, 3):
+        train_to(run, epochs)
+        copy_to_drive(run, drive)
+        restore_from_drive(later, drive)
+        assert epochs_of(later) == epochs
+    train_to(later, 5)
+    restore_from_drive(later, drive)
+    assert epochs_of(later) == 5
+    (later / "checkpoint.pt").write_bytes(b"damaged")
+    restore_from_drive(later, drive)
+    assert epochs_of(later) == 3
+
+
+def test_nothing_goes_to_the_trash_and_only_what_cannot_be_made_again_is_there(places):
+    run, drive, _ = places
+    train_to(run, 1, 1000)
+    for name in ("submission.csv", "model_arch.txt", ".lock", "wandb/x.wandb", "cache/packed.safetensors"):
+        (run / name).parent.mkdir(exist_ok=True)
+        (run / name).write_text("long " * 100)
+    copy_to_drive(run, drive)
+    train_to(run, 2, 1000)
+    copy_to_drive(run, drive)
+    before = files(drive)
+    assert set(before) == {"checkpoint-a.zip", "checkpoint-b.zip", "submission.csv"}
+    (run / "submission.csv").write_text("short")
+    for epochs in range(3, 8):
+        train_to(run, epochs, 1000 if epochs % 2 else 10)  # a shorter file leaves no end of the longer one
+        copy_to_drive(run, drive)
+        assert files(drive) == before
+    assert (drive / "submission.csv").read_text() == "short"
+    restore_from_drive(places[2], drive)
+    assert epochs_of(places[2]) == 7
+
+
+def test_it_is_copied_before_ten_minutes_of_training_are_at_stake(places):
+    run, drive, _ = places
+    train_to(run, 1)
+    copy_to_drive(run, drive, next_in=1)  # the first time always
+    slots = [drive / name for name in helpers.DRIVE_SLOTS]
+
+    def age(minutes):
+        for slot in filter(os.path.exists, slots):
+            os.utime(slot, (time.time() - 60 * minutes,) * 2)
+
+    for minutes, next_minutes, copied in [(1, 1, False), (1, 6, False), (1, 9, True), (6, 6, True), (8, 2, True),
+                                          (30, 0.1, True)]:
+        age(minutes)
+        before = [slot.stat().st_mtime for slot in slots if slot.exists()]
+        copy_to_drive(run, drive, next_in=60 * next_minutes)
+        assert ([slot.stat().st_mtime for slot in slots if slot.exists()] != before) == copied, (minutes, next_minutes)
+    assert helpers.DRIVE_SECONDS < 600
+
+
+@pytest.mark.parametrize("damage", ["bit", "end", "empty", "foreign"])
+def test_a_damaged_copy_is_not_fetched_and_is_the_next_to_be_overwritten(places, damage):
+    run, drive, later = places
+    for epochs in (1, 2):
+        train_to(run, epochs)
+        copy_to_drive(run, drive)
+    newest = drive / "checkpoint-b.zip"
+    content = bytearray(newest.read_bytes())
+    content[len(content) // 2] ^= 1
+    newest.write_bytes({"bit": content, "end": content[:-100], "empty": b"", "foreign": b"x" * 10_000}[damage])
+    restore_from_drive(later, drive)
+    assert epochs_of(later) == 1
+    older = (drive / "checkpoint-a.zip").read_bytes()
+    train_to(run, 3)
+    copy_to_drive(run, drive)
+    assert (drive / "checkpoint-a.zip").read_bytes() == older
+    restore_from_drive(later, drive)
+    assert epochs_of(later) == 3
+
+
+def test_drive_that_is_full_or_away_does_not_stop_the_training(places, capsys, monkeypatch):
+    run, drive, later = places
+    train_to(run, 1)
+    drive.parent.write_text("not a folder")
+    copy_to_drive(run, drive)
+    assert "could not be copied to Google Drive" in capsys.readouterr().out
+    drive.parent.unlink()
+    copy_to_drive(run, drive)
+
+    def away(*_):
+        raise OSError(107, "Transport endpoint is not connected")
+    monkeypatch.setattr(helpers.zipfile, "ZipFile", away)
+    before = (drive / "checkpoint-a.zip").read_bytes()
+    copy_to_drive(run, drive)  # which of the two is whole is not known: neither is touched
+    assert "Transport endpoint" in capsys.readouterr().out and (drive / "checkpoint-a.zip").read_bytes() == before
+    with pytest.raises(RunError, match="on Google Drive cannot be read.*Transport endpoint"):
+        restore_from_drive(later, drive)
+
+
+COPYING = """
+import itertools, sys
+sys.path[:0] = {path!r}
+from pathlib import Path
+from test_drive import copy_to_drive, restore_from_drive, train_to
+run, drive = map(Path, {places!r})
+for epochs in itertools.count({epochs} + 1):
+    train_to(run, epochs, 1_000_000)
+    copy_to_drive(run, drive)
+    print(epochs, flush=True)
+"""
+
+
+def test_killed_at_any_moment_a_whole_copy_is_there(places):
+    run, drive, _ = places
+    epochs, draw, seen = 0, random.Random(), {}
+    for number in range(4):
+        code = COPYING.format(path=[str(ROOT), str(ROOT / "tests")], places=(str(run), str(drive)), epochs=epochs)
+        child = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+        done = int(child.stdout.readline())
+        time.sleep(draw.uniform(0, 0.2))
+        child.send_signal(signal.SIGKILL)
+        done = int((child.communicate()[0].split() or [done])[-1])
+        later = run.parent / f"later {number}"  # another session, another machine
+        restore_from_drive(later, drive)
+        epochs = epochs_of(later)
+        assert epochs in (done, done + 1)
+        now = files(drive)
+        assert now.items() >= seen.items() and set(now) <= set(helpers.DRIVE_SLOTS)
+        seen = now

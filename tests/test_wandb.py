@@ -1,0 +1,319 @@
+"""Where a run is kept, keys, and wandb: its curves with the real library, offline; and wandb without a network."""
+
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import wandb
+from notebook import ROOT, wandb_records
+
+import helpers
+from helpers import RunError, cache_folder, have_keys, log_history, mount_drive, runs_folder, start_wandb, wandb_mode
+
+CONFIG = {"Name": "a run (lr=0.01) é", "wandb": "offline", "epochs": 3}
+ROWS = [{"epoch": epoch, "val_acc": epoch / 10, "seconds": 1.5 * epoch} for epoch in range(1, 6)]
+
+
+@pytest.fixture(autouse=True)
+def plain_environment(tmp_path, monkeypatch):
+    """Neither keys nor settings of whoever runs the tests, neither Colab nor Kaggle; no run that is still open."""
+    for name in [name for name in os.environ if name.startswith(("WANDB", "HW1P2", "KAGGLE", "NETRC"))]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setattr(helpers, "KAGGLE", tmp_path / "kaggle")
+    monkeypatch.chdir(tmp_path)
+    yield
+    if wandb.run is not None:
+        wandb.run.finish()
+
+
+def colab(monkeypatch, **modules):
+    """This process as one of Colab's: google.colab with these attributes."""
+    monkeypatch.setitem(sys.modules, "google.colab", SimpleNamespace(**modules))
+
+
+def start(folder, history, run_id="abcd", **changes):
+    return start_wandb({**CONFIG, **changes}, folder, run_id, history, "Network(\n  (0): Linear()\n)", {"device": "é"})
+
+
+def finished_records(folder):
+    """The records of the newest offline run, once its last one is there: `finish` does not wait for the file."""
+    for _ in range(600):
+        records = [*wandb_records(folder)]
+        if any(record.WhichOneof("record_type") == "exit" for record in records):
+            return records
+        time.sleep(0.05)
+    raise AssertionError(f"{folder}: the run's file has no end")
+
+
+def rows_in(folder):
+    """The rows of the newest offline run, a dict each, without wandb's own entries."""
+    rows = [{item.key or item.nested_key[0]: json.loads(item.value_json) for item in record.history.item}
+            for record in finished_records(folder) if record.WhichOneof("record_type") == "history"]
+    return [{key: value for key, value in row.items() if not key.startswith("_")} for row in rows]
+
+
+# ---- Folders -----------------------------------------------------------------------------------------------
+
+def test_runs_go_where_the_environment_says_else_where_kaggle_keeps_them_else_here(tmp_path, monkeypatch):
+    assert runs_folder() == Path("runs")
+    (helpers.KAGGLE / "working").mkdir(parents=True)
+    assert runs_folder() == helpers.KAGGLE / "working" / "runs"
+    monkeypatch.setenv("PLACE", "elsewhere")
+    for text, path in [("elsewhere", "elsewhere"), ("~/my runs", tmp_path / "my runs"), ("$PLACE/x", "elsewhere/x"),
+                       ("${PLACE}", "elsewhere"), (' "a b" ', "a b"), ("'~/x'\n", tmp_path / "x")]:
+        monkeypatch.setenv("HW1P2_RUNS", text)
+        assert runs_folder() == Path(path)
+    for empty in ("", "  ", '""'):
+        monkeypatch.setenv("HW1P2_RUNS", empty)
+        assert runs_folder() == helpers.KAGGLE / "working" / "runs"
+
+
+def test_the_cache_is_neither_in_kaggles_saved_output_nor_on_drive(tmp_path, monkeypatch):
+    assert cache_folder("runs") == Path("runs/cache")
+    assert cache_folder(helpers.KAGGLE / "working" / "runs") == helpers.KAGGLE / "temp" / "hw1p2-cache"
+    assert cache_folder(helpers.KAGGLE / "temp" / "runs") == helpers.KAGGLE / "temp" / "runs" / "cache"
+    assert cache_folder("/content/drive/MyDrive/runs") == Path("/content/hw1p2-cache")
+    assert cache_folder("/content/runs") == Path("/content/runs/cache")
+    (helpers.KAGGLE / "working").mkdir(parents=True)
+    monkeypatch.chdir(helpers.KAGGLE / "working")
+    assert cache_folder("runs") == helpers.KAGGLE / "temp" / "hw1p2-cache"
+
+
+# ---- Keys --------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("place", ["colab", "kaggle"])
+def test_each_secret_is_taken_by_itself_and_none_is_printed(monkeypatch, capsys, place):
+    def secret(name):
+        if name != "KAGGLE_KEY":
+            raise KeyError(name)
+        return "geheim"
+
+    if place == "colab":
+        colab(monkeypatch, userdata=SimpleNamespace(get=secret))
+    else:
+        helpers.KAGGLE.mkdir()
+        client = SimpleNamespace(UserSecretsClient=lambda: SimpleNamespace(get_secret=secret))
+        monkeypatch.setitem(sys.modules, "kaggle_secrets", client)
+    monkeypatch.setenv("KAGGLE_KEY", "")  # empty is not there
+    monkeypatch.setenv("KAGGLE_USERNAME", "mine")
+    assert not have_keys("KAGGLE_API_TOKEN", "KAGGLE_USERNAME", "KAGGLE_KEY")
+    assert os.environ["KAGGLE_KEY"] == "geheim" and os.environ["KAGGLE_USERNAME"] == "mine"
+    assert have_keys("KAGGLE_USERNAME", "KAGGLE_KEY")
+    assert "KAGGLE_API_TOKEN" not in os.environ and capsys.readouterr() == ("", "")
+
+
+def test_a_secret_that_never_comes_stops_neither_the_notebook_nor_the_others(monkeypatch):
+    never = threading.Event()
+    colab(monkeypatch, userdata=SimpleNamespace(get=lambda name: never.wait() if name == "A" else "geheim"))
+    assert not have_keys("A", "KAGGLE_KEY", seconds=0.5)
+    assert os.environ["KAGGLE_KEY"] == "geheim"
+    never.set()
+
+
+# ---- Curves ------------------------------------------------------------------------------------------------
+
+def test_every_epoch_is_in_the_curves_once_whatever_is_logged_between(tmp_path, capfd):
+    run = start(tmp_path, [])
+    for done in (1, 2, 3):
+        log_history(run, ROWS[:done])
+        log_history(run, ROWS[:done])  # again after an interrupt
+        if done == 2:
+            run.log({"chart": 7})
+    run.summary.update({"best_epoch": 2, "best_val_acc": 0.2})
+    run.log({"confusion": 1})
+    assert start(tmp_path, ROWS[:4], epochs=5) is run  # more epochs, in the same session
+    assert run.config["epochs"] == 5
+    log_history(run, ROWS)
+    run.finish()
+    assert rows_in(tmp_path) == [*ROWS[:2], {"chart": 7}, ROWS[2], {"confusion": 1}, *ROWS[3:]]
+    metrics = {record.metric.name: record.metric.step_metric for record in finished_records(tmp_path)
+               if record.WhichOneof("record_type") == "metric"}
+    assert {name: metrics[name] for name in ("val_acc", "seconds")} == {"val_acc": "epoch", "seconds": "epoch"}
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_second_session_has_the_earlier_ones_epochs_too(tmp_path):
+    start(tmp_path, ROWS[:2]).finish()
+    assert rows_in(tmp_path) == ROWS[:2]
+    run = start(tmp_path, ROWS[:2])
+    log_history(run, ROWS[:3])
+    run.finish()
+    assert run.id == "abcd" and rows_in(tmp_path) == ROWS[:3]
+
+
+def test_the_server_gets_what_it_has_not_got():
+    logged = []
+    run = SimpleNamespace(summary={"epoch": 1, "best_epoch": 3}, log=logged.append, define_metric=lambda *_, **__: 0)
+    log_history(run, ROWS[:3])
+    assert logged == ROWS[1:3]
+
+
+def test_another_run_that_is_open_is_finished_first(tmp_path):
+    first = start(tmp_path / "a", ROWS[:1])
+    second = start(tmp_path / "b", ROWS[:2], "other")
+    assert wandb.run is second and second.id == "other"
+    second.finish()
+    assert rows_in(tmp_path / "a") == ROWS[:1] and rows_in(tmp_path / "b") == ROWS[:2]
+    with pytest.raises(wandb.errors.UsageError):
+        first.log({"x": 1})
+
+
+def test_the_network_is_kept_with_the_run(tmp_path):
+    start(tmp_path / "run (1)", []).finish()
+    assert (tmp_path / "run (1)" / "model_arch.txt").read_text("utf-8") == "Network(\n  (0): Linear()\n)"
+    [kept] = (tmp_path / "run (1)" / "wandb").glob("offline-run-*/files/model_arch.txt")
+    assert not kept.is_symlink() and kept.read_text() == (tmp_path / "run (1)" / "model_arch.txt").read_text()
+    saved = [file.path for record in finished_records(tmp_path / "run (1)") for file in record.files.files]
+    assert "model_arch.txt" in saved
+
+
+def test_disabled_it_does_nothing_and_everything_can_be_called(tmp_path):
+    run = start(tmp_path, ROWS[:2], wandb="disabled")
+    log_history(run, ROWS[:3])
+    run.summary.update({"x": 1})
+    run.log({"chart": 1})
+    run.finish()
+    assert not (tmp_path / "wandb").exists() and run.settings.mode == "disabled"
+
+
+# ---- Online or offline -------------------------------------------------------------------------------------
+
+def test_the_mode_is_the_configs_then_the_environments_then_what_wandb_finds(monkeypatch, capsys):
+    codes, environments = [], []
+
+    def run(command, env, **_):
+        environments.append(env)
+        return SimpleNamespace(returncode=codes.pop(), stderr="Traceback\nwandb.errors.X: bad key\n")
+
+    monkeypatch.setattr(subprocess, "run", run)
+    assert [wandb_mode(choice) for choice in ("offline", "disabled")] == ["offline", "disabled"]
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    assert [wandb_mode(choice) for choice in ("auto", "offline")] == ["disabled", "offline"]
+    codes.append(0)
+    assert wandb_mode("online") == "online" and environments[-1]["WANDB_MODE"] == "online"
+    monkeypatch.delenv("WANDB_MODE")
+    codes += [1, 3, 0]
+    assert [wandb_mode("auto") for _ in range(3)] == ["online", "offline", "offline"]
+    assert capsys.readouterr().out == "wandb could not log in (wandb.errors.X: bad key): this run is kept offline\n"
+    codes.append(3)
+    assert wandb_mode("online") == "offline" and "no key" in capsys.readouterr().out
+
+
+OFFLINE = """
+import fcntl, socket, struct, sys
+sys.path.insert(0, {root!r})
+with socket.socket() as any_socket:  # loopback up, as on any machine without a network
+    fcntl.ioctl(any_socket, 0x8914, struct.pack("16sh14x", b"lo", 0x49))
+import helpers
+helpers.LOGIN_SECONDS = {seconds}
+config = {{"Name": "x", "wandb": "auto"}}
+run = helpers.start_wandb(config, "run", "abcd", [{{"epoch": 1, "val_acc": 0.5}}], "Network()", {{}})
+print("MODE", run.settings.mode)
+run.finish()
+"""
+
+
+def without_network(seconds, **environment):
+    """Start a run in a process that has no network; the real wandb, and a time limit."""
+    if subprocess.run(["unshare", "-n", "true"], capture_output=True).returncode:
+        pytest.skip("no permission to take a process's network away")
+    environment = {**os.environ, **environment}
+    command = ["unshare", "-n", sys.executable, "-c", OFFLINE.format(root=str(ROOT), seconds=seconds)]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=150,
+                          stdin=subprocess.DEVNULL)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="unshare is Linux's")
+@pytest.mark.parametrize("place", ["environment", "netrc", "none"])
+def test_a_key_and_no_connection_is_offline_and_no_key_is_too(tmp_path, place):
+    key, host = "a" * 40, wandb.Settings().base_url.split("//")[1]
+    if place == "netrc":  # of whatever server this version of wandb has
+        (tmp_path / ".netrc").write_text(f"machine {host}\n  login user\n  password {key}\n")
+        (tmp_path / ".netrc").chmod(0o600)
+    # with a key the wait may be cut short; without one, wandb's answer is to be seen
+    result = without_network(60 if place == "none" else 6, **({"WANDB_API_KEY": key} if place == "environment" else {}))
+    assert result.returncode == 0 and "MODE offline" in result.stdout, result.stderr
+    assert ("could not log in" in result.stdout) == (place != "none")
+    assert rows_in(tmp_path / "run") == [{"epoch": 1, "val_acc": 0.5}]
+    assert key not in result.stdout + result.stderr
+
+
+@pytest.mark.parametrize("mode", ["offline", "online"])
+def test_a_service_that_does_not_start_does_not_stop_the_training(tmp_path, mode):
+    code = f"""
+import sys
+sys.path.insert(0, {str(ROOT)!r})
+import helpers
+helpers.wandb_mode = lambda choice: choice
+config = {{"Name": "x", "wandb": {mode!r}}}
+run = helpers.start_wandb(config, "run", "abcd", [{{"epoch": 1}}], "Network()", {{}})
+helpers.log_history(run, [{{"epoch": 1}}, {{"epoch": 2}}])
+print("MODE", run.settings.mode)
+"""
+    environment = {**os.environ, "WANDB_X_SERVICE_WAIT": "0.001", "WANDB_API_KEY": "a" * 40}
+    result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=150)
+    assert result.returncode == 0 and "MODE disabled" in result.stdout, result.stderr
+    assert result.stdout.count("training goes on without it") == 1
+
+
+def fake_init(monkeypatch, refused):
+    """Replace wandb.init: `refused` maps (mode, id) to an error. Returns the list of calls."""
+    calls = []
+
+    def init(mode, id=None, resume=None, **_):
+        calls.append((mode, id, resume))
+        if error := refused(mode, id):
+            raise error
+        return SimpleNamespace(id=id, settings=SimpleNamespace(mode="disabled"), summary={}, log=calls.append)
+
+    monkeypatch.setattr(wandb, "init", init)
+    monkeypatch.setattr(helpers, "wandb_mode", lambda choice: choice)
+    return calls
+
+
+def test_a_run_that_was_deleted_on_the_server_gets_a_new_id(tmp_path, monkeypatch, capsys):
+    gone = wandb.errors.CommError("HTTP 409: run abcd was previously created and deleted; try a new run name\nmore")
+    calls = fake_init(monkeypatch, lambda mode, run_id: gone if run_id == "abcd" else None)
+    run = start(tmp_path, [], wandb="online")
+    assert calls == [("online", "abcd", "allow"), ("online", run.id, "allow")] and run.id != "abcd"
+    [line] = capsys.readouterr().out.splitlines()
+    assert "409" in line and f"as the new run {run.id}" in line
+
+
+def test_a_server_that_takes_nothing_leaves_the_run_offline(tmp_path, monkeypatch, capsys):
+    calls = fake_init(monkeypatch, lambda mode, _: wandb.errors.CommError("500") if mode == "online" else None)
+    start(tmp_path, [], wandb="online")
+    assert [mode for mode, *_ in calls] == ["online", "online", "offline"] and calls[-1][2] is None
+    assert "kept offline" in capsys.readouterr().out
+
+
+# ---- Google Drive is there, or not -------------------------------------------------------------------------
+
+def test_drive_is_mounted_on_colab_and_ignored_elsewhere(monkeypatch, capsys):
+    assert mount_drive() is None and "ignored" in capsys.readouterr().out
+    mounted = []
+    colab(monkeypatch, drive=SimpleNamespace(mount=mounted.append))
+    assert mount_drive() == Path("/content/drive/MyDrive/hw1p2-runs") and mounted == ["/content/drive"]
+
+    def fail(_):
+        raise ValueError("mount failed")
+    colab(monkeypatch, drive=SimpleNamespace(mount=fail))
+    with pytest.raises(RunError, match=r"not be mounted \(ValueError: mount failed\).*again.*\['drive'\] = False"):
+        mount_drive()
+
+
+def test_colab_without_drive_is_told_that_nothing_stays(monkeypatch, capsys):
+    helpers.warn_of_the_end(drive=False, practice=False)
+    colab(monkeypatch)
+    helpers.warn_of_the_end(drive=True, practice=False)
+    helpers.warn_of_the_end(drive=False, practice=True)
+    assert not capsys.readouterr().out
+    helpers.warn_of_the_end(drive=False, practice=False)
+    assert "NOTHING HERE OUTLIVES" in capsys.readouterr().out
