@@ -166,7 +166,7 @@ def map_in_threads(function, jobs):
 
 # ---- Config -------------------------------------------------------------------------------------------------
 
-NAME = r"[^./\\<>:\"|?*\x00-\x1f\x7f\s]([^/\\<>:\"|?*\x00-\x1f\x7f]*[^./\\<>:\"|?*\x00-\x1f\x7f\s])?"
+NAME = r"[^./\\<>:\"|?*\[\]\x00-\x1f\x7f\s]([^/\\<>:\"|?*\[\]\x00-\x1f\x7f]*[^./\\<>:\"|?*\[\]\x00-\x1f\x7f\s])?"
 
 
 def _is_name(value):
@@ -192,8 +192,8 @@ def check_config(config, options):
         value = config.get(key)
         if allowed is str:
             good = _is_name(value)
-            hint = ("1 to 200 characters (bytes in UTF-8) that can name a folder: none of / \\ < > : \" | ? *, no dot "
-                    "or blank at the ends; and not 'cache'")
+            hint = ("1 to 200 characters (bytes in UTF-8) that can name a folder: none of / \\ < > : \" | ? * [ ], no "
+                    "dot or blank at the ends; and not 'cache'")
         elif isinstance(allowed, list):
             good = any(type(value) is type(option) and value == option for option in allowed)
             hint = ", ".join(map(repr, allowed))

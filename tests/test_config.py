@@ -41,7 +41,7 @@ def test_every_option_passes_and_others_are_refused_with_the_options(key):
 
 
 @pytest.mark.parametrize("name", ["a/b", "..", "../a", "a\\b", ".hidden", "", "x" * 201, None, True, 5, b"x", [],
-                                  "ü" * 101, "cache", "Cache", " x", "x ", "x.", "a\nb", "a\0b", "a:b", "why?",
+                                  "ü" * 101, "cache", "Cache", " x", "x ", "x.", "a\nb", "a\0b", "a:b", "why?", "[1]",
                                   "\ud800"])
 def test_a_name_that_is_none_of_a_folder_in_runs_is_refused(name):
     with pytest.raises(ValueError, match="'Name' is .* allowed: 1 to 200 characters"):
