@@ -1,10 +1,12 @@
 """What the notebook hw1p2_starter.ipynb stands on, in the order in which the data flow.
 
+    check_config, pick_device, pick_precision       what a run is made from, and what it runs on
     read_partition                                  a folder of .npy files -> one array, packed and cached
     AudioDataset, make_loader                       windows of it, and batches of windows
-    mask_frames                                     SpecAugment's masks
-    confusion_matrix, border_distance               how good predictions are
-    save_checkpoint, load_checkpoint, restore       a run that can be carried on
+    mask_frames, warp_frames, Dropout               against overfitting
+    confusion_matrix, border_distance, calibration  how good predictions are
+    Decoder, viterbi                                whole utterances instead of single frames
+    save_checkpoint, load_checkpoint, restore       a run that can be resumed
     runs_folder, start_wandb, copy_to_drive         where a run is kept, and its curves
     write_submission, read_submission, submit       the CSV
     make_practice_corpus, make_librispeech_corpus   speech for those who have no data
@@ -814,7 +816,7 @@ def load_checkpoint(path, config=None):
         state = dict(torch.load(path, map_location="cpu", weights_only=True))
         saved = dict(state["config"])
         if config is not None:
-            state["history"]  # best.pt has none: nothing to carry on with
+            state["history"]  # best.pt has none: nothing to resume
     except Exception as error:  # torch and pickle raise a dozen kinds, none of them readable
         raise RunError(f"{path}: damaged, or not a checkpoint of this notebook ({type(error).__name__}). Restore a "
                        "copy of it, or delete it to start afresh.") from None
@@ -825,7 +827,7 @@ def load_checkpoint(path, config=None):
                        if key not in free and saved.get(key) != config[key]]
         if differences:
             raise RunError(f"{path}: this run was started with another config:\n  " + "\n  ".join(differences) +
-                           "\nSet these back to carry on with it, or choose another config['Name'] for a fresh run."
+                           "\nSet these back to resume it, or choose another config['Name'] for a fresh run."
                            + (" (Cosine annealing and dropout_ramp are planned for a fixed number of epochs.)"
                               if any(line.startswith("epochs") for line in differences) else ""))
     return state
@@ -977,7 +979,7 @@ def _init_wandb(mode, run_id, **options):
 
 
 def start_wandb(config, folder, run_id, history, model, details, group=None):
-    """A wandb run that has all rows of the history; it carries on with a known id, and never waits for a network.
+    """A wandb run that has all rows of the history; it resumes a known id, and never waits for a network.
 
     config["wandb"] is the mode, see `wandb_mode`; details: a dict of what else made the run, beside the config. The
     text of the model is kept in `folder` and with the run, as model_arch.txt. The id of the returned run is another
