@@ -31,7 +31,7 @@ CHANGES = {**TINY, "epochs": 4, "dropout_alternate": False, "augmentations": "Bo
 CONFIGS = {"adamw, cosineanneal": CHANGES,
            "sgd, reducelronplateau": {**CHANGES, "optimizers": "sgd", "scheduler": "reducelronplateau"}}
 TRAINING = "run = make_run(config)\n"  # in the cell that trains
-PAUSE = 0.03  # seconds at each of the five steps of writing a checkpoint: about a third of a run is writing
+PAUSE = 0.1  # seconds at each of the five steps of writing a checkpoint: so that random kills land there too
 # of what a run writes, the clock's readings and a random name: the only things that may differ
 NOT_COMPARED = ("seconds", "frames_per_second", "wandb_id")
 
