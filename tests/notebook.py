@@ -35,18 +35,9 @@ def run_cells(changes=None, until=None, runs="runs", data=None, before_cell=None
 
     before_cell: called with the source of each cell before it is executed.
     """
-    environment = {"HW1P2_RUNS": str(runs), "MPLBACKEND": "Agg", "TQDM_DISABLE": "1", "WANDB_MODE": "disabled"}
-    environment |= {"HW1P2_DATA": str(data)} if data else {}
-    namespace = {"__name__": "notebook"}
-    with mock.patch.dict(os.environ, environment), mock.patch.object(sys, "path", [str(ROOT), *sys.path]):
-        for source in code_cells(changes):
-            if until is not None and until in source:
-                break
-            if before_cell is not None:
-                before_cell(source)
-            exec(compile(source, "<notebook>", "exec"), namespace)
-    namespace["plt"].close("all")
-    return namespace
+    session = Session(runs, data, changes)
+    session.run_all(until, before_cell)
+    return session.namespace
 
 
 class Session:
@@ -75,10 +66,12 @@ class Session:
             if "plt" in self.namespace:
                 self.namespace["plt"].close("all")
 
-    def execute(self, *sources):
-        """Sources of cells."""
+    def execute(self, *sources, before_cell=None):
+        """Execute sources of cells; `before_cell` is called with each one before."""
         with self._surroundings():
             for source in sources:
+                if before_cell is not None:
+                    before_cell(source)
                 exec(compile(source, "<notebook>", "exec"), self.namespace)
 
     def call(self, name, *arguments):
@@ -86,11 +79,11 @@ class Session:
         with self._surroundings():
             return self.namespace[name](*arguments)
 
-    def run_all(self, until=None):
+    def run_all(self, until=None, before_cell=None):
         """All cells in their order, up to the one that contains `until`, with the changes to the config."""
         cells = code_cells(self.changes)
         stop = len(cells) if until is None else next(i for i, source in enumerate(cells) if until in source)
-        self.execute(*cells[:stop])
+        self.execute(*cells[:stop], before_cell=before_cell)
 
     def run(self, *texts):
         """The cells that contain these texts, in this order; without the changes to the config."""
