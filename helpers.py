@@ -113,6 +113,13 @@ def atomic_write(path, size):
             temporary.unlink()
 
 
+class _LockFile(io.FileIO):
+    """A file that is closed when nothing refers to it any more, without the warning of one that was forgotten."""
+
+    def __del__(self):
+        self.close()
+
+
 def take_lock(path):
     """Lock the file `path` for this process until the file that is returned is closed; None where another one has it.
 
@@ -121,7 +128,7 @@ def take_lock(path):
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        file = open(path, "a")
+        file = _LockFile(path, "a")
     except OSError as error:
         raise RunError(f"{path.parent} cannot be written to: {error}") from error
     try:
@@ -384,12 +391,12 @@ def _pack(folder, names, kinds, gap):
 def _npy_files(folder):
     """Sorted names of the utterances' files in a folder, and of all else, which is not data.
 
-    That is what systems and tools leave: hidden files, those without .npy at the end, and copies beside their original:
-    "x (1).npy", "x copy.npy", "x - Copy.npy", "x-Copy1.npy".
+    That is clutter, what has no .npy at the end, and copies beside their original: "x (1).npy", "x copy.npy",
+    "x - Copy.npy", "x-Copy1.npy".
     """
     found = {*os.listdir(folder)}
     copies = {name for name in found if (match := re.match("(.+?)( |-Copy)", name)) and f"{match[1]}.npy" in found}
-    names = {name for name in found - copies if name.endswith(".npy") and not name.startswith(".")}
+    names = {name for name in found - copies if name.endswith(".npy") and not is_clutter(name)}
     return sorted(names), sorted(found - names)
 
 
@@ -1550,6 +1557,14 @@ def _places():
                     (sorted(folder.glob(groups[folder.name])) if folder.name in groups else [folder])]
 
 
+PRACTICE = "practice-corpus"  # its folder's name
+
+
+def is_practice(data_folder):
+    """Is it the practice corpus, wherever it lies?"""
+    return Path(data_folder).name == PRACTICE
+
+
 def find_data(choice, cache, competition=COMPETITION):
     """The data folder that config["data"] asks for where it is there already, else None; see `get_data`."""
     if choice == "auto" and (folder := path_from_environment("HW1P2_DATA")):
@@ -1563,7 +1578,7 @@ def find_data(choice, cache, competition=COMPETITION):
             return _one_root(roots, beside + attached)
         if choice == "kaggle":
             return None
-    root = Path(cache) / ("librispeech" if choice == "librispeech" else "practice-corpus")
+    root = Path(cache) / ("librispeech" if choice == "librispeech" else PRACTICE)
     return root if root.exists() else None
 
 
@@ -1577,7 +1592,7 @@ def get_data(choice, cache, competition=COMPETITION):
     Raises a DataError where no folder, or more than one, holds the data, a RunError where they cannot be fetched or
     written; what is there already is kept for the next start.
     """
-    root, practice = find_data(choice, cache, competition), Path(cache) / "practice-corpus"
+    root, practice = find_data(choice, cache, competition), Path(cache) / PRACTICE
     beside, attached = _places()
     if choice == "auto" and root in (None, practice) and beside + attached:
         print(f"no train-clean-100/mfcc in {', '.join(map(str, beside + attached))}: taking the practice corpus"

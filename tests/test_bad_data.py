@@ -202,8 +202,8 @@ def test_a_subset_is_judged_by_its_own_files(root):
 def test_strays_are_ignored_with_a_note(root, capsys):
     expected = AudioDataset(root, "dev-clean")
     capsys.readouterr()
-    strays = [".DS_Store", "._0001.npy", "notes.txt", "Thumbs.db", "0001.npy~", "#0001.npy#", "0001.npy.bak",
-              "0001 (1).npy", "0001 copy.npy", "0001 - Copy.npy", "0001-Copy1.npy"]
+    strays = [".DS_Store", "._0001.npy", "~0001.npy", "notes.txt", "Thumbs.db", "0001.npy~", "#0001.npy#",
+              "0001.npy.bak", "0001 (1).npy", "0001 copy.npy", "0001 - Copy.npy", "0001-Copy1.npy"]
     for name in strays:
         (root / "dev-clean" / "mfcc" / name).write_bytes(b"\0")
     (root / "dev-clean" / "transcript" / "desktop.ini").touch()
@@ -211,7 +211,7 @@ def test_strays_are_ignored_with_a_note(root, capsys):
     (root / "dev-clean" / "transcript" / ".ipynb_checkpoints" / "0001-checkpoint.npy").touch()
     dataset = AudioDataset(root, "dev-clean")
     note = capsys.readouterr().out
-    assert "dev-clean: ignored 11 file(s) in mfcc that are not utterances: " in note
+    assert "dev-clean: ignored 12 file(s) in mfcc that are not utterances: " in note
     assert "dev-clean: ignored 2 file(s) in transcript that are not utterances: .ipynb_checkpoints, desktop.ini" in note
     assert all(name in note for name in sorted(strays)[:5])
     assert dataset.frames.equal(expected.frames) and dataset.labels.equal(expected.labels)

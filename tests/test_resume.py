@@ -1,12 +1,15 @@
 """Checkpoints: a killed run ends as one that was never killed, and what cannot be resumed is refused in plain words."""
 
 import errno
+import gc
 import os
 import pickle
 import random
 import re
 import shutil
 import subprocess
+import sys
+import warnings
 
 import kills
 import pytest
@@ -302,6 +305,22 @@ def test_two_runs_in_one_folder_are_refused_until_the_first_is_gone(corpus, tmp_
         train_to_the_end(tmp_path, corpus)
     kills.kill(first, tmp_path)
     train_to_the_end(tmp_path, corpus)
+
+
+def test_a_run_that_is_forgotten_lets_its_folder_go_without_a_warning(tmp_path, monkeypatch):
+    told = []
+    monkeypatch.setattr(sys, "unraisablehook", told.append)  # where an error goes that is raised while memory is freed
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        lock = helpers.lock_run(tmp_path / "run")
+        del lock
+        gc.collect()
+        assert not told
+        forgotten = open(tmp_path / "a file", "w")
+        del forgotten
+        gc.collect()
+        assert len(told) == 1  # as for any other file
+    assert kills.in_child(helpers.lock_run, tmp_path / "run") == 0
 
 
 def test_one_process_may_take_its_folder_again(tmp_path):
