@@ -156,6 +156,15 @@ def test_results_before_the_first_epoch_has_ended(session):
         session.run(RESULTS)
 
 
+@pytest.mark.parametrize("recipe, ways", [("original", ["frame alone", "Viterbi"]),
+                                          ("best", ["frame alone", "mean over warps", "Viterbi"])])
+def test_results_speak_of_a_mean_over_warps_only_where_there_is_one(session, recipe, ways):
+    session["config"].update(recipe=recipe, epochs=1)
+    session.run(TRAINING, RESULTS)
+    assert list(session["results"].accuracy) == ways
+    assert np.array_equal(session["results"].alone, session["results"].predicted) == (recipe == "original")
+
+
 def test_results_of_an_earlier_run_are_not_taken_for_this_ones(session):
     session.run(TRAINING, RESULTS)
     session["config"]["Name"] = "b"
