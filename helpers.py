@@ -189,7 +189,8 @@ def _is_name(value):
 def check_config(config, options):
     """A checked copy of a config; numpy's numbers and one-element tensors in it become Python's.
 
-    options: what each key may be: a list of values, (type, lowest, highest), or str for a name of a folder.
+    options: what each key may be: a list of values; (type, lowest, highest), with other values behind them; or str for
+    the name of a folder.
     Raises a ValueError that lists every unknown or missing key and every value that is not allowed.
 
     Example: check_config({"epochs": np.int64(3)}, {"epochs": (int, 1, 10)})  # {"epochs": 3}
@@ -207,9 +208,11 @@ def check_config(config, options):
             good = any(type(value) is type(option) and value == option for option in allowed)
             hint = ", ".join(map(repr, allowed))
         else:
-            kind, low, high = allowed
-            good = isinstance(value, (int, kind)) and not isinstance(value, bool) and low <= value <= high
+            kind, low, high, *others = allowed
+            number = isinstance(value, (int, kind)) and not isinstance(value, bool)
+            good = low <= value <= high if number else value in others
             hint = f"{low} to {high} ({'a whole number' if kind is int else 'a number'})"
+            hint = " or ".join([hint, *map(repr, others)])
         if key in config and not good:
             faults.append(f"{key!r} is {value!r}; allowed: {hint}")
     if faults:
@@ -585,7 +588,7 @@ def _kept(windows, size, param, device):
     return (place < start) | (place >= start + width)
 
 
-def mask_frames(frames, augmentations="Both", freq_mask_param=4, time_mask_param=8, iid_masks=True):
+def mask_frames(frames, augmentations="Both", freq_mask_param=4, time_mask_param=8):
     """SpecAugment's masks: a stretch of coefficients and/or of frames set to zero, drawn anew for every window.
 
     The width is uniform over 0 ... param and the position over all that fit (Park et al., "SpecAugment", 2019).
@@ -593,15 +596,12 @@ def mask_frames(frames, augmentations="Both", freq_mask_param=4, time_mask_param
 
     frames: float16 or float32 (B, 2c+1, 28); changed in place, and returned.
     augmentations: "FreqMask", "TimeMask", "Both" or None.
-    iid_masks: False for torchaudio's: one mask for the whole batch, never as wide as param nor over the last row.
     """
     bits = frames.view(torch.int16 if frames.dtype == torch.float16 else torch.int32)
     for name, axis, param in (("FreqMask", 2, freq_mask_param), ("TimeMask", 1, time_mask_param)):
-        if augmentations in (name, "Both") and iid_masks:
+        if augmentations in (name, "Both"):
             kept = _kept(len(frames), frames.shape[axis], param, frames.device)
             bits.mul_(kept.unsqueeze(3 - axis))  # by 1 or 0: as integers, a CPU does it five times as fast
-        elif augmentations in (name, "Both"):
-            frames.copy_(torchaudio.functional.mask_along_axis(frames, min(param, frames.shape[axis]), 0.0, axis))
     return frames
 
 
@@ -636,14 +636,7 @@ def warp_frames(frames, maps):
 # ---- Dropout -----------------------------------------------------------------------------------------------
 
 class Dropout(torch.nn.Dropout):
-    """torch draws a random number for each unit; on a CPU, here four units share its 64 bits (p in steps of 1/65536).
-
-    `rate` is the p it was made with, as p may grow over the epochs.
-    """
-
-    def __init__(self, p):
-        super().__init__(p)
-        self.rate = p
+    """torch's draws a random number for each unit; on a CPU, here four share one (p in steps of 1/65536)."""
 
     def forward(self, x):
         if not self.training or x.device.type != "cpu":
@@ -828,14 +821,13 @@ def load_checkpoint(path, config=None):
         raise RunError(f"{path}: damaged, or not a checkpoint of this notebook ({type(error).__name__}). Restore a "
                        "copy of it, or delete it to start afresh.") from None
     if config is not None:
-        planned = config["scheduler"] == "cosineanneal" or config["dropout_ramp"]
-        free = FREE_KEYS if planned else (*FREE_KEYS, "epochs")
+        free = FREE_KEYS if config["scheduler"] == "cosineanneal" else (*FREE_KEYS, "epochs")
         differences = [f"{key}: {saved.get(key)!r} there, {config[key]!r} now" for key in config
                        if key not in free and saved.get(key) != config[key]]
         if differences:
             raise RunError(f"{path}: this run was started with another config:\n  " + "\n  ".join(differences) +
                            "\nSet these back to resume it, or choose another config['Name'] for a fresh run."
-                           + (" (Cosine annealing and dropout_ramp are planned for a fixed number of epochs.)"
+                           + (" (Cosine annealing is planned for a fixed number of epochs.)"
                               if any(line.startswith("epochs") for line in differences) else ""))
     return state
 

@@ -74,14 +74,14 @@ def test_the_name_of_a_variant_says_its_changes_where_there_is_room():
 
 @pytest.mark.parametrize("key", [key for key, allowed in OPTIONS.items() if isinstance(allowed, tuple)])
 def test_numbers_outside_their_range_or_of_another_type_are_refused(key):
-    kind, low, high = OPTIONS[key]
+    kind, low, high, *others = OPTIONS[key]
     wrong = [None, True, False, [], float("nan"), float("inf"), -float("inf"), low - 1, high + 1, -1, 10**400]
     wrong += ["1", "0.001", "nan"]
     wrong += [5.0, 2.5] if kind is int else []
     for value in wrong:
         with pytest.raises(ValueError, match=f"'{key}' is .* allowed: {re.escape(str(low))} to {high}"):
             check_config({**CONFIG, key: value})
-    for value in (low, high):
+    for value in (low, high, *others):
         check_config({**CONFIG, key: value})
 
 

@@ -103,12 +103,9 @@ def test_masks(augmentations, dtype):
         check(helpers.mask_frames(frames, augmentations), 64, 11, 28, dtype=dtype)
 
 
-@pytest.mark.parametrize("augmentations", OPTIONS["augmentations"])
-def test_one_mask_for_the_batch_and_warps(augmentations, monkeypatch):
-    monkeypatch.setattr(torch.Tensor, "__bool__", lambda tensor: tensor.device.type != "cpu")  # torchaudio's own checks
+def test_warps():
     with rehearsal():
         frames = torch.zeros(64, 11, 28, dtype=torch.float16, device="cuda")
-        check(helpers.mask_frames(frames, augmentations, iid_masks=False), 64, 11, 28, dtype=torch.float16)
         for dtype in (torch.float16, torch.bfloat16, torch.float32):
             maps = helpers.warp_maps(0.2, torch.ones(28, device="cuda")).to(dtype)
             check(helpers.warp_frames(frames, maps), 64, 11, 28, dtype=torch.float16)

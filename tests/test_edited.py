@@ -12,7 +12,7 @@ from notebook import TINY, Session, code_cells, definitions
 import helpers
 from helpers import RunError
 
-QUICK = {**TINY, "epochs": 2, "batch_size": 1024, "scheduler": "steplr", "dropout_ramp": False}
+QUICK = {**TINY, "epochs": 2, "batch_size": 1024, "scheduler": "steplr"}
 TRAINING, RESULTS, SUBMISSION = "run = make_run(config)\n", "results = judge(run)", "predictions = test(run.model"
 LAST = "# @title The last entries of the wandb run"
 

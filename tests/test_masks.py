@@ -137,28 +137,6 @@ def test_beside_torchaudios_masks(augmentations, dim, param):
     assert our_rows[0].item() == pytest.approx(our_rows[-1].item(), rel=0.15)
 
 
-@pytest.mark.parametrize("augmentations", ["FreqMask", "TimeMask", "Both"])
-def test_without_iid_masks_the_batch_has_one_mask_as_torchaudio_draws_it(augmentations):
-    transforms = {"FreqMask": [torchaudio.transforms.FrequencyMasking(9)],  # theirs want (B, frequencies, time)
-                  "TimeMask": [torchaudio.transforms.TimeMasking(8)]}
-    transforms["Both"] = transforms["FreqMask"] + transforms["TimeMask"]
-    for seed in range(50):
-        torch.manual_seed(seed)
-        ours = mask_frames(torch.ones(6, FRAMES, COEFFICIENTS).half(), augmentations, 9, 8, iid_masks=False)
-        torch.manual_seed(seed)
-        theirs = torch.ones(6, COEFFICIENTS, FRAMES)
-        for transform in transforms[augmentations]:
-            theirs = transform(theirs)
-        assert torch.equal(ours.float(), theirs.transpose(1, 2))
-
-
-@pytest.mark.parametrize("augmentations", ["FreqMask", "TimeMask", "Both"])
-def test_one_mask_for_the_batch_may_be_of_any_width(augmentations):
-    assert mask_frames(torch.ones(5, FRAMES, COEFFICIENTS), augmentations, 0, 0, iid_masks=False).all()
-    for _ in range(50):
-        mask_frames(torch.ones(5, FRAMES, COEFFICIENTS), augmentations, 28, 2001, iid_masks=False)
-
-
 # ---- Warps -------------------------------------------------------------------------------------------------
 
 def mel(hertz):

@@ -19,7 +19,7 @@ BOOK = definitions()
 OPTIONS = BOOK["OPTIONS"]
 
 PLAIN = {**TINY, "num_layers": 3, "context": 2, "batch_norm": False, "dropout": 0, "augmentations": None,
-         "wandb": "disabled", "warp": 0, "dropout_ramp": False}
+         "wandb": "disabled", "warp": 0, "dropout_scale": 1, "lr_scale": 1}
 CONTEXT = 2
 INPUT = (2 * CONTEXT + 1) * helpers.COEFFICIENTS
 
@@ -200,9 +200,12 @@ def test_optimizers(book, name, kind, flags):
     assert sum(map(torch.numel, group["params"])) == sum(map(torch.numel, model.parameters()))
 
 
-def rates(book, epochs, scheduler, losses=None):
+PLATEAU = {"reducelronplateau": {"losses": [1.0] * 12}}  # the one that wants to know the losses
+
+
+def rates(book, epochs, scheduler, losses=None, lr_scale=1):
     """The learning rate in each epoch, stepped as `fit` does."""
-    config = settings(book, learning_rate=0.001, scheduler=scheduler, epochs=epochs)
+    config = settings(book, learning_rate=0.001, scheduler=scheduler, epochs=epochs, lr_scale=lr_scale)
     _, optimizer, scheduler, _ = built(book, config)
     result = []
     for epoch in range(epochs):
@@ -259,7 +262,7 @@ def test_masks_on_seventy_percent_of_the_train_batches_and_never_in_eval(book, l
         batches += len(loaders[0])
     share, error = len(calls) / batches, math.sqrt(0.7 * 0.3 / batches)
     assert abs(share - 0.7) < 3 * error
-    assert all(call[1:] == ("Both", 5, 7, True) for call in calls)
+    assert all(call[1:] == ("Both", 5, 7) for call in calls)
     calls.clear()
     book.eval(model, loaders[1])
     book.test(model, loaders[2], config)
@@ -299,28 +302,40 @@ def test_the_prediction_is_the_mean_over_the_warps(book, data):
         assert book.all_log_posteriors(model, loader, {**config, **off}).equal(plain)
 
 
-@pytest.mark.parametrize("rate, expected", [(0.2, [0.1, 0.2, 0.3]), (0.8, [0.4, 0.8, 0.99])])
-def test_dropout_grows_over_the_epochs_if_the_config_says_so(book, loaders, tmp_path, rate, expected):
-    for ramp in (True, False):
-        seen, config = {}, settings(book, dropout=rate, dropout_ramp=ramp, epochs=3)
-        parts = built(book, config)
-        layers = [layer for layer in parts[0].model if isinstance(layer, nn.Dropout)]
-
-        def note(*_):
-            seen[loaders[0].sampler.epoch] = [layer.p for layer in layers]  # noqa: B023
-        parts[0].register_forward_pre_hook(note)
-        fit(book, config, parts, loaders, tmp_path / str(ramp))
-        rates = expected if ramp else [rate] * 3
-        assert {epoch: pytest.approx([each] * len(layers)) for epoch, each in zip((1, 2, 3), rates)} == seen and layers
-
-
 def test_recipe_original_switches_the_additions_off(corpus, tmp_path):
     session = Session(tmp_path, corpus, TINY)
     session.run_all(until="def load_data")
     config, _ = session.call("prepare", {**BOOK["config"], "recipe": "original"})
     assert {key: config[key] for key in BOOK["ORIGINAL"]} == {
-        "iid_masks": False, "warp": 0, "dropout_ramp": False, "test_warps": 1}
+        "warp": 0, "dropout_scale": 1, "lr_scale": 1, "test_warps": 1}
     assert all(BOOK["config"][key] != value for key, value in BOOK["ORIGINAL"].items())
+
+
+@pytest.mark.parametrize("archetype, scale, expected", [
+    ("pencil", 0.25, [0.06, 0.05625, 0.05375, 0.05125, 0.05, 0.05, 0.05]),
+    ("pencil", 1, [0.24, 0.225, 0.215, 0.205, 0.2, 0.2, 0.2]), ("pencil", 0, [0] * 7),
+    ("cylinder", 0.5, [0.2] * 3), ("cylinder", 4, [0.99] * 3)])
+def test_dropout_scale_is_a_factor_of_all_rates(book, archetype, scale, expected):
+    config = settings(book, archetype=archetype, dropout=0.4, dropout_alternate=False, dropout_scale=scale)
+    rates = [layer.p for layer in book.make_network(config, 1000).model if isinstance(layer, nn.Dropout)]
+    assert rates == pytest.approx(expected)
+
+
+def test_the_fewer_frames_a_parameter_the_more_dropout(book):
+    config = settings(book, num_layers=2, dropout=0.2, dropout_alternate=False, dropout_scale="auto")
+    parameters = sum(map(torch.numel, book.make_network(config, 1).parameters()))
+    scales = {}
+    for frames in (0.001, 0.01, 0.1, 1, 1.8, 10):
+        layers = book.make_network(config, round(frames * parameters)).model
+        [scales[frames]] = {layer.p / 0.2 for layer in layers if isinstance(layer, nn.Dropout)}
+    assert scales[0.001] == 2 and scales[1.8] == scales[10] == 0.25
+    assert 2 >= scales[0.01] > 1 > scales[0.1] > scales[1] > 0.25
+
+
+@pytest.mark.parametrize("scheduler", OPTIONS["scheduler"])
+def test_lr_scale_is_a_factor_of_the_learning_rate(book, scheduler):
+    assert rates(book, 12, scheduler, **PLATEAU.get(scheduler, {}), lr_scale=2) == pytest.approx(
+        2 * rates(book, 12, scheduler, **PLATEAU.get(scheduler, {})))
 
 
 @pytest.mark.parametrize("optimizer", OPTIONS["optimizers"])

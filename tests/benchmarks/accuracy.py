@@ -55,14 +55,17 @@ def config_of(recipe, epochs):
 
 def narrow(width, match_noise):
     """Make the notebook's pencil `width` units wide; its dropout the same, or the same noise (see above)."""
-    class Matched(helpers.Dropout):
-        def __init__(self, p):
-            odds = p / (1 - p) * width / WIDTH
-            super().__init__(odds / (1 + odds))
+    make_network = NOTEBOOK["make_network"]
+
+    def matched(*arguments):
+        model = make_network(*arguments)
+        for layer in (layer for layer in model.model if isinstance(layer, torch.nn.Dropout)):
+            odds = layer.p / (1 - layer.p) * width / WIDTH
+            layer.p = odds / (1 + odds)
+        return model
 
     NOTEBOOK["hidden_widths"] = lambda config: [width] * 7
-    if match_noise:
-        helpers.Dropout = Matched
+    NOTEBOOK["make_network"] = matched if match_noise else make_network
 
 
 def train(config, seed, arguments):
