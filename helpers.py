@@ -1,16 +1,29 @@
-"""What the notebook hw1p2_starter.ipynb stands on, in the order in which the data flow.
+"""The module behind the notebook hw1p2_starter.ipynb: everything that is not the lesson itself.
 
-    check_config, pick_device, pick_precision       what a run is made from, and what it runs on
-    read_partition                                  a folder of .npy files -> one array, packed and cached
-    AudioDataset, make_loader                       windows of it, and batches of windows
-    mask_frames, warp_frames, Dropout               against overfitting
-    confusion_matrix, border_distance, calibration  how good predictions are
-    Decoder, viterbi                                whole utterances instead of single frames
-    save_checkpoint, load_checkpoint, restore       a run that can be resumed
-    runs_folder, start_wandb, copy_to_drive         where a run is kept, and its curves
-    write_submission, read_submission, submit       the CSV
-    make_practice_corpus, make_librispeech_corpus   speech for those who have no data
-    get_data                                        where the data come from
+It reads from top to bottom as the data flow. A folder of .npy files becomes one array, the array becomes windows, and
+the windows become batches:
+
+    data = AudioDataset(root, "train-clean-100", context=50)  # root: a folder in the course's layout
+    maps = warp_maps(0.2, data.stds)
+    for frames, phonemes in make_loader(data, 2048, shuffle=True):  # float16 (2048, 101, 28) and int64 (2048,)
+        mask_frames(warp_frames(frames, maps), "FreqMask")  # in place
+
+Sections, and the functions to start with:
+
+    Errors and files         DataError, RunError, atomic_write, one_process_at_a_time
+    Config                   check_config
+    Device and precision     pick_device, pick_precision
+    Reading                  read_partition
+    Windows and loaders      AudioDataset, make_loader
+    Augmentation             mask_frames, warp_maps, warp_frames, Dropout, scale_dropout
+    Metrics                  confusion_matrix, boundary_distance, calibration
+    Pictures                 draw_frames, draw_phones
+    Decoding                 viterbi, Decoder
+    Checkpoint               save_checkpoint, load_checkpoint, start_or_resume, restore
+    Folders, wandb, Drive    runs_folder, start_wandb, log_history, copy_to_drive
+    Submission               write_submission, read_submission, submit
+    Corpora                  make_practice_corpus, make_librispeech_corpus
+    Where the data are       get_data
 """
 
 import _ctypes
@@ -49,10 +62,13 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 PHONEMES = ("[SIL] AA AE AH AO AW AY B CH D DH EH ER EY F G HH IH IY JH K L M N NG OW OY P R S SH T TH UH UW V W Y "
             "Z ZH [SOS] [EOS]").split()
+MANNERS = {  # manner of articulation: its phonemes, in the order of the confusion matrix's picture
+    "silence": ["[SIL]"], "vowels": "IY IH EH AE AH ER UW UH AO AA OW EY AY OY AW".split(),
+    "glides, liquids": "Y W R L".split(), "nasals": "M N NG".split(), "stops": "P B T D K G".split(),
+    "affricates": "CH JH".split(), "fricatives": "F V TH DH S Z SH ZH HH".split()}
 PARTITIONS = ("train-clean-100", "dev-clean", "test-clean")
 KINDS = ("mfcc", "transcript")  # folders of a partition; test has the first one only
 COEFFICIENTS = 28  # MFCCs a frame; a frame every 10 ms
-COMPETITION = "11785-spring-25-hw-1-p-2"
 LIBRISPEECH = "gilkeyio/librispeech-alignments"  # on the Hugging Face hub: 33,861 utterances, 7 GB; 5.3 GB as MFCCs
 LIBRISPEECH_REVISION = "0daa1eb43dda38ee6ce752e785555380e5628f5c"  # of 2023-11-22
 KAGGLE = Path("/kaggle")  # on Kaggle's own notebooks: input/ is what was attached, working/ is kept
@@ -75,7 +91,7 @@ def path_from_environment(name):
 
 
 def is_clutter(name):
-    """Is it the name of what systems and editors leave in a folder: something hidden, a backup, an archive's extras?"""
+    """Is this the name of a hidden file, a backup or an archive's extras, which systems and editors leave behind?"""
     return name.startswith((".", "~")) or name.endswith("~") or name == "__MACOSX"
 
 
@@ -86,15 +102,30 @@ def find_files(folder, *patterns):
 
 
 def internet_switch():
-    """What to add on Kaggle to a message about something that could not be fetched; elsewhere nothing."""
+    """A hint for messages about failed downloads: on Kaggle the Internet is a switch. Elsewhere it is empty."""
     return " On Kaggle, Settings > Internet must be on." if KAGGLE.is_dir() else ""
+
+
+def install(*packages):
+    """Install with pip what cannot be imported yet, such as "torchsummaryX==1.1.0"; a RunError where that fails."""
+    def missing(package):  # a folder of that name beside the notebook is not a package: it has no origin
+        spec = importlib.util.find_spec(package.split("=")[0].replace("-", "_"))
+        return spec is None or spec.origin is None
+    if wanted := [package for package in packages if missing(package)]:
+        print("installing", *wanted)
+        command = [sys.executable, "-m", "pip", "install", "--quiet", *wanted]
+        pip = subprocess.run(command, capture_output=True, text=True)
+        if pip.returncode:
+            raise RunError(f"pip could not install {' '.join(wanted)}: {pip.stderr[-300:]}\nIs there a connection?"
+                           + internet_switch())
 
 
 @contextlib.contextmanager
 def atomic_write(path, size):
     """Give a temporary path beside `path`; flush it and move it into place only if the block succeeds.
 
-    A reader sees the old file or the new one, never a part. A RunError tells a full disk, and the `size` needed, bytes.
+    A reader sees the old file or the new one, never a part of it. If it cannot be written, a RunError says how many
+    bytes are needed (`size`) and how many are free.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.tmp")
@@ -114,17 +145,17 @@ def atomic_write(path, size):
 
 
 class _LockFile(io.FileIO):
-    """A file that is closed when nothing refers to it any more, without the warning of one that was forgotten."""
+    """A file that closes without a ResourceWarning when it is garbage-collected."""
 
     def __del__(self):
         self.close()
 
 
 def take_lock(path):
-    """Lock the file `path` for this process until the file that is returned is closed; None where another one has it.
+    """Lock the file `path` for this process until the returned file is closed; None if another process holds the lock.
 
-    The system's own lock ends with its process, however that dies. Where a file system has none, a warning is printed
-    and the work goes on: one notebook needs no lock. Raises a RunError where the file cannot be made.
+    The operating system releases the lock when the process ends, even if it is killed. On a file system without locks
+    a warning is printed and the work goes on. Raises a RunError if the file cannot be created.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -149,7 +180,7 @@ def take_lock(path):
 
 @contextlib.contextmanager
 def one_process_at_a_time(path):
-    """Of two notebooks that make the same thing, let one into the block and the other wait until it comes out."""
+    """Let one process at a time into the block: a second notebook that makes the file or folder `path` waits."""
     for attempt in itertools.count():
         if lock := take_lock(path.with_name(f".{path.name}.lock")):
             break
@@ -161,7 +192,7 @@ def one_process_at_a_time(path):
 
 
 def map_in_threads(function, jobs):
-    """Yield function(job) for each job, in their order; 16 threads work a little ahead, and end with the generator."""
+    """Yield function(job) for each job, in order. 16 threads work ahead, and end with the generator."""
     pool = ThreadPoolExecutor(16)
     try:
         futures = (pool.submit(function, job) for job in jobs)
@@ -341,7 +372,7 @@ def _load_npy(content):
 
 
 def _convert(contents, paths):
-    """((MFCCs, deviations), labels or None) of an utterance, and a list of what is wrong with its files."""
+    """((MFCCs, stds), labels or None) of an utterance, and a list of what is wrong with its files."""
     arrays, faults = [None, None], []
     for i, (path, content, convert) in enumerate(zip(paths, contents, (_mfccs, _labels))):
         try:
@@ -370,7 +401,7 @@ def _pack(folder, names, kinds, gap):
     # room for as many frames as the files can hold; what is not written to takes no memory
     rows = sum(path.stat().st_size for path, *_ in paths if path.exists()) // (2 * COEFFICIENTS)
     frames = torch.from_numpy(np.zeros((rows + gap * (len(names) + 1), COEFFICIENTS), np.float16))
-    labels, lengths, deviations, faults, row = [np.zeros(0, np.uint8)], [], [], [], gap
+    labels, lengths, stds, faults, row = [np.zeros(0, np.uint8)], [], [], [], gap
     # small files are waited for more than worked on, so threads read them; but Python 3.11 parses headers in one only
     utterances = map(_convert, map_in_threads(_contents, paths), paths)
     print(f"reading {len(names):,} utterances of {folder.name}")
@@ -383,12 +414,12 @@ def _pack(folder, names, kinds, gap):
                 frames[row:row + len(mfcc)] = torch.from_numpy(mfcc)
                 row += len(mfcc) + gap
                 lengths.append(len(mfcc))
-                deviations.append(deviation)
+                stds.append(deviation)
                 labels += [] if phonemes is None else [phonemes]
     _raise_faults(folder, faults)
-    return {"frames": frames[:row], "starts": torch.tensor([0, *itertools.accumulate(lengths)]),
+    return {"frames": frames[:row], "offsets": torch.tensor([0, *itertools.accumulate(lengths)]),
             "labels": torch.from_numpy(np.concatenate(labels)),
-            "deviations": torch.tensor(np.mean(deviations, axis=0), dtype=torch.float32)}
+            "stds": torch.tensor(np.mean(stds, axis=0), dtype=torch.float32)}
 
 
 def _npy_files(folder):
@@ -431,7 +462,7 @@ def _cache_key(folder, names, kinds, gap):
         with contextlib.suppress(OSError):  # a link to nowhere: reading it tells
             stats = [os.stat(os.path.join(folder, kind, name)) for kind in kinds]
             return name, *((stat.st_size, stat.st_mtime_ns) for stat in stats)
-    return hashlib.sha256(repr(("packed 3", folder.name, gap, [*map_in_threads(stamp, names)])).encode()).hexdigest()
+    return hashlib.sha256(repr(("packed 4", folder.name, gap, [*map_in_threads(stamp, names)])).encode()).hexdigest()
 
 
 def _open_cache(path, key):
@@ -454,8 +485,8 @@ def read_partition(root, partition, subset=1, gap=GAP, cache=None):
     cache: folder for a packed copy (safetensors), written once and then mapped.
 
     Returns a dict of CPU tensors: "frames" float16 (rows, 28), normalised per utterance, in zero rows of `gap`;
-    "labels" uint8 (n frames,), empty for test; "starts" int64 (utterances + 1,), the first frame of each utterance
-    and the number of all, counted without the gaps; "deviations" float32 (28,), the mean over the utterances of
+    "labels" uint8 (n frames,), empty for test; "offsets" int64 (utterances + 1,), the first frame of each utterance
+    and the number of all, counted without the gaps; "stds" float32 (28,), the mean over the utterances of
     each coefficient's standard deviation before normalisation.
     Raises a DataError that tells all faulty files together, the first ten by name.
     """
@@ -510,10 +541,10 @@ class AudioDataset(Dataset):
     def __init__(self, root, partition="train-clean-100", context=50, subset=1, device="cpu", cache=None):
         self.partition, self.context, self.gap = partition, context, max(GAP, context)
         packed = read_partition(root, partition, subset, self.gap, cache)
-        self.frames, self.starts, self.deviations = (packed[name].to(device)
-                                                     for name in ("frames", "starts", "deviations"))
+        self.frames, self.offsets, self.stds = (packed[name].to(device)
+                                                     for name in ("frames", "offsets", "stds"))
         self.labels = packed["labels"].to(device) if len(packed["labels"]) else None
-        self.length, self.utterances = int(packed["starts"][-1]), len(packed["starts"]) - 1
+        self.length, self.utterances = int(packed["offsets"][-1]), len(packed["offsets"]) - 1
         width = 2 * context + 1
         self.windows = self.frames.as_strided((len(self.frames) - width + 1, width * COEFFICIENTS), (COEFFICIENTS, 1))
 
@@ -528,14 +559,14 @@ class AudioDataset(Dataset):
         return batch[0] if self.labels is None else (batch[0][0], batch[1][0])
 
     def _batch(self, index):
-        gaps = torch.searchsorted(self.starts, index, right=True)  # that lie before the frame: one an utterance
+        gaps = torch.searchsorted(self.offsets, index, right=True)  # that lie before the frame: one an utterance
         frames = torch.index_select(self.windows, 0, index + self.gap * gaps - self.context)
         frames = frames.view(len(index), -1, COEFFICIENTS)
         return frames if self.labels is None else (frames, self.labels[index].long())
 
     def utterance(self, i):
         """(MFCCs float16 (T, 28), phoneme indexes uint8 (T,) or None for test) of the i-th utterance."""
-        first, last = self.starts[i].item(), self.starts[i + 1].item()
+        first, last = self.offsets[i].item(), self.offsets[i + 1].item()
         shift = self.gap * (i + 1)
         return self.frames[first + shift:last + shift], None if self.labels is None else self.labels[first:last]
 
@@ -577,9 +608,9 @@ def make_loader(dataset, batch_size, shuffle=False, seed=23):
                       batch_size=None)
 
 
-# ---- Masks -------------------------------------------------------------------------------------------------
+# ---- Augmentation ------------------------------------------------------------------------------------------
 
-def _kept(windows, size, param, device):
+def _keep_mask(windows, size, param, device):
     """Bool (windows, size): False in a stretch of 0 ... param places, its width and its start uniform."""
     width, start = torch.rand(2, windows, 1, device=device)
     width = (width * (min(param, size) + 1)).long()
@@ -600,19 +631,18 @@ def mask_frames(frames, augmentations="Both", freq_mask_param=4, time_mask_param
     bits = frames.view(torch.int16 if frames.dtype == torch.float16 else torch.int32)
     for name, axis, param in (("FreqMask", 2, freq_mask_param), ("TimeMask", 1, time_mask_param)):
         if augmentations in (name, "Both"):
-            kept = _kept(len(frames), frames.shape[axis], param, frames.device)
+            kept = _keep_mask(len(frames), frames.shape[axis], param, frames.device)
             bits.mul_(kept.unsqueeze(3 - axis))  # by 1 or 0: as integers, a CPU does it five times as fast
     return frames
 
 
-# ---- Warps -------------------------------------------------------------------------------------------------
-
-def warp_maps(strength, deviations, count=41, bands=40):
+def warp_maps(strength, stds, count=41, bands=40):
     """Maps that stretch or squeeze the frequencies by factors from 1 - strength to 1 + strength, evenly spaced.
 
-    deviations: (28,), by which the coefficients were divided when they were normalised. bands: of the mel scale (HTK's
+    stds: (28,), by which the coefficients were divided when they were normalised. bands: of the mel scale (HTK's
     formula, 0 to 8 kHz). The idea: Jaitly and Hinton, "Vocal Tract Length Perturbation", 2013.
-    Returns float32 (count, 28, 28): normalised frames @ map are the warped ones.
+    Returns float32 (count, 28, 28): normalised frames @ map are the warped ones. Reading between the bands shrinks the
+    high coefficients, so each is scaled to have the standard deviation 1 again, for coefficients that do not correlate.
     """
     def mel(hertz):
         return 2595 * torch.log10(1 + hertz / 700)
@@ -623,8 +653,9 @@ def warp_maps(strength, deviations, count=41, bands=40):
     position = (mel(factors[:, None] * centres) / step - 1).clamp(0, bands - 1)  # (count, bands), in bands
     read = (1 - (position[:, None] - torch.arange(bands)[:, None]).abs()).clamp(min=0)  # (count, from, to)
     dct = torchaudio.functional.create_dct(COEFFICIENTS, bands, norm="ortho")  # (bands, 28)
-    deviations = deviations.clamp(min=deviations.max() / 1000)  # a constant coefficient has none
-    return deviations[:, None] * (dct.T @ read @ dct).to(deviations.device) / deviations
+    stds = stds.clamp(min=stds.max() / 1000)  # a constant coefficient has none
+    maps = stds[:, None] * (dct.T @ read @ dct).to(stds.device) / stds
+    return maps / maps.norm(dim=1, keepdim=True)
 
 
 def warp_frames(frames, maps):
@@ -633,10 +664,15 @@ def warp_frames(frames, maps):
     return frames.copy_(frames.to(maps.dtype) @ maps[which])
 
 
-# ---- Dropout -----------------------------------------------------------------------------------------------
-
 class Dropout(torch.nn.Dropout):
-    """torch's draws a random number for each unit; on a CPU, here four share one (p in steps of 1/65536)."""
+    """torch's draws a random number for each unit; on a CPU, here four share one (p in steps of 1/65536).
+
+    `rate` is the p that it was made with; see `scale_dropout`.
+    """
+
+    def __init__(self, p):
+        super().__init__(p)
+        self.rate = p
 
     def forward(self, x):
         if not self.training or x.device.type != "cpu":
@@ -644,6 +680,34 @@ class Dropout(torch.nn.Dropout):
         bits = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-2**63, None).view(torch.int16)
         keep = bits[:x.numel()].view_as(x) >= round(self.p * 2**16) - 2**15
         return x * keep.to(x.dtype).mul_(1 / (1 - self.p))
+
+
+def scale_dropout(model, config, frames, epoch):
+    """Set the rates of all `Dropout` layers for this epoch, a factor times their `rate`, and return the factor.
+
+    It is config["dropout_scale"]; "auto" grows from 0.1 in the first of config["epochs"] to 0.1 (1.8 / r)^0.6, within
+    0.1 ... 2, in the last, where r is the number of training frames for each parameter. The course's data and network
+    have 1.8. tests/benchmarks/accuracy.md has the measurements that this rule was made from.
+    """
+    scale = config["dropout_scale"]
+    if scale == "auto":
+        parameters = sum(map(torch.numel, model.parameters()))
+        last = min(max(0.1 * (1.8 * parameters / frames) ** 0.6, 0.1), 2)
+        scale = 0.1 + (last - 0.1) * (epoch - 1) / max(config["epochs"] - 1, 1)
+    for layer in model.modules():
+        if isinstance(layer, Dropout):
+            layer.p = min(scale * layer.rate, 0.99)
+    return scale
+
+
+def print_layers(model, frames):
+    """Print torchsummaryX's table of a model's layers for these frames; without torchsummaryX, the model itself."""
+    try:
+        install("torchsummaryX==1.1.0")
+        from torchsummaryX import summary
+        summary(model, frames)
+    except (RunError, ImportError) as error:
+        print(f"no table of the layers: {error}\n{model}")
 
 
 # ---- Metrics -----------------------------------------------------------------------------------------------
@@ -654,18 +718,35 @@ def confusion_matrix(labels, predictions):
     return np.bincount(np.asarray(labels, np.int64) * n + np.asarray(predictions), minlength=n * n).reshape(n, n)
 
 
-def border_distance(labels, starts):
-    """Frames from each frame to the nearest phone border of its utterance, int64 (n,); 0 beside the border.
+def accuracy_by_phoneme(confusion):
+    """A table of a confusion matrix: each phoneme that occurs, its frames, its accuracy (0-1); the best one first."""
+    frames = confusion.sum(1)
+    table = pd.DataFrame({"phoneme": PHONEMES, "frames": frames, "accuracy": confusion.diagonal() / frames.clip(1)})
+    return table[frames > 0].sort_values("accuracy", ascending=False)
 
-    labels: integer (n,). starts: (utterances + 1,), the first frame of each utterance and n; its ends are borders too.
+
+def top_confusions(confusion, count=10):
+    """A table of the commonest confusions of a confusion matrix: which phonemes, how many frames, their shares."""
+    wrong = confusion * (1 - np.eye(len(confusion), dtype=int))
+    pairs = np.dstack(np.unravel_index(wrong.ravel().argsort()[::-1][:count], wrong.shape))[0]
+    return pd.DataFrame([{"true": PHONEMES[i], "taken for": PHONEMES[j], "frames": wrong[i, j],
+                          "% of its frames": 100 * wrong[i, j] / max(confusion[i].sum(), 1),
+                          "% of all errors": 100 * wrong[i, j] / max(wrong.sum(), 1)} for i, j in pairs])
+
+
+def boundary_distance(labels, offsets):
+    """Frames from each frame to the nearest phone boundary of its utterance, int64 (n,); 0 beside the boundary.
+
+    labels: integer (n,). offsets: (utterances + 1,), the first frame of each utterance, and n. The ends of an utterance
+    are boundaries too.
     """
-    labels, starts = np.asarray(labels), np.asarray(starts)
+    labels, offsets = np.asarray(labels), np.asarray(offsets)
     new = np.concatenate(([True], labels[1:] != labels[:-1]))
-    new[starts[:-1]] = True
-    borders = np.append(np.flatnonzero(new), len(labels))
+    new[offsets[:-1]] = True
+    boundaries = np.append(np.flatnonzero(new), len(labels))
     frame = np.arange(len(labels))
-    phone = np.searchsorted(borders, frame, side="right")
-    return np.minimum(frame - borders[phone - 1], borders[phone] - 1 - frame)
+    phone = np.searchsorted(boundaries, frame, side="right")
+    return np.minimum(frame - boundaries[phone - 1], boundaries[phone] - 1 - frame)
 
 
 def calibration(confidences, correct, bins=10):
@@ -682,33 +763,52 @@ def calibration(confidences, correct, bins=10):
     return sure, right, count, float(np.nansum(np.abs(sure - right) * count) / count.sum())
 
 
+# ---- Pictures ----------------------------------------------------------------------------------------------
+
+def draw_frames(axis, frames, **options):
+    """Draw MFCCs (T, 28) along time into matplotlib's axis: red above the mean, blue below. options: of `imshow`."""
+    axis.imshow(frames.float().cpu().numpy().T, aspect="auto", origin="lower", cmap="RdBu_r", vmin=-3, vmax=3,
+                interpolation="nearest", **options)
+
+
+def draw_phones(axis, labels, color="black"):
+    """Write the phonemes of labels (T,), an array, along time into an axis of matplotlib, where there is room."""
+    boundaries = [0, *(np.flatnonzero(np.diff(labels)) + 1), len(labels)]
+    for first, end in zip(boundaries, boundaries[1:]):
+        axis.axvline(first, color="lightgrey", linewidth=0.5)
+        if end - first > 3:
+            axis.text((first + end) / 2, 0.5, PHONEMES[labels[first]].strip("[]"), ha="center", va="center", fontsize=9,
+                      color=color)
+    axis.set(ylim=(0, 1), yticks=[])
+
+
 # ---- Decoding ----------------------------------------------------------------------------------------------
 
-def count_transitions(labels, starts, states=40):
+def count_transitions(labels, offsets, states=40):
     """How often each phoneme occurs, and what follows it from frame to frame inside the utterances; add-one smoothed.
 
-    labels: integer (n,), below `states`: the 40 phonemes, as [SOS] and [EOS] are no frame's. starts: (utterances + 1,),
+    labels: integer (n,), below `states`: the 40 phonemes, as no frame is [SOS] or [EOS]. offsets: (utterances + 1,),
     the first frame of each utterance, and n.
     Returns log probabilities, float32: (states,), and (states, states), row = a frame's phoneme, column = the next's.
     """
     labels = labels.long()
     inside = torch.ones(len(labels), dtype=torch.bool, device=labels.device)
-    inside[starts[:-1]] = False  # the first frame of an utterance follows nothing
+    inside[offsets[:-1]] = False  # the first frame of an utterance follows nothing
     pairs = (labels[:-1] * states + labels[1:])[inside[1:]]
     counts = torch.bincount(pairs, minlength=states**2).view(states, states).float() + 1
     prior = torch.bincount(labels, minlength=states).float() + 1
     return (prior / prior.sum()).log(), (counts / counts.sum(1, keepdim=True)).log()
 
 
-def viterbi(scores, transitions, starts):
+def viterbi(scores, transitions, offsets):
     """The best path through each utterance, int64 (n,).
 
     scores: float32 (n, k) for each frame and state. transitions: float32 (k, k), row = from, column = to.
-    starts: (utterances + 1,), the first frame of each utterance, and n.
+    offsets: (utterances + 1,), the first frame of each utterance, and n.
     """
     device, states = scores.device, scores.shape[1]
-    lengths, order = starts.diff().sort(descending=True)
-    first = starts[:-1][order].to(device)
+    lengths, order = offsets.diff().sort(descending=True)
+    first = offsets[:-1][order].to(device)
     lengths = np.array(lengths.tolist())
     active = (lengths > np.arange(lengths[0])[:, None]).sum(1).tolist()  # how many utterances have a frame t
     best = scores.clone()  # the score of the best path to each state, up to a constant of the frame
@@ -727,48 +827,50 @@ def viterbi(scores, transitions, starts):
 
 
 class Decoder:
-    """Viterbi with the transitions of the labels (n,) and starts (utterances + 1,) of the training set.
+    """Viterbi with the transitions of the labels (n,) and offsets (utterances + 1,) of the training set.
 
-    A frame's score is its log posterior - `scale` x the log prior; a step's is `weight` x the log transition.
+    A frame's score is its log posterior - `prior_scale` x the log prior; a step's is `transition_weight` x the log
+    probability of the transition, as in a hybrid HMM (Bourlard and Morgan, "Connectionist Speech Recognition", 1994).
 
     Example:
-        decoder = Decoder(train_data.labels, train_data.starts)
-        decoder.choose(log_posteriors, val_data.labels, val_data.starts)
-        indexes = decoder(log_posteriors, val_data.starts)
+        decoder = Decoder(train_data.labels, train_data.offsets)
+        decoder.tune(log_posteriors, val_data.labels, val_data.offsets)
+        indexes = decoder(log_posteriors, val_data.offsets)
     """
 
-    def __init__(self, labels, starts, scale=0.0, weight=1.0):
-        self.prior, self.transitions = count_transitions(labels, starts)
-        self.scale, self.weight = scale, weight
+    def __init__(self, labels, offsets, prior_scale=0.0, transition_weight=1.0):
+        self.prior, self.transitions = count_transitions(labels, offsets)
+        self.prior_scale, self.transition_weight = prior_scale, transition_weight
 
-    def __call__(self, log_posteriors, starts):
+    def __call__(self, log_posteriors, offsets):
         """Log posteriors, float32 (n, 42) -> indexes of the 40 phonemes, int64 (n,)."""
         prior = self.prior.to(log_posteriors.device)
-        scores = log_posteriors[:, :len(prior)] - self.scale * prior
-        return viterbi(scores, self.weight * self.transitions.to(scores.device), starts)
+        scores = log_posteriors[:, :len(prior)] - self.prior_scale * prior
+        return viterbi(scores, self.transition_weight * self.transitions.to(scores.device), offsets)
 
-    def choose(self, log_posteriors, labels, starts, frames=200_000):
-        """Set `scale` and `weight` to the pair with the most right frames, on every second utterance or fewer.
+    def tune(self, log_posteriors, labels, offsets, frames=200_000):
+        """Set `prior_scale` and `transition_weight` to the pair that gets the most frames of some utterances right.
 
-        log_posteriors: float32 (n, 42). labels: integer (n,). frames: about as many are looked at, at most.
-        Returns bool (n,): the frames of the other half of the utterances, on which the choice can be judged fairly.
+        These are every second utterance, or fewer: about `frames` frames at most. log_posteriors: float32 (n, 42).
+        labels: integer (n,). Returns bool (n,): the frames of the other half, on which the result can be judged fairly.
         """
         step = 2 * max(1, round(len(labels) / 2 / frames))
-        utterance = torch.repeat_interleave(starts.diff())  # of each frame
+        utterance = torch.repeat_interleave(offsets.diff())  # of each frame
         chosen = (utterance % step == 0).to(log_posteriors.device)
-        few, known = log_posteriors[chosen], labels.to(log_posteriors.device)[chosen]
-        offsets = torch.cat([starts[:1], starts.diff()[::step].cumsum(0)])
+        some, truth = log_posteriors[chosen], labels.to(log_posteriors.device)[chosen]
+        some_offsets = torch.cat([offsets[:1], offsets.diff()[::step].cumsum(0)])
         right = {}
-        for self.scale, self.weight in itertools.product((0, 0.15, 0.3, 0.45), (0.25, 0.5, 0.75, 1, 1.5)):
-            right[self.scale, self.weight] = (self(few, offsets) == known).sum().item()
-        self.scale, self.weight = max(right, key=right.get)
+        for pair in itertools.product((0, 0.15, 0.3, 0.45), (0.25, 0.5, 0.75, 1, 1.5)):
+            self.prior_scale, self.transition_weight = pair
+            right[pair] = (self(some, some_offsets) == truth).sum().item()
+        self.prior_scale, self.transition_weight = max(right, key=right.get)
         others = utterance % 2 == 1
         return others if others.any() else ~others  # a single utterance is all there is
 
 
 # ---- Checkpoint --------------------------------------------------------------------------------------------
 
-# what may change between two runs in one folder without making the trained weights something else
+# keys that may change when a run is resumed, because the trained weights do not depend on them
 FREE_KEYS = ("Name", "recipe", "test_warps", "smoothing", "data", "competition", "shorten", "wandb", "artifacts",
              "drive", "kaggle_submit", "ablations")
 
@@ -777,9 +879,9 @@ _RUN_LOCKS = weakref.WeakValueDictionary()  # path -> lock
 
 
 def lock_run(folder):
-    """Take the run folder for this process, once or again, until what is returned is closed or no longer referenced.
+    """Lock a run's folder for this process, until the returned file is closed or garbage-collected; again is harmless.
 
-    Raises a RunError where another process has it.
+    Raises a RunError if another process holds the lock.
     """
     path = Path(folder).resolve() / ".lock"
     lock = _RUN_LOCKS.get(path)
@@ -793,7 +895,7 @@ def lock_run(folder):
 
 
 def save_checkpoint(path, state):
-    """Write a dict of tensors, numbers and text; a RunError where that fails: the previous checkpoint is untouched."""
+    """Write a dict of tensors, numbers and text atomically; a RunError if that fails: the old file is untouched."""
     file = io.BytesIO()  # torch.save loses the error of a full disk
     torch.save(state, file)
     with atomic_write(path, file.tell()) as temporary:
@@ -803,8 +905,8 @@ def save_checkpoint(path, state):
 def load_checkpoint(path, config=None):
     """The dict of `save_checkpoint`, on the CPU; None where there is no such file.
 
-    config: where given, the checkpoint's own "config" must agree with it in all but FREE_KEYS, and "epochs" where the
-    schedule does not depend on it. Raises a RunError where they differ, or the file is damaged or foreign.
+    config: if given, it must agree with the checkpoint's own "config" in all keys but FREE_KEYS, and "epochs" where the
+    schedule does not depend on it. Raises a RunError if they differ, or if the file is damaged or of something else.
     """
     path = Path(path)
     if not path.exists():
@@ -821,13 +923,14 @@ def load_checkpoint(path, config=None):
         raise RunError(f"{path}: damaged, or not a checkpoint of this notebook ({type(error).__name__}). Restore a "
                        "copy of it, or delete it to start afresh.") from None
     if config is not None:
-        free = FREE_KEYS if config["scheduler"] == "cosineanneal" else (*FREE_KEYS, "epochs")
+        planned = config["scheduler"] == "cosineanneal" or config["dropout_scale"] == "auto"
+        free = FREE_KEYS if planned else (*FREE_KEYS, "epochs")
         differences = [f"{key}: {saved.get(key)!r} there, {config[key]!r} now" for key in config
                        if key not in free and saved.get(key) != config[key]]
         if differences:
             raise RunError(f"{path}: this run was started with another config:\n  " + "\n  ".join(differences) +
                            "\nSet these back to resume it, or choose another config['Name'] for a fresh run."
-                           + (" (Cosine annealing is planned for a fixed number of epochs.)"
+                           + (" (Cosine annealing and dropout_scale 'auto' are planned for a fixed number of epochs.)"
                               if any(line.startswith("epochs") for line in differences) else ""))
     return state
 
@@ -836,13 +939,13 @@ STATEFUL = ("model", "optimizer", "scheduler", "scaler")  # what training change
 
 
 def snapshot(run):
-    """The states of a run's model, optimizer, scheduler and scaler in a dict of these, and torch's random states."""
+    """A dict of the states of a run's model, optimizer, scheduler and scaler, and of torch's random generators."""
     return {**{name: getattr(run, name).state_dict() for name in STATEFUL}, "random": torch.get_rng_state(),
             "random_cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []}
 
 
 def restore(state, run):
-    """Put a `snapshot` back into a run, on whatever device it is; a RunError where the code has changed since."""
+    """Put a `snapshot` back into a run, on whatever device that is; a RunError if the code has changed since."""
     try:
         for name in STATEFUL:
             if state[name]:  # the scaler's is empty where it was not needed
@@ -855,10 +958,11 @@ def restore(state, run):
         torch.cuda.set_rng_state_all(state["random_cuda"])
 
 
-def begin_run(run, checkpoint):
-    """Write the checkpoint of a new run, or see that the one there is of the same data. Returns what to tell the user.
+def start_or_resume(run, checkpoint):
+    """Write the first checkpoint of a new run, or check that the one there was trained on these data.
 
-    run: `config`, `folder`, `train_loader`, and what is STATEFUL. checkpoint: of `load_checkpoint`, None for a new run.
+    run: has `config`, `folder`, `train_loader`, and what STATEFUL names. checkpoint: from `load_checkpoint`, None for a
+    new run. Returns a line for the user: whether it is a new run, or how many epochs are there.
     """
     data = run.train_loader.dataset
     facts = {"frames": len(data), "sum of labels": int(data.labels.sum())}  # tells other data, wherever they lie
@@ -875,7 +979,7 @@ def begin_run(run, checkpoint):
         "resuming" if done < epochs else "nothing left to train"))
 
 
-# ---- Where a run is kept, and its curves -------------------------------------------------------------------
+# ---- Folders, wandb, Drive ---------------------------------------------------------------------------------
 
 DRIVE = Path("/content/drive")  # where Colab mounts Google Drive
 DRIVE_SECONDS = 9 * 60  # between two copies to Drive, unless an epoch takes longer: a kill may lose ten minutes
@@ -892,15 +996,15 @@ except wandb.errors.UsageError:
 
 
 def runs_folder():
-    """Where runs are kept: $HW1P2_RUNS, else /kaggle/working/runs on Kaggle, else runs/ here."""
+    """The folder of the runs: $HW1P2_RUNS, else /kaggle/working/runs on Kaggle, else runs/ here."""
     kaggle = KAGGLE / "working"
     return path_from_environment("HW1P2_RUNS") or (kaggle / "runs" if kaggle.is_dir() else Path("runs"))
 
 
 def cache_folder(runs=None):
-    """Where packed data, corpora and wandb's uploads in preparation go: runs/cache, which may be deleted at any time.
+    """The folder of packed data, corpora and wandb's uploads: runs/cache, which may be deleted at any time.
 
-    It is kept out of /kaggle/working, which Kaggle saves with the notebook, and of Google Drive.
+    It is never inside /kaggle/working, which Kaggle saves with the notebook, nor on Google Drive.
     """
     runs = Path(runs or runs_folder())
     for kept, elsewhere in ((KAGGLE / "working", KAGGLE / "temp"), (DRIVE, DRIVE.parent)):
@@ -910,9 +1014,9 @@ def cache_folder(runs=None):
 
 
 def have_keys(*names, seconds=30):
-    """Are all these keys in the environment? Colab's and Kaggle's secrets of these names are put there first.
+    """Are all these keys in the environment? Colab's and Kaggle's secrets of these names are copied there first.
 
-    seconds: how long to wait for all of them; without its browser window Colab never answers, nor Kaggle offline.
+    seconds: how long to wait for them. Colab never answers without its browser window, nor Kaggle without Internet.
     """
     def fetch(name):
         with contextlib.suppress(Exception):  # no such secret, or no access to it
@@ -933,10 +1037,10 @@ def have_keys(*names, seconds=30):
 
 
 def wandb_mode(choice):
-    """The mode for `wandb.init` that config["wandb"] asks for: online only where wandb can log in, else offline.
+    """The mode for `wandb.init` that config["wandb"] asks for; online only if wandb can log in, else offline.
 
-    "auto": $WANDB_MODE where it is set, else online where a key is configured in any of wandb's ways.
-    The login is tried in a process of its own: some versions wait for ever for the network, or ask for a key.
+    "auto": $WANDB_MODE if it is set, else online if a key is configured in any of wandb's ways.
+    The login is tried in a process of its own, because some versions wait for the network for ever, or ask for a key.
     """
     choice = (os.environ.get("WANDB_MODE") or choice) if choice == "auto" else choice
     if choice not in ("auto", "online", "run"):
@@ -957,7 +1061,7 @@ def wandb_mode(choice):
 
 
 def _init_wandb(mode, run_id, **options):
-    """`wandb.init`, but a run that the server refuses gets a new id, and what cannot start is done without."""
+    """`wandb.init`, but a run that the server refuses gets a new id, and a run that cannot start is a disabled one."""
     import wandb
     new_id = secrets.token_hex(4)  # offline too: a refused run still holds its id in this process
     attempts = [(mode, run_id, None)] if mode != "online" else [
@@ -977,37 +1081,44 @@ def _init_wandb(mode, run_id, **options):
     return wandb.init(mode="disabled", **options)
 
 
-def start_wandb(config, folder, run_id, history, model, details, group=None):
-    """A wandb run that has all rows of the history; it resumes a known id, and never waits for a network.
+def start_wandb(run, wandb_run=None):
+    """Open the wandb run of a run, or take the one that is open, and send it all rows of the history.
 
-    config["wandb"] is the mode, see `wandb_mode`; details: a dict of what else made the run, beside the config. The
-    text of the model is kept in `folder` and with the run, as model_arch.txt. The id of the returned run is another
-    one if the server refuses this one: keep it. Where wandb does not start, the run does nothing, and that is said.
+    run: has `config`, whose "wandb" is the mode (see `wandb_mode`), `folder`, `wandb_id`, `history`, `model`, `details`
+    (a dict: what else to log with the config) and `group` (None, or its name). wandb_run: the one to use, in a sweep.
+    The text of the model is kept in the folder and with the run, as model_arch.txt. If the server refuses the id,
+    `run.wandb_id` becomes a new one. It never waits for the network. If wandb does not start, that is printed, and the
+    returned run does nothing.
     """
     import wandb  # here, because it takes a second, and benchmarks do without
-    folder, details = Path(folder), {**config, **details}
-    run = wandb.run
-    if run is not None and (run.id, run.config.get("wandb")) == (run_id, config["wandb"]):
-        run.config.update(details, allow_val_change=True)
-    else:
-        if run is not None:
-            run.finish()
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "model_arch.txt").write_text(str(model), "utf-8")
+    os.environ.setdefault("WANDB_DATA_DIR", str(cache_folder() / "wandb"))  # where it prepares uploads
+    config = {**run.config, **run.details, "python": platform.python_version(), "torch": torch.__version__}
+    given = wandb_run is not None
+    wandb_run = wandb_run or wandb.run
+    if wandb_run is not None and (wandb_run.id, wandb_run.config.get("wandb")) == (run.wandb_id, config["wandb"]):
+        wandb_run.config.update(config, allow_val_change=True)
+    elif not given:
+        if wandb_run is not None:
+            wandb_run.finish()
+        run.folder.mkdir(parents=True, exist_ok=True)
+        architecture = run.folder / "model_arch.txt"
+        architecture.write_text(str(run.model), "utf-8")
         limits = {"finish_timeout": 600} if "finish_timeout" in wandb.Settings.model_fields else {}  # s; since 0.28
         settings = wandb.Settings(silent=True, console="off", init_timeout=30, **limits)
-        run = _init_wandb(wandb_mode(config["wandb"]), run_id, project="hw1p2", name=config["Name"][:120], group=group,
-                          dir=folder, config=details, settings=settings)
-        if run.settings.mode != "disabled":  # a copy in wandb's own folder is uploaded without a link to it
-            run.save(shutil.copy(folder / "model_arch.txt", run.dir), base_path=run.dir, policy="now")
-    log_history(run, history)
-    return run
+        wandb_run = _init_wandb(wandb_mode(config["wandb"]), run.wandb_id, project="hw1p2", name=config["Name"][:120],
+                                group=run.group, dir=run.folder, config=config, settings=settings)
+        if wandb_run.settings.mode != "disabled":  # a copy in wandb's own folder is uploaded without a link to it
+            wandb_run.save(shutil.copy(architecture, wandb_run.dir), base_path=wandb_run.dir, policy="now")
+        if wandb_run.settings.mode == "online":
+            run.wandb_id = wandb_run.id
+    log_history(wandb_run, run.history)
+    return wandb_run
 
 
 def log_history(run, history):
-    """Send the rows of a history (dicts with "epoch") that a wandb run has not got yet; epochs are the curves' axis.
+    """Send those rows of a history (dicts with "epoch") that a wandb run does not have yet; epochs are the x axis.
 
-    Charts are logged without "epoch" and `step`, in a row of their own.
+    Charts are logged in rows of their own, without "epoch" and `step`.
     """
     got = run.summary.get("epoch") or 0
     for name in history[-1] if history else ():
@@ -1018,13 +1129,32 @@ def log_history(run, history):
             run.log(row)
 
 
-def artifact_name(run):
-    """The name of a run's artifact in wandb, which takes up to 128 letters, digits, dots, dashes and underscores."""
-    return re.sub(r"[^\w.-]", "-", run.config["Name"], flags=re.ASCII)[:100] + "-" + run.wandb_id
+def log_results(run, results, submission):
+    """Send the results of a run to its wandb run: summary, confusion matrix, accuracy of each phoneme, and artifact.
+
+    results: of the notebook's `evaluate_best`, with `test_acc`, None where it is not known. submission: the CSV's path.
+    """
+    import wandb
+    summary = {f"best_{key}": results.best[key] for key in ("epoch", "val_acc", "val_loss", "train_acc")}
+    summary |= {f"val_acc, {name}": float(accuracy) for name, accuracy in results.accuracy.items()}
+    if results.test_acc is not None:
+        summary["test_acc"] = float(results.test_acc)
+    run.wandb.summary.update(summary)
+    table = wandb.Table(columns=["Actual", "Predicted", "nPredictions"], data=[
+        [PHONEMES[i], PHONEMES[j], int(results.confusion[i, j])] for i in range(40) for j in range(40)])
+    chart = wandb.plot_table("wandb/confusion_matrix/v1", table, {name: name for name in table.columns},
+                             {"title": "Confusion"})
+    run.wandb.log({"confusion_matrix": chart, "by_phoneme": wandb.Table(dataframe=results.by_phoneme)})
+    if run.config["artifacts"]:  # its name may have 128 letters, digits, dots, dashes and underscores
+        name = re.sub(r"[^\w.-]", "-", run.config["Name"], flags=re.ASCII)[:100]
+        artifact = wandb.Artifact(f"{name}-{run.wandb_id}", "result")
+        artifact.add_file(submission, policy="immutable")  # no copy of its own
+        artifact.add_file(run.folder / "best.pt", policy="immutable")
+        run.wandb.log_artifact(artifact)
 
 
 def mount_drive():
-    """Mount Google Drive on Colab and return the folder for runs there; None anywhere else, which is said."""
+    """Mount Google Drive on Colab and return the folder for runs on it; elsewhere print that it is ignored: None."""
     if "google.colab" not in sys.modules:
         print("config['drive'] is for Colab: it is ignored here")
         return None
@@ -1037,15 +1167,26 @@ def mount_drive():
     return DRIVE / "MyDrive" / "hw1p2-runs"
 
 
-def warn_of_the_end(drive, practice):
-    """Say that nothing outlives a session of Colab, unless Drive is used or it is only the practice corpus."""
+def open_drive(folder, place):
+    """A run's folder on Google Drive, None outside Colab; epochs that are only there are fetched into `folder`.
+
+    place: the path of the run below the folder for runs. Raises a RunError if Drive cannot be mounted or read.
+    """
+    drive = mount_drive()
+    if drive is not None:
+        restore_from_drive(folder, drive / place)
+        return drive / place
+
+
+def warn_of_session_end(drive, practice):
+    """Warn on Colab that its files are lost when the session ends; not with Drive, nor for the practice corpus."""
     if "google.colab" in sys.modules and not drive and not practice:
         print("NOTHING HERE OUTLIVES THIS COLAB SESSION, which ends after 12 hours or earlier: config['drive'] = True "
               "keeps the checkpoints on Google Drive.")
 
 
 def _epochs_in(archive):
-    """How many epochs of a run are in an archive on Drive; -1 where it is missing or not whole."""
+    """How many epochs of a run an archive on Drive has; -1 if it is missing or incomplete."""
     try:
         with zipfile.ZipFile(archive) as file:
             return int(file.comment) if file.testzip() is None else -1
@@ -1066,8 +1207,8 @@ def _epochs_here(folder):
 def copy_to_drive(folder, drive_folder, next_in=float("inf")):
     """Copy a run's checkpoint, best weights and CSV files to its folder on Google Drive.
 
-    Nothing is done if the next call, in about `next_in` seconds, is soon enough. What is replaced or deleted on Drive
-    goes to its trash and counts: two archives are overwritten in place, in turn, so that one is always whole.
+    Nothing is copied if the next call, in about `next_in` seconds, is early enough. Files that are replaced or deleted
+    on Drive go to its trash and use up space, so two archives are overwritten in place, in turn: one is always whole.
     """
     folder, drive_folder = Path(folder), Path(drive_folder)
     slots = [drive_folder / name for name in DRIVE_SLOTS]
@@ -1090,7 +1231,7 @@ def copy_to_drive(folder, drive_folder, next_in=float("inf")):
 
 
 def restore_from_drive(folder, drive_folder):
-    """Fetch a run's checkpoint and best weights from Google Drive if it is further there than in `folder`."""
+    """Fetch a run's checkpoint and best weights from Google Drive if it has more epochs than `folder`."""
     try:
         epochs, slot = max((_epochs_in(slot), slot) for slot in map(Path(drive_folder).joinpath, DRIVE_SLOTS))
         if epochs <= _epochs_here(Path(folder)):
@@ -1126,21 +1267,19 @@ def _read_table(path):
     return table
 
 
-def read_submission(path, ids=None):
-    """The labels of a CSV as Kaggle takes it, str array (n,).
+def read_submission(path, frames=None):
+    """The labels of a CSV as Kaggle takes it, str array (frames,). frames: how many there must be; None: any number.
 
-    ids: what the ids must be, one a test frame; None: 0, 1, 2, as many as there are.
-    Raises a DataError where the header, an id, a label or the number of rows is not as expected.
+    Raises a DataError where the header, the number of rows, an id (0, 1, 2, ...) or a label is not as expected.
     """
     table = _read_table(path)
-    ids = [*map(str, range(len(table)) if ids is None else ids)]
-    if len(table) != len(ids):
-        raise DataError(f"{path}: {len(table):,} rows; expected {len(ids):,}, one for each frame of test-clean")
-    for column, good in (("id", table["id"] == ids), ("label", table["label"].isin(PHONEMES))):
-        if not good.all():
-            i = int(good.argmin())
-            raise DataError(f"{path}: line {i + 2} has the {column} {table[column][i]!r}; expected "
-                            + (ids[i] if column == "id" else "a phoneme name such as AA or [SIL]"))
+    if frames is not None and len(table) != frames:
+        raise DataError(f"{path}: {len(table):,} rows; expected {frames:,}, one for each frame of test-clean")
+    wrong = (table["id"] != table.index.astype(str)) | ~table["label"].isin(PHONEMES)
+    if wrong.any():
+        i = int(wrong.argmax())
+        raise DataError(f"{path}: line {i + 2} is {','.join(table.loc[i])!r}; expected the id {i} and the name of a "
+                        "phoneme, such as AA or [SIL]")
     return table["label"].to_numpy(str)
 
 
@@ -1175,8 +1314,9 @@ def _kaggle_command():
     return [sys.executable, "-m", "kaggle"]
 
 
-def submit(path, message, competition=COMPETITION):
+def submit(path, message, competition):
     """Hand a CSV in with the official `kaggle` command. Returns what it printed; a RunError says what went wrong."""
+    have_keys("KAGGLE_API_TOKEN", "KAGGLE_USERNAME", "KAGGLE_KEY")
     command = [*_kaggle_command(), "competitions", "submit", "-c", competition, "-f", str(path), "-m", message]
     result = subprocess.run(command, capture_output=True, text=True)
     output = (result.stdout + result.stderr).strip()
@@ -1185,7 +1325,7 @@ def submit(path, message, competition=COMPETITION):
     return output
 
 
-# ---- Corpora: synthetic and real speech in the course's layout, for those without the Kaggle data ----------
+# ---- Corpora: synthetic and real speech in the course's layout, for those who cannot have the course's data -
 
 @functools.cache
 def _feature_transform(rate):
@@ -1345,8 +1485,8 @@ def speak(text, voice="", rate=175, pitch=50):
         if not mnemonic.startswith("_") and mnemonic not in ARPABET:
             raise DataError(f"eSpeak NG's phoneme {mnemonic!r} has no ARPAbet phone; known: {list(ARPABET)}")
         names = ["[SIL]"] if mnemonic.startswith("_") else ARPABET[mnemonic].split("+")  # pauses are _ : _! and so on
-        borders = np.linspace(start, end, len(names) + 1) / ESPEAK_RATE
-        phones += zip(names, borders, borders[1:])
+        boundaries = np.linspace(start, end, len(names) + 1) / ESPEAK_RATE
+        phones += zip(names, boundaries, boundaries[1:])
     return audio, phones
 
 
@@ -1501,7 +1641,7 @@ def make_librispeech_corpus(root, source=LIBRISPEECH, revision=None):
           f"left-out.txt); {sum(unknown for _, unknown, _ in records):,} unknown words (spn) count as silence")
 
 
-# ---- Where the data come from ------------------------------------------------------------------------------
+# ---- Where the data are ------------------------------------------------------------------------------------
 
 def _roots(places):
     """The folders that hold train-clean-100/mfcc: these places, or up to four levels below them.
@@ -1557,24 +1697,21 @@ def is_practice(data_folder):
     return Path(data_folder).name == PRACTICE
 
 
-def find_data(choice, cache, competition=COMPETITION):
-    """The data folder that config["data"] asks for where it is there already, else None; see `get_data`."""
-    if choice == "auto" and (folder := path_from_environment("HW1P2_DATA")):
-        return _one_root(_roots([folder]), [folder])
-    if choice in ("auto", "kaggle"):
-        beside, attached = _places()
-        named = [mount for mount in attached if mount.name == competition]
-        own = "answers.csv"  # lies in a corpus that another copy of this project has made
-        roots = [folder for folder in _roots(beside + named) if not (folder / own).exists()] or _roots(attached)
-        if roots:
-            return _one_root(roots, beside + attached)
-        if choice == "kaggle":
-            return None
-    root = Path(cache) / ("librispeech" if choice == "librispeech" else PRACTICE)
-    return root if root.exists() else None
+def _download(competition):
+    """The data folder of a Kaggle competition, downloaded; what is there already is not fetched again."""
+    install("kagglehub")
+    have_keys("KAGGLE_API_TOKEN", "KAGGLE_USERNAME", "KAGGLE_KEY")
+    from kagglehub import competition_download
+    try:  # it resumes a broken download, compares the checksum, unpacks, and knows Colab's secrets
+        folder = Path(competition_download(competition))
+    except Exception as error:  # its own, of the network, of the archive, of the disk
+        raise RunError(f"Kaggle's data could not be fetched ({type(error).__name__}: {str(error)[:300]}).\n"
+                       f"{kaggle_causes(competition)} Or the disk is full: 9 GB are needed. What is there is kept: "
+                       "run again.") from error
+    return _one_root(_roots([folder]), [folder])
 
 
-def get_data(choice, cache, competition=COMPETITION):
+def get_data(choice, cache, competition):
     """The data folder, which holds `train-clean-100/mfcc`, that config["data"] asks for; fetched or made if need be.
 
     choice: "auto": below $HW1P2_DATA, else below folders beside the notebook that are named as the course's data or
@@ -1584,29 +1721,31 @@ def get_data(choice, cache, competition=COMPETITION):
     Raises a DataError where no folder, or more than one, holds the data, a RunError where they cannot be fetched or
     written; what is there already is kept for the next start.
     """
-    root, practice = find_data(choice, cache, competition), Path(cache) / PRACTICE
-    beside, attached = _places()
-    if choice == "auto" and root in (None, practice) and beside + attached:
-        print(f"no train-clean-100/mfcc in {', '.join(map(str, beside + attached))}: taking the practice corpus"
-              + (f". For the course's data, attach {competition} (Add Input)" if attached else ""))
-    if root is not None:
-        if KAGGLE in root.parents and competition not in root.parts:
-            print(f"{root}: these data are attached, and taken in place of {competition}")
-        return root
-    if choice == "kaggle":
-        from kagglehub import competition_download
-        try:  # it resumes a broken download, compares the checksum, unpacks, and knows Colab's secrets
-            folder = Path(competition_download(competition))
-        except Exception as error:  # its own, of the network, of the archive, of the disk
-            raise RunError(f"Kaggle's data could not be fetched ({type(error).__name__}: {str(error)[:300]}).\n"
-                           f"{kaggle_causes(competition)} Or the disk is full: 9 GB are needed. What is there is kept: "
-                           "run again.") from error
+    if choice == "auto" and (folder := path_from_environment("HW1P2_DATA")):
         return _one_root(_roots([folder]), [folder])
-    root, make = practice, make_practice_corpus
+    if choice in ("auto", "kaggle"):
+        beside, attached = _places()
+        named = [mount for mount in attached if mount.name == competition]
+        own = "answers.csv"  # lies in a corpus that another copy of this project has made
+        roots = [folder for folder in _roots(beside + named) if not (folder / own).exists()] or _roots(attached)
+        if roots:
+            root = _one_root(roots, beside + attached)
+            if KAGGLE in root.parents and competition not in root.parts:
+                print(f"{root}: these data are attached, and taken in place of {competition}")
+            return root
+        if choice == "kaggle":
+            return _download(competition)
+        if beside + attached:
+            print(f"no train-clean-100/mfcc in {', '.join(map(str, beside + attached))}: taking the practice corpus"
+                  + (f". For the course's data, attach {competition} (Add Input)" if attached else ""))
+    name, make, packages = PRACTICE, make_practice_corpus, ["espeakng-loader"]
     if choice == "librispeech":
-        root, make = Path(cache) / "librispeech", make_librispeech_corpus
-    with one_process_at_a_time(root):  # of two notebooks that ask at once, the second one waits
-        if not root.exists():
-            print(f"{root} is not there yet: making it")
-            make(root)
+        name, make, packages = "librispeech", make_librispeech_corpus, ["datasets", "soundfile"]
+    root = Path(cache) / name
+    if not root.exists():
+        with one_process_at_a_time(root):  # of two notebooks that ask at once, the second one waits
+            if not root.exists():
+                install(*packages)
+                print(f"{root} is not there yet: making it")
+                make(root)
     return root

@@ -97,8 +97,8 @@ def definitions():
 
     What is not installed is left out.
     """
-    wanted = {"device", "device_name", "data_device", "config", "OPTIONS", "ORIGINAL", "SHORTER", "ACTIVATIONS",
-              "criterion", "MADE_IN"}
+    wanted = {"device", "device_name", "data_device", "config", "ARCHETYPES", "ACTIVATIONS", "INITIALIZATIONS",
+              "OPTIMIZERS", "SCHEDULERS", "OPTIONS", "ORIGINAL", "SHORTER", "criterion", "MADE_IN"}
     namespace = {"__name__": "notebook"}
 
     def sets(node):

@@ -223,7 +223,7 @@ def test_names_with_a_blank_are_data_unless_their_original_is_there(root):
     for kind in ("mfcc", "transcript"):
         for i in range(2):
             (root / "dev-clean" / kind / f"000{i}.npy").rename(root / "dev-clean" / kind / f"take {i}.npy")
-    assert AudioDataset(root, "dev-clean").starts.diff().tolist() == [7, 6, 9]  # 0002, take 0, take 1
+    assert AudioDataset(root, "dev-clean").offsets.diff().tolist() == [7, 6, 9]  # 0002, take 0, take 1
 
 
 @pytest.mark.skipif(os.name == "nt", reason="names are text there")

@@ -54,7 +54,7 @@ def dataset(corpus):
     def on_cuda(partition):
         data = helpers.AudioDataset(corpus, partition, TINY["context"])
         with FakeTensorMode(allow_non_fake_inputs=True):
-            for name in ("frames", "starts", "labels", "deviations"):
+            for name in ("frames", "offsets", "labels", "stds"):
                 if getattr(data, name) is not None:
                     setattr(data, name, getattr(data, name).to("cuda"))
             data.windows = data.frames.as_strided(data.windows.shape, data.windows.stride(),
@@ -148,5 +148,5 @@ def test_viterbi(monkeypatch):
     monkeypatch.setattr(FakeTensor, "tolist", lambda tensor: [3, 2, 1])  # the lengths, read once
     with rehearsal():
         scores, transitions = torch.zeros(6, 42, device="cuda"), torch.zeros(42, 42, device="cuda")
-        starts = torch.tensor([0, 3, 5, 6], device="cuda")
-        check(helpers.viterbi(scores, transitions, starts), 6, dtype=torch.int64)
+        offsets = torch.tensor([0, 3, 5, 6], device="cuda")
+        check(helpers.viterbi(scores, transitions, offsets), 6, dtype=torch.int64)

@@ -74,7 +74,7 @@ def test_utterances_come_in_sorted_order(tmp_path, monkeypatch):
     listdir = os.listdir
     monkeypatch.setattr(helpers.os, "listdir", lambda path: sorted(listdir(path), key=lambda name: name[::-1]))
     dataset = AudioDataset(tmp_path, "dev-clean", 1)
-    assert dataset.starts.diff().tolist() == [5, 7, 11, 3]  # 10.npy, 2.npy, B-1.npy, b.npy
+    assert dataset.offsets.diff().tolist() == [5, 7, 11, 3]  # 10.npy, 2.npy, B-1.npy, b.npy
     check_windows(dataset, read_partition(tmp_path, "dev-clean"))
 
 

@@ -13,7 +13,7 @@ from helpers import Decoder, count_transitions, viterbi
 repeatable = settings(derandomize=True, deadline=None, database=None, max_examples=60)
 
 
-def starts_of(lengths):
+def offsets_of(lengths):
     return torch.tensor([0, *itertools.accumulate(lengths)])
 
 
@@ -30,9 +30,10 @@ def best_path(scores, transitions):
 def test_viterbi_finds_the_best_of_all_paths_of_each_utterance(lengths, states, seed):
     rng = np.random.default_rng(seed)
     scores, transitions = rng.normal(size=(sum(lengths), states)), rng.normal(size=(states, states))
-    starts = starts_of(lengths)
-    path = viterbi(torch.tensor(scores, dtype=torch.float32), torch.tensor(transitions, dtype=torch.float32), starts)
-    expected = [state for first, end in zip(starts, starts[1:]) for state in best_path(scores[first:end], transitions)]
+    offsets = offsets_of(lengths)
+    path = viterbi(torch.tensor(scores, dtype=torch.float32), torch.tensor(transitions, dtype=torch.float32), offsets)
+    expected = [state for first, end in zip(offsets, offsets[1:])
+                for state in best_path(scores[first:end], transitions)]
     assert path.dtype == torch.int64 and path.tolist() == expected
 
 
@@ -46,23 +47,23 @@ def test_no_transition_crosses_the_border_of_an_utterance():
 def test_long_utterances_are_decoded_exactly():
     torch.manual_seed(1)
     scores, transitions = torch.randn(20_000, 5) - 50, torch.randn(5, 5)
-    starts = torch.tensor([0, 19_990, 20_000])
-    exact = viterbi(scores.double(), transitions.double(), starts)  # sums of a million
-    assert (viterbi(scores, transitions, starts) == exact).float().mean() > 0.9999
+    offsets = torch.tensor([0, 19_990, 20_000])
+    exact = viterbi(scores.double(), transitions.double(), offsets)  # sums of a million
+    assert (viterbi(scores, transitions, offsets) == exact).float().mean() > 0.9999
 
 
 @repeatable
 @given(lengths=st.lists(st.integers(1, 9), min_size=1, max_size=6), seed=st.integers(0, 99))
 def test_transitions_are_counted_inside_utterances_with_add_one(lengths, seed):
-    n, starts = 40, starts_of(lengths)  # [SOS] and [EOS] are no frame's
+    n, offsets = 40, offsets_of(lengths)  # [SOS] and [EOS] are no frame's
     labels = torch.from_numpy(np.random.default_rng(seed).integers(0, 5, sum(lengths)).astype(np.uint8))
     pairs, single = np.ones((n, n)), np.ones(n)
-    for first, end in zip(starts.tolist(), starts.tolist()[1:]):
+    for first, end in zip(offsets.tolist(), offsets.tolist()[1:]):
         for t in range(first, end):
             single[labels[t]] += 1
             if t > first:
                 pairs[labels[t - 1], labels[t]] += 1
-    prior, transitions = count_transitions(labels, starts)
+    prior, transitions = count_transitions(labels, offsets)
     assert prior.dtype == transitions.dtype == torch.float32
     np.testing.assert_allclose(prior.exp(), single / single.sum(), rtol=1e-5)
     np.testing.assert_allclose(transitions.exp(), pairs / pairs.sum(1, keepdims=True), rtol=1e-5)
@@ -70,7 +71,7 @@ def test_transitions_are_counted_inside_utterances_with_add_one(lengths, seed):
 
 @pytest.fixture
 def noisy():
-    """Labels that stay for ten frames, and posteriors that are wrong at random: log posteriors, labels, starts."""
+    """Labels that stay for ten frames, and posteriors that are wrong at random: log posteriors, labels, offsets."""
     torch.manual_seed(2)
     labels = torch.randint(0, 40, (60,)).repeat_interleave(10)
     logits = 2.0 * torch.nn.functional.one_hot(labels, 42) + torch.randn(600, 42)
@@ -78,65 +79,65 @@ def noisy():
 
 
 def test_decoding_repairs_flickering_and_the_choice_is_the_best_pair(noisy):
-    log_posteriors, labels, starts = noisy
-    decoder = Decoder(labels, starts)
-    others = decoder.choose(log_posteriors, labels, starts)
-    accuracy = (decoder(log_posteriors, starts) == labels)[~others].float().mean()
+    log_posteriors, labels, offsets = noisy
+    decoder = Decoder(labels, offsets)
+    others = decoder.tune(log_posteriors, labels, offsets)
+    accuracy = (decoder(log_posteriors, offsets) == labels)[~others].float().mean()
     assert accuracy > (log_posteriors.argmax(1) == labels)[~others].float().mean() + 0.2
     for scale, weight in ((0, 0.25), (0.3, 1), (0.45, 1.5)):
-        other = Decoder(labels, starts, scale, weight)
-        assert (other(log_posteriors, starts) == labels)[~others].float().mean() <= accuracy
+        other = Decoder(labels, offsets, scale, weight)
+        assert (other(log_posteriors, offsets) == labels)[~others].float().mean() <= accuracy
 
 
 def test_without_transitions_it_is_frame_by_frame(noisy):
-    log_posteriors, labels, starts = noisy
-    assert torch.equal(Decoder(labels, starts, 0, 0)(log_posteriors, starts), log_posteriors[:, :40].argmax(1))
+    log_posteriors, labels, offsets = noisy
+    assert torch.equal(Decoder(labels, offsets, 0, 0)(log_posteriors, offsets), log_posteriors[:, :40].argmax(1))
 
 
 def test_scale_takes_the_prior_out(noisy):
-    log_posteriors, labels, starts = noisy
-    decoder = Decoder(labels, starts, scale=0.5, weight=0)
-    prior, _ = count_transitions(labels, starts)
-    assert torch.equal(decoder(log_posteriors, starts), (log_posteriors[:, :40] - 0.5 * prior).argmax(1))
-    assert not torch.equal(decoder(log_posteriors, starts), log_posteriors.argmax(1))
+    log_posteriors, labels, offsets = noisy
+    decoder = Decoder(labels, offsets, prior_scale=0.5, transition_weight=0)
+    prior, _ = count_transitions(labels, offsets)
+    assert torch.equal(decoder(log_posteriors, offsets), (log_posteriors[:, :40] - 0.5 * prior).argmax(1))
+    assert not torch.equal(decoder(log_posteriors, offsets), log_posteriors.argmax(1))
 
 
 def test_the_choice_is_made_on_every_second_utterance_and_judged_on_the_others():
     torch.manual_seed(4)
-    starts = starts_of([30, 20, 50, 40, 10])
+    offsets = offsets_of([30, 20, 50, 40, 10])
     labels = torch.randint(0, 40, (15,)).repeat_interleave(10)
     log_posteriors = (2.0 * torch.nn.functional.one_hot(labels, 42) + torch.randn(150, 42)).log_softmax(1)
-    decoder, same = Decoder(labels, starts), Decoder(labels, starts)
-    others = decoder.choose(log_posteriors, labels, starts)
+    decoder, same = Decoder(labels, offsets), Decoder(labels, offsets)
+    others = decoder.tune(log_posteriors, labels, offsets)
     odd = torch.zeros(150, dtype=torch.bool)
     odd[30:50] = odd[100:140] = True
     assert torch.equal(others, odd)
     spoilt = torch.where(odd[:, None], torch.randn(150, 42), log_posteriors)  # what is judged on has no say
-    same.choose(spoilt, torch.where(odd, 0, labels), starts)
-    assert (same.scale, same.weight) == (decoder.scale, decoder.weight)
+    same.tune(spoilt, torch.where(odd, 0, labels), offsets)
+    assert (same.prior_scale, same.transition_weight) == (decoder.prior_scale, decoder.transition_weight)
 
 
 def test_of_many_frames_some_are_enough_for_the_choice_from_all_over_the_set():
-    starts, seen = starts_of([10] * 40), []
+    offsets, seen = offsets_of([10] * 40), []
 
     class Counting(Decoder):
-        def __call__(self, log_posteriors, starts):
-            seen.append((len(log_posteriors), starts.tolist()))
-            return super().__call__(log_posteriors, starts)
+        def __call__(self, log_posteriors, offsets):
+            seen.append((len(log_posteriors), offsets.tolist()))
+            return super().__call__(log_posteriors, offsets)
 
     labels = torch.randint(0, 40, (400,))
-    others = Counting(labels, starts).choose(torch.randn(400, 42).log_softmax(1), labels, starts, frames=50)
+    others = Counting(labels, offsets).tune(torch.randn(400, 42).log_softmax(1), labels, offsets, frames=50)
     assert seen[0] == (50, [0, 10, 20, 30, 40, 50]) and others.sum() == 200
 
 
 def test_a_single_utterance_is_chosen_and_judged_on():
-    labels, starts = torch.randint(0, 40, (60,)), torch.tensor([0, 60])
-    assert Decoder(labels, starts).choose(torch.randn(60, 42).log_softmax(1), labels, starts).all()
+    labels, offsets = torch.randint(0, 40, (60,)), torch.tensor([0, 60])
+    assert Decoder(labels, offsets).tune(torch.randn(60, 42).log_softmax(1), labels, offsets).all()
 
 
 def test_only_the_forty_phonemes_come_out(noisy):
-    log_posteriors, labels, starts = noisy
+    log_posteriors, labels, offsets = noisy
     log_posteriors = log_posteriors.clone()
     log_posteriors[:, 40:] = 0.0  # [SOS] and [EOS], as sure as can be
     for scale, weight in ((0.45, 0.25), (0, 0)):
-        assert Decoder(labels, starts, scale, weight)(log_posteriors, starts).max() < 40
+        assert Decoder(labels, offsets, scale, weight)(log_posteriors, offsets).max() < 40

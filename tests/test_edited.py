@@ -12,8 +12,9 @@ from notebook import TINY, Session, code_cells, definitions
 import helpers
 from helpers import RunError
 
-QUICK = {**TINY, "epochs": 2, "batch_size": 1024, "scheduler": "steplr"}
-TRAINING, RESULTS, SUBMISSION = "run = make_run(config)\n", "results = judge(run)", "predictions = test(run.model"
+QUICK = {**TINY, "epochs": 2, "batch_size": 1024, "scheduler": "steplr", "dropout_scale": 1}
+TRAINING, RESULTS = "run = make_run(config)\n", "results = evaluate_best(run)"
+SUBMISSION = "predictions = test(run.model"
 LAST = "# @title The last entries of the wandb run"
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -24,7 +25,7 @@ def session(corpus, tmp_path):
     """All cells before the training cell have been run."""
     session = Session(tmp_path, corpus, QUICK)
     session.run_all(until=TRAINING)
-    session.run("def judge")
+    session.run("def evaluate_best")
     return session
 
 
@@ -41,7 +42,7 @@ def test_the_training_cell_alone_trains_what_the_config_says_now(session, corpus
     session["config"].update(changes)
     session.run(TRAINING)
     afresh = Session(tmp_path / "afresh", corpus, {**QUICK, **changes})
-    afresh.run_all(until="def judge")
+    afresh.run_all(until="def evaluate_best")
     assert "b: a new run\n" in session["run"].message
     assert weights(session) == weights(afresh)
     assert helpers.load_checkpoint(session["run"].folder / "checkpoint.pt")["config"] == afresh["run"].config
@@ -149,7 +150,7 @@ def test_a_cell_that_needs_what_is_not_there_says_what_to_run_first(corpus, tmp_
 
 
 def test_results_before_the_first_epoch_has_ended(session):
-    session.namespace["one_epoch"] = interrupt
+    session.namespace["run_epoch"] = interrupt
     with pytest.raises(KeyboardInterrupt):
         session.run(TRAINING)
     with pytest.raises(RunError, match="no epoch has ended yet: run the training cell"):
@@ -200,7 +201,7 @@ def test_an_interrupted_training_cell_run_again_ends_with_the_same_weights(sessi
     session.run(TRAINING)
     assert "1 of 2 epochs are there, resuming" in session["run"].message
     whole = Session(tmp_path / "whole", corpus, QUICK)
-    whole.run_all(until="def judge")
+    whole.run_all(until="def evaluate_best")
     assert weights(session) == weights(whole) and weights(session, "best.pt") == weights(whole, "best.pt")
 
 
@@ -261,7 +262,7 @@ def test_a_first_step_that_overflows_in_float16_is_skipped_and_the_run_learns(se
     run = session.call("make_run", session["config"])
     run.model.precision = torch.float16
     run.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40, backoff_factor=2.0**-26)
-    row = session.call("one_epoch", run, 1)
+    row = session.call("run_epoch", run, 1)
     assert all(tensor.isfinite().all() for tensor in run.model.state_dict().values())
     assert np.isfinite(row["train_loss"]) and run.scaler.get_scale() < 2.0**40
 
@@ -274,5 +275,5 @@ def test_an_epoch_whose_steps_were_all_skipped_warns_of_nothing(session):
     before = {name: tensor.clone() for name, tensor in run.model.named_parameters()}
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        session.call("one_epoch", run, 1)
+        session.call("run_epoch", run, 1)
     assert all(tensor.equal(before[name]) for name, tensor in run.model.named_parameters())

@@ -9,7 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from helpers import PHONEMES, border_distance, calibration, confusion_matrix
+import helpers
+from helpers import PHONEMES, boundary_distance, calibration, confusion_matrix
 
 repeatable = settings(derandomize=True, deadline=None, database=None, max_examples=100)
 
@@ -31,9 +32,9 @@ def test_confusion_matrix(pairs, label_dtype, prediction_dtype):
 def slow_border_distance(utterances):
     distances = []
     for labels in utterances:
-        borders = [0, *(t for t in range(1, len(labels)) if labels[t] != labels[t - 1]), len(labels)]
+        boundaries = [0, *(t for t in range(1, len(labels)) if labels[t] != labels[t - 1]), len(labels)]
         for t in range(len(labels)):
-            distances.append(min(min(abs(t - border), abs(t + 1 - border)) for border in borders))
+            distances.append(min(min(abs(t - boundary), abs(t + 1 - boundary)) for boundary in boundaries))
     return distances
 
 
@@ -42,16 +43,16 @@ def slow_border_distance(utterances):
                 max_size=5))
 def test_border_distance(phones):
     utterances = [[label for label, length in runs for _ in range(length)] for runs in phones]
-    starts = [0, *itertools.accumulate(map(len, utterances))]
+    offsets = [0, *itertools.accumulate(map(len, utterances))]
     labels = np.array([label for labels in utterances for label in labels], np.uint8)
-    distances = border_distance(labels, starts)
+    distances = boundary_distance(labels, offsets)
     assert distances.tolist() == slow_border_distance(utterances)
-    assert border_distance(torch.from_numpy(labels), torch.tensor(starts)).tolist() == distances.tolist()
+    assert boundary_distance(torch.from_numpy(labels), torch.tensor(offsets)).tolist() == distances.tolist()
 
 
 def test_border_distance_by_hand():
-    assert border_distance([1, 1, 1, 1, 1, 2, 2], [0, 7]).tolist() == [0, 1, 2, 1, 0, 0, 0]
-    assert border_distance([1, 1, 1, 1, 1, 1], [0, 2, 6]).tolist() == [0, 0, 0, 1, 1, 0]  # an utterance ends inside
+    assert boundary_distance([1, 1, 1, 1, 1, 2, 2], [0, 7]).tolist() == [0, 1, 2, 1, 0, 0, 0]
+    assert boundary_distance([1, 1, 1, 1, 1, 1], [0, 2, 6]).tolist() == [0, 0, 0, 1, 1, 0]  # an utterance ends inside
 
 
 def slow_calibration(confidences, correct, bins):
@@ -83,3 +84,19 @@ def test_calibration_by_hand():
     assert count.tolist() == [0, 0, 0, 0, 0, 2, 0, 0, 0, 2] and np.isnan(confidence[0]) and np.isnan(accuracy[0])
     assert (confidence[9], accuracy[9], confidence[5], accuracy[5]) == (0.95, 1, 0.55, 0.5)
     assert error == pytest.approx(0.05)
+
+
+def test_the_tables_of_a_confusion_matrix():
+    confusion = np.zeros((42, 42), int)
+    confusion[1, [1, 2]], confusion[2, [2, 1, 3]], confusion[7, 7] = (6, 2), (1, 5, 4), 9
+    table = helpers.accuracy_by_phoneme(confusion)
+    assert table.to_dict("list") == {"phoneme": ["B", "AA", "AE"], "frames": [9, 8, 10], "accuracy": [1, 0.75, 0.1]}
+    table = helpers.top_confusions(confusion, 2)
+    assert table.to_dict("list") == {
+        "true": ["AE", "AE"], "taken for": ["AA", "AH"], "frames": [5, 4], "% of its frames": [50, 40],
+        "% of all errors": [pytest.approx(500 / 11), pytest.approx(400 / 11)]}
+    assert (helpers.top_confusions(np.diag(confusion.diagonal()))["% of all errors"] == 0).all()
+
+
+def test_each_phoneme_of_a_frame_has_one_manner_of_articulation():
+    assert sorted(sum(helpers.MANNERS.values(), [])) == sorted(PHONEMES[:40])

@@ -21,7 +21,8 @@ from helpers import RunError
 
 CONFIG, OPTIONS = map(definitions().get, ("config", "OPTIONS"))
 ADAMW, SGD = kills.CONFIGS.values()
-QUICK = {**TINY, "wandb": "disabled", "num_layers": 2, "epochs": 1, "batch_size": 1024, "scheduler": "steplr"}
+QUICK = {**TINY, "wandb": "disabled", "num_layers": 2, "epochs": 1, "batch_size": 1024, "scheduler": "steplr",
+         "dropout_scale": 1}
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -98,7 +99,7 @@ def test_a_finished_run_goes_straight_to_figures_and_csv(runs, corpus):
     namespace = run_cells(QUICK, "table = wandb.Table(", runs, corpus)
     assert (checkpoint.stat().st_mtime_ns, checkpoint.read_bytes()) == before  # an epoch would have written it
     assert len(namespace["history"]) == 1
-    labels = helpers.read_submission(runs / "pencil" / "submission.csv", range(len(namespace["test_data"])))
+    labels = helpers.read_submission(runs / "pencil" / "submission.csv", len(namespace["test_data"]))
     assert list(labels) == list(namespace["predictions"])
 
 
@@ -126,7 +127,7 @@ def test_another_config_is_refused_with_both_values(trained, key):
 
 def test_all_differences_are_listed_by_the_notebook(runs, corpus):
     with pytest.raises(RunError, match="another config") as error:
-        run_cells({**QUICK, "learning_rate": 0.5, "activations": "gelu"}, "def judge", runs, corpus)
+        run_cells({**QUICK, "learning_rate": 0.5, "activations": "gelu"}, "def evaluate_best", runs, corpus)
     assert "learning_rate: 0.001 there, 0.5 now" in str(error.value)
     assert "activations: 'leakyrelu' there, 'gelu' now" in str(error.value)
     assert len(re.findall(" there, ", str(error.value))) == 2
@@ -147,10 +148,11 @@ def test_epochs_may_be_raised_and_the_run_carries_on(corpus, tmp_path, scheduler
     assert raised == train_to_the_end(tmp_path / "at once", corpus, scheduler=scheduler, epochs=3)
 
 
-def test_epochs_may_not_be_raised_with_cosine_annealing(corpus, tmp_path):
-    train_to_the_end(tmp_path, corpus, scheduler="cosineanneal")
-    with pytest.raises(RunError, match="epochs: 1 there, 2 now(.|\n)*Cosine annealing is planned"):
-        train_to_the_end(tmp_path, corpus, scheduler="cosineanneal", epochs=2)
+@pytest.mark.parametrize("changes", [{"scheduler": "cosineanneal"}, {"dropout_scale": "auto"}], ids=str)
+def test_epochs_may_not_be_raised_where_the_training_is_planned_for_them(corpus, tmp_path, changes):
+    train_to_the_end(tmp_path, corpus, **changes)
+    with pytest.raises(RunError, match="epochs: 1 there, 2 now(.|\n)*Cosine annealing and dropout_scale 'auto'"):
+        train_to_the_end(tmp_path, corpus, **changes, epochs=2)
 
 
 def test_other_data_under_the_same_name_is_refused(runs, corpus, own_corpus):
@@ -177,7 +179,7 @@ class Intruder:
 
 def refused(path):
     """The message for a file that load_checkpoint must refuse, with a config and without."""
-    config = {"scheduler": "steplr"}
+    config = {"scheduler": "steplr", "dropout_scale": 1}
     for arguments in ((), (config,)):
         with pytest.raises(RunError) as error:
             helpers.load_checkpoint(path, *arguments)
@@ -212,7 +214,7 @@ def test_a_file_of_something_else_is_refused(tmp_path, content):
 def test_a_torch_file_of_something_else_is_refused(tmp_path, state):
     torch.save(state, tmp_path / "checkpoint.pt")
     with pytest.raises(RunError, match="delete it to start afresh"):
-        helpers.load_checkpoint(tmp_path / "checkpoint.pt", {"scheduler": "steplr"})
+        helpers.load_checkpoint(tmp_path / "checkpoint.pt", {"scheduler": "steplr", "dropout_scale": 1})
 
 
 def test_best_weights_in_the_place_of_the_checkpoint_are_refused(runs, corpus):

@@ -12,7 +12,13 @@ import pytest
 from notebook import ROOT, code_cells, definitions
 
 import helpers
-from helpers import DataError, RunError, find_data, get_data
+from helpers import DataError, RunError
+
+COMPETITION, INSTALL = definitions()["config"]["competition"], helpers.install
+
+
+def get_data(choice, competition=COMPETITION):
+    return helpers.get_data(choice, "cache", competition)
 
 
 @pytest.fixture(autouse=True)
@@ -22,12 +28,14 @@ def nowhere(tmp_path, monkeypatch):
     monkeypatch.delenv("HW1P2_DATA", raising=False)
     monkeypatch.delenv("HW1P2_RUNS", raising=False)
     monkeypatch.setattr(helpers, "KAGGLE", tmp_path / "kaggle")
+    monkeypatch.setattr(helpers, "install", lambda *packages: None)
 
 
 @pytest.fixture
 def made(monkeypatch):
     """What would be made, instead of making it."""
     calls = []
+    monkeypatch.setattr(helpers, "install", lambda *packages: calls.append(packages))
     for name in ("practice", "librispeech"):
         monkeypatch.setattr(helpers, f"make_{name}_corpus",
                             lambda root, name=name: calls.append(name) or root.mkdir(parents=True))
@@ -41,7 +49,7 @@ def partitions(folder):
     return folder
 
 
-EDITIONS = {"11785-hw1p2-f24": "", helpers.COMPETITION: "11785-s25-hw1p2",  # competition: folder of the data in it
+EDITIONS = {"11785-hw1p2-f24": "", COMPETITION: "11785-s25-hw1p2",  # competition: folder of the data in it
             "11785-hw-1-p-2-fall-2025-main": "11785-f25-hw1p2",
             "hw-1-p-2-spring-2026-student-competition": "archive/11785-spring-2026-hw1p2"}
 each_edition = pytest.mark.parametrize("competition, inside", EDITIONS.items())
@@ -49,18 +57,18 @@ each_edition = pytest.mark.parametrize("competition, inside", EDITIONS.items())
 
 def test_auto_takes_the_environments_then_kaggles_then_the_practice_corpus(tmp_path, monkeypatch, made):
     practice, beside = Path("cache/practice-corpus"), Path("11785-s25-hw1p2")
-    assert find_data("auto", "cache") is None
-    assert get_data("auto", "cache") == practice and made == ["practice"]
-    assert get_data("auto", "cache") == find_data("auto", "cache") == practice and made == ["practice"]  # once
-    mounted = partitions(helpers.KAGGLE / "input" / helpers.COMPETITION / "11785-s25-hw1p2")
-    assert get_data("auto", "cache") == find_data("auto", "cache") == mounted
+    for _ in range(2):  # made once, with what that needs
+        assert get_data("auto") == practice and made == [("espeakng-loader",), "practice"]
+    mounted = partitions(helpers.KAGGLE / "input" / COMPETITION / "11785-s25-hw1p2")
+    assert get_data("auto") == mounted
     beside.symlink_to(mounted)
-    assert get_data("auto", "cache") == beside  # the same folder, found twice
+    assert get_data("auto") == beside  # the same folder, found twice
     monkeypatch.setenv("HW1P2_DATA", str(partitions(tmp_path / "elsewhere")))
-    assert get_data("auto", "cache") == tmp_path / "elsewhere"
-    assert get_data("kaggle", "cache") == beside  # a word in the config wins
-    assert get_data("practice", "cache") == practice
-    assert get_data("librispeech", "cache") == Path("cache/librispeech") and made == ["practice", "librispeech"]
+    assert get_data("auto") == tmp_path / "elsewhere"
+    assert get_data("kaggle") == beside  # a word in the config wins
+    assert get_data("practice") == practice
+    assert get_data("librispeech") == Path("cache/librispeech") and made[2:] == [
+        ("datasets", "soundfile"), "librispeech"]
 
 
 # ---- The folder that holds train-clean-100/mfcc ------------------------------------------------------------
@@ -70,7 +78,7 @@ def test_auto_takes_the_environments_then_kaggles_then_the_practice_corpus(tmp_p
 def test_the_data_of_each_edition_are_found_in_both_mounts_of_kaggles(competition, inside, mount, capsys):
     root = partitions(helpers.KAGGLE / mount / competition / inside)
     partitions(helpers.KAGGLE / "input" / "datasets" / "somebody" / "hw1p2")  # attached as well, but not meant
-    assert get_data("auto", "cache", competition) == get_data("kaggle", "cache", competition) == root
+    assert get_data("auto", competition) == get_data("kaggle", competition) == root
     assert not capsys.readouterr().out
 
 
@@ -78,7 +86,7 @@ def test_the_data_of_each_edition_are_found_in_both_mounts_of_kaggles(competitio
 @pytest.mark.parametrize("unpacked", [False, True])
 def test_the_data_of_each_edition_are_found_beside_the_notebook(competition, inside, unpacked):
     root = partitions(Path(inside or competition) if unpacked else Path(competition, inside))
-    assert get_data("auto", "cache") == get_data("kaggle", "cache") == root
+    assert get_data("auto") == get_data("kaggle") == root
 
 
 @pytest.mark.parametrize("inside", [".", "a", "a/b/c/d", "archive/11785-spring-2026-hw1p2"])
@@ -87,7 +95,7 @@ def test_the_environments_folder_may_be_up_to_four_levels_too_high(tmp_path, mon
     for name in (".hidden", "__MACOSX", "x~", "corpus.partial"):  # what is left in there is not taken
         partitions(tmp_path / "data" / name)
     monkeypatch.setenv("HW1P2_DATA", str(tmp_path / "data"))
-    assert get_data("auto", "cache") == root
+    assert get_data("auto") == root
 
 
 @pytest.mark.parametrize("value", ["~/hw 1/data", "$PLACE/data", "${PLACE}/data/", ' "~/hw 1/data"\n', "'$PLACE/data'"])
@@ -96,13 +104,13 @@ def test_the_environments_path_is_read_as_a_shell_would(tmp_path, monkeypatch, v
     for name, there in (("HOME", tmp_path), ("USERPROFILE", tmp_path), ("PLACE", tmp_path / "hw 1")):
         monkeypatch.setenv(name, str(there))
     monkeypatch.setenv("HW1P2_DATA", value)
-    assert get_data("auto", "cache") == tmp_path / "hw 1" / "data"
+    assert get_data("auto") == tmp_path / "hw 1" / "data"
 
 
 @pytest.mark.parametrize("value", ["", "  ", '""'])
 def test_an_empty_variable_is_none(monkeypatch, made, value):
     monkeypatch.setenv("HW1P2_DATA", value)
-    assert get_data("auto", "cache") == Path("cache/practice-corpus")
+    assert get_data("auto") == Path("cache/practice-corpus")
 
 
 @pytest.mark.parametrize("there, words", [
@@ -112,7 +120,7 @@ def test_a_folder_without_data_is_told(tmp_path, monkeypatch, there, words):
     (tmp_path / there).mkdir(parents=True) if there.endswith("100") else partitions(tmp_path / there)
     monkeypatch.setenv("HW1P2_DATA", str(tmp_path / "data"))
     with pytest.raises(DataError) as caught:
-        get_data("auto", "cache")
+        get_data("auto")
     assert str(caught.value).startswith(f"{tmp_path / 'data'}: ") and words in str(caught.value)
 
 
@@ -121,13 +129,13 @@ def test_of_several_folders_none_is_taken(tmp_path, monkeypatch):
     other = partitions(helpers.KAGGLE / "input" / "datasets" / "somebody" / "speech")
     for choice in ("auto", "kaggle"):
         with pytest.raises(DataError, match="f25.*s25.*: each of them holds.*Looked through: .*HW1P2_DATA") as caught:
-            get_data(choice, "cache")
+            get_data(choice)
         assert str(other) in str(caught.value)  # looked through
     monkeypatch.setenv("HW1P2_DATA", ".")
     with pytest.raises(DataError, match="each of them holds train-clean-100/mfcc"):
-        get_data("auto", "cache")
+        get_data("auto")
     monkeypatch.setenv("HW1P2_DATA", str(several[1]))
-    assert get_data("auto", "cache") == several[1]
+    assert get_data("auto") == several[1]
 
 
 def test_neither_utterances_nor_hidden_folders_are_listed_nor_a_loop_of_links_followed(tmp_path, monkeypatch):
@@ -138,7 +146,7 @@ def test_neither_utterances_nor_hidden_folders_are_listed_nor_a_loop_of_links_fo
     (tmp_path / "data" / "broken").symlink_to(tmp_path / "nowhere")
     monkeypatch.setattr(os, "scandir", lambda path: listed.append(path) or scandir(path))
     monkeypatch.setenv("HW1P2_DATA", str(tmp_path / "data"))
-    assert get_data("auto", "cache") == root
+    assert get_data("auto") == root
     assert listed == [tmp_path / "data" / path for path in (".", "a", "a/c", "a/c/d")]
 
 
@@ -146,7 +154,7 @@ def test_own_corpora_of_another_copy_of_this_project_are_not_taken_for_the_cours
     for name in ("practice-corpus", "librispeech"):
         (partitions(Path("hw1p2-runs/cache") / name) / "answers.csv").touch()
     partitions(Path("hw1p2-runs/cache/other.partial"))
-    assert get_data("auto", "cache") == Path("cache/practice-corpus")
+    assert get_data("auto") == Path("cache/practice-corpus")
     assert "no train-clean-100/mfcc in hw1p2-runs: taking the practice corpus\n" in capsys.readouterr().out
 
 
@@ -158,7 +166,7 @@ def test_own_corpora_of_another_copy_of_this_project_are_not_taken_for_the_cours
 def test_what_is_attached_under_another_name_is_taken_and_told(path, capsys):
     root = partitions(helpers.KAGGLE / "input" / path)
     (helpers.KAGGLE / "input" / "datasets" / "somebody" / "helpers").mkdir(parents=True)
-    assert get_data("auto", "cache") == root
+    assert get_data("auto") == root
     assert f"{root}: these data are attached, and taken in place of 11785-spring-25" in capsys.readouterr().out
 
 
@@ -167,7 +175,7 @@ def test_where_something_else_is_attached_that_is_told(made, capsys):
     for folder in attached:
         folder.mkdir(parents=True)
     for _ in range(2):  # made, then there
-        assert get_data("auto", "cache") == Path("cache/practice-corpus")
+        assert get_data("auto") == Path("cache/practice-corpus")
         words = "taking the practice corpus. For the course's data, attach 11785-spring-25-hw-1-p-2 (Add Input)"
         assert f"{', '.join(map(str, attached))}: {words}" in capsys.readouterr().out
 
@@ -178,11 +186,11 @@ def test_without_internet_kaggles_switch_is_named(monkeypatch):
         if folder:
             folder.mkdir()
         with pytest.raises(ImportError, match="practice corpus.*pip install espeakng-loader") as caught:
-            get_data("practice", "cache")
+            get_data("practice")
         assert ("Settings > Internet" in str(caught.value)) == (folder is not None)
     fake_kagglehub(monkeypatch, lambda competition: 1 / 0)
     with pytest.raises(RunError, match="Settings > Internet"):
-        get_data("kaggle", "cache")
+        get_data("kaggle")
 
 
 def fake_kagglehub(monkeypatch, download):
@@ -196,15 +204,14 @@ def test_kaggle_downloads_what_is_not_there(tmp_path, monkeypatch, competition, 
         partitions(tmp_path / "download" / inside)
         return str(tmp_path / "download")
     fake_kagglehub(monkeypatch, download)
-    assert find_data("kaggle", "cache", competition) is None
-    assert get_data("kaggle", "cache", competition) == tmp_path / "download" / inside
+    assert get_data("kaggle", competition) == tmp_path / "download" / inside
 
 
 def test_a_download_of_something_else_is_told(tmp_path, monkeypatch):
     (tmp_path / "download").mkdir()
     fake_kagglehub(monkeypatch, lambda competition: tmp_path / "download")
     with pytest.raises(DataError, match="download: expected a folder, there or up to four levels below"):
-        get_data("kaggle", "cache", "titanic")
+        get_data("kaggle", "titanic")
 
 
 @pytest.mark.parametrize("error", [PermissionError("403 Forbidden"), ConnectionError("no route"), OSError(28, "full")])
@@ -214,7 +221,7 @@ def test_a_failed_download_says_what_to_do(monkeypatch, error):
     fake_kagglehub(monkeypatch, download)
     words = "(?s)could not be fetched.*press Join on kaggle.com/competitions/hw-1-p-2.*token.*9 GB.*run again"
     with pytest.raises(RunError, match=words) as caught:
-        get_data("kaggle", "cache", "hw-1-p-2-spring-2026-student-competition")
+        get_data("kaggle", "hw-1-p-2-spring-2026-student-competition")
     assert type(error).__name__ in str(caught.value)
 
 
@@ -262,21 +269,21 @@ def test_a_folder_of_the_packages_name_does_not_hide_that_it_is_missing(tmp_path
     asked = []
     monkeypatch.setattr(subprocess, "run",
                         lambda command, **_: asked.append(command[-1]) or SimpleNamespace(returncode=0))
-    definitions()["install"]("nopackage", "numpy")
+    INSTALL("nopackage", "numpy")
     assert asked == ["nopackage"]
 
 
 def test_what_is_missing_is_installed_or_told(monkeypatch):
-    install, commands = definitions()["install"], []
+    commands = []
 
     def pip(command, **_):
         commands.append(command)
         return SimpleNamespace(returncode=1, stderr="no such package")
     monkeypatch.setattr(subprocess, "run", pip)
-    install("numpy", "torchsummaryX==1.1.0")
+    INSTALL("numpy", "torchsummaryX==1.1.0")
     assert not commands
-    with pytest.raises(RuntimeError, match="pip could not install no-such-module==2: no such package"):
-        install("numpy", "no-such-module==2")
+    with pytest.raises(RunError, match="pip could not install no-such-module==2: no such package"):
+        INSTALL("numpy", "no-such-module==2")
     assert commands == [[sys.executable, "-m", "pip", "install", "--quiet", "no-such-module==2"]]
 
 
@@ -289,7 +296,7 @@ def make(root):
     time.sleep(2)
     partial.rename(root)
 helpers.make_practice_corpus = make
-print(helpers.get_data("practice", "cache"))
+print(helpers.get_data("practice", "cache", ""))
 """
 
 

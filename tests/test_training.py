@@ -152,8 +152,9 @@ def test_activations(book, name, layer):
     assert layer_names(model) == ["Linear", layer.__name__] * 3 + ["Linear"]
 
 
-def test_every_activation_is_tested():
-    assert set(BOOK["ACTIVATIONS"]) == set(OPTIONS["activations"])
+def test_every_activation_and_optimizer_is_tested():
+    assert {*OPTIONS["activations"]} == {"gelu", "relu", "leakyrelu", "softplus", "tanh", "sigmoid"}
+    assert {*OPTIONS["optimizers"]} == {"sgd", "nesterov", "adam", "adamw", "rmsprop"}
 
 
 @pytest.mark.parametrize("norm, norm_alternate, dropout, dropout_alternate, expected", [
@@ -270,15 +271,16 @@ def test_masks_on_seventy_percent_of_the_train_batches_and_never_in_eval(book, l
 
 
 @pytest.mark.parametrize("warp", [0, 0.2])
-def test_warps_in_the_batches_that_have_masks_if_the_config_says_so(book, loaders, monkeypatch, warp):
+def test_warps_in_every_train_batch_before_the_masks_and_never_in_eval(book, loaders, monkeypatch, warp):
     calls = []
     book.namespace["warp_frames"] = lambda frames, maps: calls.append(("warp", len(maps)))
     book.namespace["mask_frames"] = lambda *_: calls.append("mask")
     config = settings(book, warp=warp)
     model, optimizer, _, scaler = built(book, config)
     book.train(model, loaders[0], book.criterion, optimizer, scaler, config)
-    masks = calls.count("mask")
-    assert masks and calls == ([("warp", 41), "mask"] if warp else ["mask"]) * masks
+    warps = [call for call in calls if call != "mask"]
+    assert warps == [("warp", 41)] * (len(loaders[0]) if warp else 0)
+    assert "mask" in calls and (not warp or calls[0] == ("warp", 41) and calls.count("mask") < len(warps))
     calls.clear()
     book.eval(model, loaders[1])
     assert not calls
@@ -291,7 +293,7 @@ def test_the_prediction_is_the_mean_over_the_warps(book, data):
     frames, _ = data["dev-clean"][torch.arange(len(data["dev-clean"]))]
     expected = 0
     for strength, which in ((0.08, 0), (0.04, 0), (0.04, 1), (0.04, 2), (0.08, 2)):  # 0.92, 0.96, 1, 1.04, 1.08
-        map = helpers.warp_maps(strength, data["dev-clean"].deviations, count=3)[which]
+        map = helpers.warp_maps(strength, data["dev-clean"].stds, count=3)[which]
         with torch.no_grad():
             expected = expected + model(frames.float() @ map).log_softmax(1) / 5
     ours = book.all_log_posteriors(model, loader, config)
@@ -317,19 +319,39 @@ def test_recipe_original_switches_the_additions_off(corpus, tmp_path):
     ("cylinder", 0.5, [0.2] * 3), ("cylinder", 4, [0.99] * 3)])
 def test_dropout_scale_is_a_factor_of_all_rates(book, archetype, scale, expected):
     config = settings(book, archetype=archetype, dropout=0.4, dropout_alternate=False, dropout_scale=scale)
-    rates = [layer.p for layer in book.make_network(config, 1000).model if isinstance(layer, nn.Dropout)]
-    assert rates == pytest.approx(expected)
+    model = book.make_network(config)
+    for epoch in (1, 2):
+        assert helpers.scale_dropout(model, config, 1000, epoch) == scale
+        rates = [layer.p for layer in model.model if isinstance(layer, nn.Dropout)]
+        assert rates == pytest.approx(expected)
 
 
-def test_the_fewer_frames_a_parameter_the_more_dropout(book):
-    config = settings(book, num_layers=2, dropout=0.2, dropout_alternate=False, dropout_scale="auto")
-    parameters = sum(map(torch.numel, book.make_network(config, 1).parameters()))
-    scales = {}
-    for frames in (0.001, 0.01, 0.1, 1, 1.8, 10):
-        layers = book.make_network(config, round(frames * parameters)).model
-        [scales[frames]] = {layer.p / 0.2 for layer in layers if isinstance(layer, nn.Dropout)}
-    assert scales[0.001] == 2 and scales[1.8] == scales[10] == 0.25
-    assert 2 >= scales[0.01] > 1 > scales[0.1] > scales[1] > 0.25
+def test_the_fewer_frames_a_parameter_the_more_dropout_in_the_end(book):
+    config = settings(book, dropout=0.2, dropout_alternate=False, dropout_scale="auto", epochs=5)
+    model = book.make_network(config)
+    parameters = sum(map(torch.numel, model.parameters()))
+    last = {}
+    for ratio in (0.001, 0.01, 0.1, 1, 1.8, 10):
+        scales = []
+        for epoch in range(1, 6):
+            scales.append(helpers.scale_dropout(model, config, round(ratio * parameters), epoch))
+            assert {layer.p for layer in model.model if isinstance(layer, nn.Dropout)} == {0.2 * scales[-1]}
+        assert scales == pytest.approx(np.linspace(0.1, scales[-1], 5))
+        last[ratio] = scales[-1]
+        assert helpers.scale_dropout(model, {**config, "epochs": 1}, round(ratio * parameters), 1) == 0.1
+    assert last[0.001] == 2 and last[1.8] == pytest.approx(0.1, abs=1e-3) and last[10] == 0.1
+    assert 2 >= last[0.01] > 1 > last[0.1] > last[1] > 0.1
+
+
+def test_dropout_is_scaled_in_every_epoch(book, loaders, tmp_path):
+    config, seen = settings(book, dropout=0.2, dropout_scale="auto", epochs=3), {}
+    parts = built(book, config)
+    frames = len(loaders[0].dataset)
+    expected = {epoch: 0.2 * helpers.scale_dropout(parts[0], config, frames, epoch) for epoch in (1, 2, 3)}
+    [layer, *_] = [layer for layer in parts[0].model if isinstance(layer, nn.Dropout)]
+    parts[0].register_forward_pre_hook(lambda *_: seen.update({loaders[0].sampler.epoch: layer.p}))
+    fit(book, config, parts, loaders, tmp_path)
+    assert seen == pytest.approx(expected) and expected[3] > expected[1]
 
 
 @pytest.mark.parametrize("scheduler", OPTIONS["scheduler"])
@@ -440,7 +462,7 @@ def test_test_gives_the_phonemes_of_infers_logits_in_order(book, data):
 def fit(book, config, parts, loaders, folder):
     run = SimpleNamespace(**dict(zip(helpers.STATEFUL, parts)), config=config, folder=folder,
                           wandb=MagicMock(summary={}), drive=None, train_loader=loaders[0], val_loader=loaders[1])
-    run.message = helpers.begin_run(run, helpers.load_checkpoint(folder / "checkpoint.pt", config))
+    run.message = helpers.start_or_resume(run, helpers.load_checkpoint(folder / "checkpoint.pt", config))
     return book.fit(run)
 
 

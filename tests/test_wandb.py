@@ -38,8 +38,13 @@ def colab(monkeypatch, **modules):
     monkeypatch.setitem(sys.modules, "google.colab", SimpleNamespace(**modules))
 
 
-def start(folder, history, run_id="abcd", **changes):
-    return start_wandb({**CONFIG, **changes}, folder, run_id, history, "Network(\n  (0): Linear()\n)", {"device": "é"})
+def run_of(folder, history, run_id="abcd", **changes):
+    return SimpleNamespace(config={**CONFIG, **changes}, folder=folder, wandb_id=run_id, history=history, group=None,
+                           model="Network(\n  (0): Linear()\n)", details={"device": "é"})
+
+
+def start(*arguments, **changes):
+    return start_wandb(run_of(*arguments, **changes))
 
 
 def finished_records(folder):
@@ -213,8 +218,10 @@ with socket.socket() as any_socket:  # loopback up, as on any machine without a 
     fcntl.ioctl(any_socket, 0x8914, struct.pack("16sh14x", b"lo", 0x49))
 import helpers
 helpers.LOGIN_SECONDS = {seconds}
-config = {{"Name": "x", "wandb": "auto"}}
-run = helpers.start_wandb(config, "run", "abcd", [{{"epoch": 1, "val_acc": 0.5}}], "Network()", {{}})
+from pathlib import Path
+from types import SimpleNamespace
+run = helpers.start_wandb(SimpleNamespace(config={{"Name": "x", "wandb": "auto"}}, folder=Path("run"), wandb_id="abcd",
+    history=[{{"epoch": 1, "val_acc": 0.5}}], model="Network()", details={{}}, group=None))
 print("MODE", run.settings.mode)
 run.finish()
 """
@@ -252,8 +259,10 @@ import sys
 sys.path.insert(0, {str(ROOT)!r})
 import helpers
 helpers.wandb_mode = lambda choice: choice
-config = {{"Name": "x", "wandb": {mode!r}}}
-run = helpers.start_wandb(config, "run", "abcd", [{{"epoch": 1}}], "Network()", {{}})
+from pathlib import Path
+from types import SimpleNamespace
+run = helpers.start_wandb(SimpleNamespace(config={{"Name": "x", "wandb": {mode!r}}}, folder=Path("run"),
+    wandb_id="abcd", history=[{{"epoch": 1}}], model="Network()", details={{}}, group=None))
 helpers.log_history(run, [{{"epoch": 1}}, {{"epoch": 2}}])
 print("MODE", run.settings.mode)
 """
@@ -265,13 +274,15 @@ print("MODE", run.settings.mode)
 
 def fake_init(monkeypatch, refused):
     """Replace wandb.init: `refused` maps (mode, id) to an error. Returns the list of calls."""
-    calls = []
+    calls, files = [], Path("files")
+    files.mkdir()
 
     def init(mode, id=None, resume=None, **_):
         calls.append((mode, id, resume))
         if error := refused(mode, id):
             raise error
-        return SimpleNamespace(id=id, settings=SimpleNamespace(mode="disabled"), summary={}, log=calls.append)
+        settings = SimpleNamespace(mode=mode)
+        return SimpleNamespace(id=id, settings=settings, summary={}, dir=files, save=lambda *_, **__: 0)
 
     monkeypatch.setattr(wandb, "init", init)
     monkeypatch.setattr(helpers, "wandb_mode", lambda choice: choice)
@@ -281,8 +292,10 @@ def fake_init(monkeypatch, refused):
 def test_a_run_that_was_deleted_on_the_server_gets_a_new_id(tmp_path, monkeypatch, capsys):
     gone = wandb.errors.CommError("HTTP 409: run abcd was previously created and deleted; try a new run name\nmore")
     calls = fake_init(monkeypatch, lambda mode, run_id: gone if run_id == "abcd" else None)
-    run = start(tmp_path, [], wandb="online")
+    ours = run_of(tmp_path, [], wandb="online")
+    run = start_wandb(ours)
     assert calls == [("online", "abcd", "allow"), ("online", run.id, "allow")] and run.id != "abcd"
+    assert ours.wandb_id == run.id
     [line] = capsys.readouterr().out.splitlines()
     assert "409" in line and f"as the new run {run.id}" in line
 
@@ -310,10 +323,10 @@ def test_drive_is_mounted_on_colab_and_ignored_elsewhere(monkeypatch, capsys):
 
 
 def test_colab_without_drive_is_told_that_nothing_stays(monkeypatch, capsys):
-    helpers.warn_of_the_end(drive=False, practice=False)
+    helpers.warn_of_session_end(drive=False, practice=False)
     colab(monkeypatch)
-    helpers.warn_of_the_end(drive=True, practice=False)
-    helpers.warn_of_the_end(drive=False, practice=True)
+    helpers.warn_of_session_end(drive=True, practice=False)
+    helpers.warn_of_session_end(drive=False, practice=True)
     assert not capsys.readouterr().out
-    helpers.warn_of_the_end(drive=False, practice=False)
+    helpers.warn_of_session_end(drive=False, practice=False)
     assert "NOTHING HERE OUTLIVES" in capsys.readouterr().out

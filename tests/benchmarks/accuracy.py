@@ -23,6 +23,7 @@ import re
 from pathlib import Path
 
 import common
+import matplotlib.pyplot as plt
 import notebook
 import numpy as np
 import torch
@@ -55,17 +56,16 @@ def config_of(recipe, epochs):
 
 def narrow(width, match_noise):
     """Make the notebook's pencil `width` units wide; its dropout the same, or the same noise (see above)."""
-    make_network = NOTEBOOK["make_network"]
+    scale_dropout = helpers.scale_dropout
 
-    def matched(*arguments):
-        model = make_network(*arguments)
+    def matched(model, *arguments):
+        scale_dropout(model, *arguments)
         for layer in (layer for layer in model.model if isinstance(layer, torch.nn.Dropout)):
             odds = layer.p / (1 - layer.p) * width / WIDTH
             layer.p = odds / (1 + odds)
-        return model
 
-    NOTEBOOK["hidden_widths"] = lambda config: [width] * 7
-    NOTEBOOK["make_network"] = matched if match_noise else make_network
+    NOTEBOOK["ARCHETYPES"]["pencil"] = lambda n: [width] * 7
+    helpers.scale_dropout = matched if match_noise else scale_dropout
 
 
 def train(config, seed, arguments):
@@ -82,7 +82,7 @@ def train(config, seed, arguments):
         print(f"# {name}", flush=True)
         run = NOTEBOOK["make_run"]({**config, "Name": name}, seed=seed)
         history = NOTEBOOK["fit"](run)
-        results = NOTEBOOK["judge"](run)
+        results = NOTEBOOK["evaluate_best"](run)
         with helpers.atomic_write(path, 4 * len(results.truth)) as temporary, open(temporary, "wb") as file:
             np.savez(file, alone=results.alone == results.truth, mean=results.right, others=results.others,
                      viterbi=results.decoded == results.truth,
@@ -97,6 +97,24 @@ def interval(difference, frames, samples=2000):
     """95% bootstrap interval, over the utterances, of a difference in accuracy (percent)."""
     which = np.random.default_rng(23).integers(len(frames), size=(samples, len(frames)))
     return np.percentile(100 * difference[which].sum(1) / frames[which].sum(1), [2.5, 97.5])
+
+
+def draw(rows, path):
+    """What an epoch is worth: each recipe's accuracy at the end by the number of epochs, and on the way there."""
+    figure, axis = plt.subplots(figsize=(8, 4.5), layout="constrained")
+    for i, recipe in enumerate(dict.fromkeys(recipe for _, recipe in rows)):
+        ends = {epochs: 100 * np.mean([result["val_acc"] for result in results], axis=0)
+                for (epochs, name), results in rows.items() if name == recipe}
+        for epochs, values in ends.items():
+            axis.plot(range(1, epochs + 1), values, color=f"C{i}", alpha=0.3, linewidth=1)
+        axis.plot(list(ends), [values[-1] for values in ends.values()], "o-", color=f"C{i}", label=f'recipe "{recipe}"')
+    axis.set_xscale("log")
+    axis.set_xticks(sorted({epochs for epochs, _ in rows}), sorted({epochs for epochs, _ in rows}))
+    axis.minorticks_off()
+    axis.set(xlabel="epochs in all (thin lines: during the training)", ylabel="validation accuracy (%)")
+    axis.grid(alpha=0.3)
+    axis.legend()
+    figure.savefig(path, dpi=110)
 
 
 def main():
@@ -116,11 +134,11 @@ def main():
         for seed in arguments.seeds:
             for recipe in dict.fromkeys(["original", *arguments.recipes]):
                 rows.setdefault((epochs, recipe), []).append(train(config_of(recipe, epochs), seed, arguments))
-    starts = helpers.AudioDataset(arguments.data, "dev-clean", 0).starts.numpy()
-    frames = np.diff(starts)
+    offsets = helpers.AudioDataset(arguments.data, "dev-clean", 0).offsets.numpy()
+    frames = np.diff(offsets)
     best = {key: value for key, value in config_of("best", 1).items() if key in NOTEBOOK["ORIGINAL"]}
     frames_a_parameter = sorted({f"{result['frames_a_parameter']:.2g}" for result in sum(rows.values(), [])})
-    common.report("Accuracy", data=f"{arguments.data.name}; {starts[-1]:,} dev-clean frames, {len(frames)} utterances",
+    common.report("Accuracy", data=f"{arguments.data.name}; {offsets[-1]:,} dev-clean frames, {len(frames)} utterances",
                   network=f"pencil, {arguments.width} wide{', noise-matched' * arguments.match_noise}, context "
                           f"{NOTEBOOK['config']['context']}, batch {NOTEBOOK['config']['batch_size']}, "
                           f"{helpers.pick_precision(common.DEVICE)}; frames a parameter "
@@ -133,7 +151,7 @@ def main():
     for (epochs, recipe), results in rows.items():
         alone, mean, viterbi = ([100 * result[name][result["others"] if name == "viterbi" else ...].mean()
                                  for result in results] for name in ("alone", "mean", "viterbi"))
-        gain = sum(np.add.reduceat(ours["alone"].astype(int) - base["alone"], starts[:-1])
+        gain = sum(np.add.reduceat(ours["alone"].astype(int) - base["alone"], offsets[:-1])
                    for ours, base in zip(results, rows[epochs, "original"])) / len(results)
         low, high = interval(gain, frames)
         dev, training, seconds = (np.mean([result[key] for result in results], axis=0)
@@ -145,6 +163,9 @@ def main():
               f"{np.mean(viterbi):6.2f}  {seconds.mean():6.1f} s  {reached}")
         for name, values in (("val", dev), ("training", training)):
             print(f"{'':12}{name:9}", *(f"{100 * value:.1f}" for value in values))
+    if len(arguments.epochs) > 1:
+        draw(rows, arguments.folder / "epochs.png")
+        print(f"\na picture of it is in {arguments.folder / 'epochs.png'}")
 
 
 if __name__ == "__main__":
