@@ -6,13 +6,14 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
 from notebook import ROOT
 
 import helpers
-from helpers import RunError, copy_to_drive, load_checkpoint, restore_from_drive, save_checkpoint
+from helpers import RunError, copy_to_drive, load_checkpoint, open_drive, restore_from_drive, save_checkpoint
 
 
 def train_to(folder, epochs, size=100):
@@ -40,6 +41,16 @@ def files(drive):
 def places(tmp_path):
     """The run's own folder, that on Drive, and that of a later session."""
     return tmp_path / "run", tmp_path / "drive" / "run", tmp_path / "later"
+
+
+def test_a_run_that_opens_drive_gets_its_folder_there_and_the_epochs_in_it(tmp_path, monkeypatch):
+    drive, place = tmp_path / "drive", Path("pencil", "variants", "lr=1")
+    train_to(tmp_path / "earlier", 2)
+    copy_to_drive(tmp_path / "earlier", drive / place)
+    monkeypatch.setattr(helpers, "mount_drive", lambda: drive)
+    assert open_drive(tmp_path / "run", place) == drive / place and epochs_of(tmp_path / "run") == 2
+    monkeypatch.setattr(helpers, "mount_drive", lambda: None)  # not on Colab
+    assert open_drive(tmp_path / "other", place) is None and not (tmp_path / "other").exists()
 
 
 def test_the_newest_copy_is_fetched_where_it_is_ahead(places):

@@ -100,7 +100,7 @@ def _run(runs, data, changes, stop, pause, until):
         raise
 
 
-def start(runs, data, changes=CHANGES, stop=None, pause=0.0, until="table = wandb.Table("):
+def start(runs, data, changes=CHANGES, stop=None, pause=0.0, until="helpers.log_results("):
     """Start a run in a child process.
 
     stop: a place, such as "writing checkpoint.pt, part 2", at which the child waits to be killed.
