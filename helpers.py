@@ -106,12 +106,15 @@ def internet_switch():
     return " On Kaggle, Settings > Internet must be on." if KAGGLE.is_dir() else ""
 
 
+def _can_import(name):
+    """Is there a module of this name? A mere folder of that name beside the notebook is none: it has no origin."""
+    spec = importlib.util.find_spec(name)
+    return spec is not None and spec.origin is not None
+
+
 def install(*packages):
     """Install with pip what cannot be imported yet, such as "torchsummaryX==1.1.0"; a RunError where that fails."""
-    def missing(package):  # a folder of that name beside the notebook is not a package: it has no origin
-        spec = importlib.util.find_spec(package.split("=")[0].replace("-", "_"))
-        return spec is None or spec.origin is None
-    if wanted := [package for package in packages if missing(package)]:
+    if wanted := [each for each in packages if not _can_import(each.split("=")[0].replace("-", "_"))]:
         print("installing", *wanted)
         command = [sys.executable, "-m", "pip", "install", "--quiet", *wanted]
         pip = subprocess.run(command, capture_output=True, text=True)
@@ -217,6 +220,11 @@ def _is_name(value):
     return False
 
 
+def _is_one_of(value, allowed):
+    """Is the value among the allowed ones, of the same type too? True is not 1."""
+    return any(type(value) is type(option) and value == option for option in allowed)
+
+
 def check_config(config, options):
     """A checked copy of a config; numpy's numbers and one-element tensors in it become Python's.
 
@@ -236,12 +244,12 @@ def check_config(config, options):
             hint = ("1 to 200 characters (bytes in UTF-8) that can name a folder: none of / \\ < > : \" | ? * [ ], no "
                     "dot or blank at the ends; and not 'cache'")
         elif isinstance(allowed, list):
-            good = any(type(value) is type(option) and value == option for option in allowed)
+            good = _is_one_of(value, allowed)
             hint = ", ".join(map(repr, allowed))
         else:
             kind, low, high, *others = allowed
             number = isinstance(value, (int, kind)) and not isinstance(value, bool)
-            good = low <= value <= high if number else value in others
+            good = low <= value <= high if number else _is_one_of(value, others)
             hint = f"{low} to {high} ({'a whole number' if kind is int else 'a number'})"
             hint = " or ".join([hint, *map(repr, others)])
         if key in config and not good:
@@ -410,11 +418,11 @@ def _pack(folder, names, kinds, gap):
         for mfccs, phonemes, wrong in utterances:
             faults += wrong
             if not faults:
-                mfcc, deviation = mfccs
+                mfcc, std = mfccs
                 frames[row:row + len(mfcc)] = torch.from_numpy(mfcc)
                 row += len(mfcc) + gap
                 lengths.append(len(mfcc))
-                stds.append(deviation)
+                stds.append(std)
                 labels += [] if phonemes is None else [phonemes]
     _raise_faults(folder, faults)
     return {"frames": frames[:row], "offsets": torch.tensor([0, *itertools.accumulate(lengths)]),
@@ -541,8 +549,7 @@ class AudioDataset(Dataset):
     def __init__(self, root, partition="train-clean-100", context=50, subset=1, device="cpu", cache=None):
         self.partition, self.context, self.gap = partition, context, max(GAP, context)
         packed = read_partition(root, partition, subset, self.gap, cache)
-        self.frames, self.offsets, self.stds = (packed[name].to(device)
-                                                     for name in ("frames", "offsets", "stds"))
+        self.frames, self.offsets, self.stds = (packed[name].to(device) for name in ("frames", "offsets", "stds"))
         self.labels = packed["labels"].to(device) if len(packed["labels"]) else None
         self.length, self.utterances = int(packed["offsets"][-1]), len(packed["offsets"]) - 1
         width = 2 * context + 1
@@ -1092,12 +1099,14 @@ def start_wandb(run, wandb_run=None):
     """
     import wandb  # here, because it takes a second, and benchmarks do without
     os.environ.setdefault("WANDB_DATA_DIR", str(cache_folder() / "wandb"))  # where it prepares uploads
+    if wandb_run is not None:
+        log_history(wandb_run, run.history)
+        return wandb_run
     config = {**run.config, **run.details, "python": platform.python_version(), "torch": torch.__version__}
-    given = wandb_run is not None
-    wandb_run = wandb_run or wandb.run
+    wandb_run = wandb.run
     if wandb_run is not None and (wandb_run.id, wandb_run.config.get("wandb")) == (run.wandb_id, config["wandb"]):
         wandb_run.config.update(config, allow_val_change=True)
-    elif not given:
+    else:
         if wandb_run is not None:
             wandb_run.finish()
         run.folder.mkdir(parents=True, exist_ok=True)
@@ -1308,10 +1317,9 @@ def _kaggle_command():
     """The official `kaggle` command: of this Python's environment, activated or not, else of the PATH."""
     if command := shutil.which("kaggle", path=os.path.dirname(sys.executable)) or shutil.which("kaggle"):
         return [command]
-    package = importlib.util.find_spec("kaggle")  # installed elsewhere, as with pip install --user
-    if package is None or package.origin is None:  # a mere folder of that name has no origin
+    if not _can_import("kaggle"):
         raise RunError("the kaggle command is not installed: pip install kaggle")
-    return [sys.executable, "-m", "kaggle"]
+    return [sys.executable, "-m", "kaggle"]  # installed elsewhere, as with pip install --user
 
 
 def submit(path, message, competition):

@@ -78,6 +78,7 @@ def test_numbers_outside_their_range_or_of_another_type_are_refused(key):
     wrong = [None, True, False, [], float("nan"), float("inf"), -float("inf"), low - 1, high + 1, -1, 10**400]
     wrong += ["1", "0.001", "nan"]
     wrong += [5.0, 2.5] if kind is int else []
+    wrong += [np.zeros(2), "AUTO"]
     for value in wrong:
         with pytest.raises(ValueError, match=f"'{key}' is .* allowed: {re.escape(str(low))} to {high}"):
             check_config({**CONFIG, key: value})

@@ -237,7 +237,7 @@ def helpers_elsewhere(monkeypatch):
 def definitions_of(name):
     """A function of the notebook that must run before helpers.py is there."""
     [source] = [source for source in code_cells() if f"def {name}(" in source]
-    namespace = {"importlib": importlib, "sys": sys, "Path": Path, "subprocess": subprocess}
+    namespace = {"importlib": importlib, "sys": sys, "Path": Path}
     exec(source.rsplit("\n\n\n", 1)[0], namespace)
     return namespace
 

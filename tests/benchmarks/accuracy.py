@@ -59,13 +59,15 @@ def narrow(width, match_noise):
     scale_dropout = helpers.scale_dropout
 
     def matched(model, *arguments):
-        scale_dropout(model, *arguments)
+        scale = scale_dropout(model, *arguments)
         for layer in (layer for layer in model.model if isinstance(layer, torch.nn.Dropout)):
             odds = layer.p / (1 - layer.p) * width / WIDTH
             layer.p = odds / (1 + odds)
+        return scale
 
     NOTEBOOK["ARCHETYPES"]["pencil"] = lambda n: [width] * 7
-    helpers.scale_dropout = matched if match_noise else scale_dropout
+    if match_noise:
+        helpers.scale_dropout = matched
 
 
 def train(config, seed, arguments):
