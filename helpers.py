@@ -330,11 +330,11 @@ def _mfccs(array):
         # less the first row, a constant coefficient is exactly zero; a rounding error over 1e-8 would be anything
         array = np.subtract(array, array[0], dtype=np.float64)
         array -= array.mean(axis=0)
-        deviation = np.sqrt(np.square(array).mean(axis=0))
-        array /= deviation + 1e-8
-    if not np.isfinite(deviation).all():  # infinite too where the values are so large that their squares overflow
+        std = np.sqrt(np.square(array).mean(axis=0))
+        array /= std + 1e-8
+    if not np.isfinite(std).all():  # infinite too where the values are so large that their squares overflow
         raise ValueError("NaN, infinite or absurdly large values; expected finite MFCCs")
-    return array, deviation
+    return array, std
 
 
 def _labels(array):
@@ -1612,7 +1612,7 @@ def make_librispeech_corpus(root, source=LIBRISPEECH, revision=None):
     """
     from datasets import Audio, load_dataset
     sources, records = _sources(source, revision), []
-    # a corpus that was begun from other files, or another revision of them, is begun anew
+    # what was begun from other files, or another revision of them, is made from the start
     made_from = ascii([(*each, os.stat(each[0]).st_mtime_ns if os.path.exists(each[0]) else 0) for each in sources])
     note = Path(f"{root}.partial", "made-from.txt")
     if note.parent.exists() and not (note.exists() and note.read_text() == made_from):

@@ -65,7 +65,7 @@ def packed_equal(first, second):
 
 
 def check_windows(dataset, utterances, inside=5):
-    """Compare the windows at every border, and some inside, one by one and in one batch."""
+    """Compare the windows at the ends of the utterances, and some inside, one by one and in one batch."""
     context = dataset.context
     assert len(dataset) == sum(len(mfcc) for mfcc, _ in utterances)
     indexes, windows, labels, first = [], [], [], 0

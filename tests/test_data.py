@@ -23,7 +23,7 @@ repeatable = settings(derandomize=True, deadline=None, database=None, max_exampl
 
 @pytest.mark.parametrize("context", [0, 1, 7, 50, 60])
 @pytest.mark.parametrize("partition", PARTITIONS)
-def test_windows_at_every_border_of_the_practice_corpus(corpus, partition, context):
+def test_windows_at_the_ends_of_the_utterances_of_the_practice_corpus(corpus, partition, context):
     check_windows(AudioDataset(corpus, partition, context), read_partition(corpus, partition))
 
 

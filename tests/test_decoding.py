@@ -37,7 +37,7 @@ def test_viterbi_finds_the_best_of_all_paths_of_each_utterance(lengths, states, 
     assert path.dtype == torch.int64 and path.tolist() == expected
 
 
-def test_no_transition_crosses_the_border_of_an_utterance():
+def test_no_transition_crosses_the_end_of_an_utterance():
     scores = torch.tensor([[1.0, 0.0]] * 3 + [[0.0, 1.0]] * 3)
     stay = torch.tensor([[0.0, -100.0], [-100.0, 0.0]])
     assert viterbi(scores, stay, torch.tensor([0, 3, 6])).tolist() == [0, 0, 0, 1, 1, 1]

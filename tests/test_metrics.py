@@ -29,7 +29,7 @@ def test_confusion_matrix(pairs, label_dtype, prediction_dtype):
     assert matrix.tolist() == expected and len(PHONEMES) == 42
 
 
-def slow_border_distance(utterances):
+def slow_boundary_distance(utterances):
     distances = []
     for labels in utterances:
         boundaries = [0, *(t for t in range(1, len(labels)) if labels[t] != labels[t - 1]), len(labels)]
@@ -41,16 +41,16 @@ def slow_border_distance(utterances):
 @repeatable
 @given(st.lists(st.lists(st.tuples(st.integers(0, 3), st.integers(1, 9)), min_size=1, max_size=6), min_size=1,
                 max_size=5))
-def test_border_distance(phones):
+def test_boundary_distance(phones):
     utterances = [[label for label, length in runs for _ in range(length)] for runs in phones]
     offsets = [0, *itertools.accumulate(map(len, utterances))]
     labels = np.array([label for labels in utterances for label in labels], np.uint8)
     distances = boundary_distance(labels, offsets)
-    assert distances.tolist() == slow_border_distance(utterances)
+    assert distances.tolist() == slow_boundary_distance(utterances)
     assert boundary_distance(torch.from_numpy(labels), torch.tensor(offsets)).tolist() == distances.tolist()
 
 
-def test_border_distance_by_hand():
+def test_boundary_distance_by_hand():
     assert boundary_distance([1, 1, 1, 1, 1, 2, 2], [0, 7]).tolist() == [0, 1, 2, 1, 0, 0, 0]
     assert boundary_distance([1, 1, 1, 1, 1, 1], [0, 2, 6]).tolist() == [0, 0, 0, 1, 1, 0]  # an utterance ends inside
 

@@ -141,7 +141,7 @@ def test_free_keys_may_differ(trained, key):
 
 
 @pytest.mark.parametrize("scheduler", ["steplr", "exponential", "reducelronplateau"])
-def test_epochs_may_be_raised_and_the_run_carries_on(corpus, tmp_path, scheduler):
+def test_epochs_may_be_raised_and_the_run_resumes(corpus, tmp_path, scheduler):
     train_to_the_end(tmp_path / "raised", corpus, scheduler=scheduler)
     raised = train_to_the_end(tmp_path / "raised", corpus, scheduler=scheduler, epochs=3)
     assert [row["epoch"] for row in raised["history"]] == [1, 2, 3]
@@ -284,7 +284,7 @@ def run_on_a_full_disk(runs, data):
         train_to_the_end(runs, data, epochs=2)
 
 
-def test_a_run_on_a_full_disk_stops_and_carries_on_later(runs, corpus, tmp_path):
+def test_a_run_on_a_full_disk_stops_and_resumes_later(runs, corpus, tmp_path):
     pytest.importorskip("resource")
     before = (runs / "pencil" / "checkpoint.pt").read_bytes()
     assert kills.in_child(run_on_a_full_disk, runs, corpus) == 0

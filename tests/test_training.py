@@ -496,7 +496,7 @@ def test_an_absurd_learning_rate_ends_in_a_readable_error(book, loaders, tmp_pat
         fit(book, config, built(book, config), loaders, tmp_path)
 
 
-def test_after_an_interrupt_the_run_carries_on_as_if_nothing_had_happened(book, loaders, data, tmp_path):
+def test_after_an_interrupt_the_run_resumes_as_if_nothing_had_happened(book, loaders, data, tmp_path):
     config = settings(book, epochs=3, dropout=0.3, augmentations="Both")
 
     def interrupt():

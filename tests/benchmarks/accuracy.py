@@ -6,7 +6,7 @@
 
 DATA is a folder in the course's layout. A recipe is "best" (the notebook's config as it stands), "original" (that with
 `recipe` "original"), or changes to the original's: key=value,key=value. What is trained is kept in --folder and not
-trained again; killed, the next call goes on with the epoch. `subset` is of the training data; the validation set stays
+trained again; killed, the next call resumes at that epoch. `subset` is of the training data; the validation set stays
 whole. Viterbi's weights are chosen on every second utterance and its accuracy is that of the others.
 
 --width narrows the pencil, so that a small set has as many frames a parameter as the course's has for the whole network

@@ -23,7 +23,7 @@ LIMIT = "matrix products alone (the limit)"
 
 
 class Steps:
-    """`n` batches of a loader, which begins anew when it ends; looks like the loader to `train`."""
+    """`n` batches of a loader, started again when it ends; looks like the loader to `train`."""
 
     def __init__(self, loader, n):
         self.loader, self.n, self.sampler = loader, n, getattr(loader, "sampler", SimpleNamespace(epoch=0))
