@@ -692,18 +692,21 @@ class Dropout(torch.nn.Dropout):
 def scale_dropout(model, config, frames, epoch):
     """Set the rates of all `Dropout` layers for this epoch, a factor times their `rate`, and return the factor.
 
-    It is config["dropout_scale"]; "auto" grows from 0.1 in the first of config["epochs"] to 0.1 (1.8 / r)^0.6, within
-    0.1 ... 2, in the last, where r is the number of training frames for each parameter. The course's data and network
-    have 1.8. tests/benchmarks/accuracy.md has the measurements that this rule was made from.
+    It is config["dropout_scale"]; or "auto": with r training frames for each parameter and x = (1.8 / r)^0.6 it goes
+    over config["epochs"] in equal steps from the smaller one of x and 1 / x to x, within 0.1 ... 2. The course's data
+    and network have r = 1.8, so x = 1. Of this factor a layer of n < 1600 units gets n / 1600: in a sum over its units,
+    dropout p is noise in proportion to p / ((1 - p) n). tests/benchmarks/accuracy.md has the measurements behind it.
     """
-    scale = config["dropout_scale"]
-    if scale == "auto":
-        parameters = sum(map(torch.numel, model.parameters()))
-        last = min(max(0.1 * (1.8 * parameters / frames) ** 0.6, 0.1), 2)
-        scale = 0.1 + (last - 0.1) * (epoch - 1) / max(config["epochs"] - 1, 1)
+    scale, auto = config["dropout_scale"], config["dropout_scale"] == "auto"
+    if auto:
+        x = (1.8 * sum(map(torch.numel, model.parameters())) / frames) ** 0.6
+        first, last = (min(max(factor, 0.1), 2) for factor in (min(x, 1 / x), x))
+        scale = first + (last - first) * (epoch - 1) / max(config["epochs"] - 1, 1)
     for layer in model.modules():
-        if isinstance(layer, Dropout):
-            layer.p = min(scale * layer.rate, 0.99)
+        if isinstance(layer, torch.nn.Linear):
+            share = min(layer.out_features / 1600, 1) if auto else 1
+        elif isinstance(layer, Dropout):
+            layer.p = min(scale * share * layer.rate, 0.99)
     return scale
 
 

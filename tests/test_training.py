@@ -327,36 +327,58 @@ def test_dropout_scale_is_a_factor_of_all_rates(book, archetype, scale, expected
 
 def test_the_fewer_frames_a_parameter_the_more_dropout_in_the_end(book):
     config = settings(book, dropout=0.2, dropout_alternate=False, dropout_scale="auto", epochs=5)
-    model = book.make_network(config)
+    model = book.make_network(config)  # 512, 256, 128 wide
     parameters = sum(map(torch.numel, model.parameters()))
-    last = {}
+    ends = {}
     for ratio in (0.001, 0.01, 0.1, 1, 1.8, 10):
         scales = []
         for epoch in range(1, 6):
             scales.append(helpers.scale_dropout(model, config, round(ratio * parameters), epoch))
-            assert {layer.p for layer in model.model if isinstance(layer, nn.Dropout)} == {0.2 * scales[-1]}
-        assert scales == pytest.approx(np.linspace(0.1, scales[-1], 5))
-        last[ratio] = scales[-1]
-        assert helpers.scale_dropout(model, {**config, "epochs": 1}, round(ratio * parameters), 1) == 0.1
-    assert last[0.001] == 2 and last[1.8] == pytest.approx(0.1, abs=1e-3) and last[10] == 0.1
-    assert 2 >= last[0.01] > 1 > last[0.1] > last[1] > 0.1
+            rates = [layer.p for layer in model.model if isinstance(layer, nn.Dropout)]
+            assert rates == pytest.approx([0.2 * scales[-1] * width / 1600 for width in (512, 256, 128)])
+        assert scales == pytest.approx(np.linspace(scales[0], scales[-1], 5))
+        ends[ratio] = scales[0], scales[-1]
+    assert ends[0.001] == (0.1, 2) and ends[1.8] == pytest.approx((1, 1), abs=1e-3)
+    assert ends[1] == pytest.approx((1 / 1.8**0.6, 1.8**0.6), abs=1e-3)
+    assert ends[10] == pytest.approx((0.18**0.6, 0.18**0.6), abs=1e-3)
+
+
+def test_a_layer_wider_than_the_pencils_has_no_higher_rate(book):
+    config = settings(book, archetype="diamond", num_layers=7, dropout=0.2, dropout_alternate=False,
+                      dropout_scale="auto", epochs=1)
+    model = book.make_network(config)
+    assert helpers.scale_dropout(model, config, round(1.8 * sum(map(torch.numel, model.parameters()))), 1) == (
+        pytest.approx(1, abs=1e-3))
+    rates = [layer.p for layer in model.model if isinstance(layer, nn.Dropout)]
+    assert rates == pytest.approx([0.044, 0.088, 0.176, 0.2, 0.176, 0.088, 0.044], rel=1e-3)
 
 
 def test_dropout_is_scaled_in_every_epoch(book, loaders, tmp_path):
     config, seen = settings(book, dropout=0.2, dropout_scale="auto", epochs=3), {}
     parts = built(book, config)
-    frames = len(loaders[0].dataset)
-    expected = {epoch: 0.2 * helpers.scale_dropout(parts[0], config, frames, epoch) for epoch in (1, 2, 3)}
+    frames, expected = len(loaders[0].dataset), {}
     [layer, *_] = [layer for layer in parts[0].model if isinstance(layer, nn.Dropout)]
+    for epoch in (1, 2, 3):
+        helpers.scale_dropout(parts[0], config, frames, epoch)
+        expected[epoch] = layer.p
     parts[0].register_forward_pre_hook(lambda *_: seen.update({loaders[0].sampler.epoch: layer.p}))
     fit(book, config, parts, loaders, tmp_path)
-    assert seen == pytest.approx(expected) and expected[3] > expected[1]
+    assert seen == expected and expected[3] > expected[1]
 
 
 @pytest.mark.parametrize("scheduler", OPTIONS["scheduler"])
 def test_lr_scale_is_a_factor_of_the_learning_rate(book, scheduler):
     assert rates(book, 12, scheduler, **PLATEAU.get(scheduler, {}), lr_scale=2) == pytest.approx(
         2 * rates(book, 12, scheduler, **PLATEAU.get(scheduler, {})))
+
+
+@pytest.mark.parametrize("archetype, layers, factor", [
+    ("pencil", 7, 2), ("cylinder", 3, 2), ("pyramid", 3, 2 * math.sqrt(1600 / 512)),
+    ("diamond", 7, 2 * math.sqrt(1600 / 2816))])
+def test_narrow_networks_take_larger_steps(book, archetype, layers, factor):
+    config = settings(book, archetype=archetype, num_layers=layers, learning_rate=0.003, lr_scale="auto")
+    [group] = book.make_optimizer(config, nn.Linear(1, 1)).param_groups
+    assert group["lr"] == pytest.approx(0.003 * factor)
 
 
 @pytest.mark.parametrize("optimizer", OPTIONS["optimizers"])

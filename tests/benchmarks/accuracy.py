@@ -58,11 +58,11 @@ def narrow(width, match_noise):
     """Make the notebook's pencil `width` units wide; its dropout the same, or the same noise (see above)."""
     scale_dropout = helpers.scale_dropout
 
-    def matched(model, *arguments):
-        scale = scale_dropout(model, *arguments)
+    def matched(model, config, *arguments):
+        scale = scale_dropout(model, config, *arguments)
         for layer in (layer for layer in model.model if isinstance(layer, torch.nn.Dropout)):
             odds = layer.p / (1 - layer.p) * width / WIDTH
-            layer.p = odds / (1 + odds)
+            layer.p = odds / (1 + odds) if config["dropout_scale"] != "auto" else layer.p  # which is in proportion
         return scale
 
     NOTEBOOK["ARCHETYPES"]["pencil"] = lambda n: [width] * 7
