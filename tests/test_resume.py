@@ -109,7 +109,7 @@ def other_value(key):
     now = {**CONFIG, **QUICK}[key]
     if isinstance(options, list):
         return next(option for option in options if option != now)
-    if key in ("Name", "competition", "subset", "dropout", "dropout_scale"):
+    if key in ("Name", "competition", "subset", "dropout", "dropout_scale", "lr_scale"):
         return "another" if OPTIONS[key] is str else 0.5
     return now + 1 if isinstance(now, int) else now / 2
 

@@ -11,7 +11,8 @@ whole. Viterbi's weights are chosen on every second utterance and its accuracy i
 
 --width narrows the pencil, so that a small set has as many frames a parameter as the course's has for the whole network
 (1.8). The same dropout is more noise in a narrow layer: --match-noise lowers every rate p to the one with p / (1 - p)
-in proportion to the width, the same noise in a sum over the layer's units as at 1600. accuracy.md keeps what was found.
+in proportion to the width, the same noise in a sum over the layer's units as at 1600; "auto" does so by itself.
+accuracy.md keeps what was found.
 """
 
 import argparse
