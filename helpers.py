@@ -697,14 +697,15 @@ def scale_dropout(model, config, frames, epoch):
     and network have r = 1.8, so x = 1. Of this factor a layer of n < 1600 units gets n / 1600: in a sum over its units,
     dropout p is noise in proportion to p / ((1 - p) n). tests/benchmarks/accuracy.md has the measurements behind it.
     """
-    scale, auto = config["dropout_scale"], config["dropout_scale"] == "auto"
+    scale, share = config["dropout_scale"], 1
+    auto = scale == "auto"
     if auto:
         x = (1.8 * sum(map(torch.numel, model.parameters())) / frames) ** 0.6
         first, last = (min(max(factor, 0.1), 2) for factor in (min(x, 1 / x), x))
         scale = first + (last - first) * (epoch - 1) / max(config["epochs"] - 1, 1)
     for layer in model.modules():
-        if isinstance(layer, torch.nn.Linear):
-            share = min(layer.out_features / 1600, 1) if auto else 1
+        if auto and isinstance(layer, torch.nn.Linear):
+            share = min(layer.out_features / 1600, 1)  # of the dropout behind it
         elif isinstance(layer, Dropout):
             layer.p = min(scale * share * layer.rate, 0.99)
     return scale

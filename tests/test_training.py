@@ -338,7 +338,9 @@ def test_the_fewer_frames_a_parameter_the_more_dropout_in_the_end(book):
             assert rates == pytest.approx([0.2 * scales[-1] * width / 1600 for width in (512, 256, 128)])
         assert scales == pytest.approx(np.linspace(scales[0], scales[-1], 5))
         ends[ratio] = scales[0], scales[-1]
-    assert ends[0.001] == (0.1, 2) and ends[1.8] == pytest.approx((1, 1), abs=1e-3)
+        assert helpers.scale_dropout(model, {**config, "epochs": 1}, round(ratio * parameters), 1) == scales[0]
+    assert ends[0.001] == (0.1, 2) and ends[0.01][1] == ends[0.1][1] == 2 > ends[1][1] > ends[1.8][1] > ends[10][1]
+    assert ends[1.8] == pytest.approx((1, 1), abs=1e-3)
     assert ends[1] == pytest.approx((1 / 1.8**0.6, 1.8**0.6), abs=1e-3)
     assert ends[10] == pytest.approx((0.18**0.6, 0.18**0.6), abs=1e-3)
 

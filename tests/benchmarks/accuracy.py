@@ -61,9 +61,10 @@ def narrow(width, match_noise):
 
     def matched(model, config, *arguments):
         scale = scale_dropout(model, config, *arguments)
-        for layer in (layer for layer in model.model if isinstance(layer, torch.nn.Dropout)):
-            odds = layer.p / (1 - layer.p) * width / WIDTH
-            layer.p = odds / (1 + odds) if config["dropout_scale"] != "auto" else layer.p  # which is in proportion
+        if config["dropout_scale"] != "auto":  # which is in proportion to the width by itself
+            for layer in (layer for layer in model.model if isinstance(layer, torch.nn.Dropout)):
+                odds = layer.p / (1 - layer.p) * width / WIDTH
+                layer.p = odds / (1 + odds)
         return scale
 
     NOTEBOOK["ARCHETYPES"]["pencil"] = lambda n: [width] * 7
