@@ -186,7 +186,7 @@ def interrupted(function, delay):
 def frozen(value):
     """A value that can be compared with ==, tensors bit by bit; without what may differ between two equal runs."""
     if isinstance(value, torch.Tensor):
-        return str(value.dtype), tuple(value.shape), value.numpy().tobytes()
+        return str(value.dtype), tuple(value.shape), value.cpu().numpy().tobytes()
     if isinstance(value, dict):
         return {key: frozen(item) for key, item in value.items() if key not in NOT_COMPARED}
     return [frozen(item) for item in value] if isinstance(value, (list, tuple)) else value
