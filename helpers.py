@@ -15,9 +15,10 @@ Sections, and the functions to start with:
     Device and precision     pick_device, pick_precision
     Reading                  read_partition
     Windows and loaders      AudioDataset, make_loader
-    Augmentation             mask_frames, warp_maps, warp_frames, Dropout, scale_dropout
+    Augmentation             mask_frames, warp_maps, warp_frames
+    Network                  Dropout, scale_dropout, print_layers
     Metrics                  confusion_matrix, boundary_distance, calibration
-    Pictures                 draw_frames, draw_phones
+    Figures                  draw_frames, draw_phones
     Decoding                 viterbi, Decoder
     Checkpoint               save_checkpoint, load_checkpoint, start_or_resume, restore
     Folders, wandb, Drive    runs_folder, start_wandb, log_history, copy_to_drive
@@ -44,6 +45,7 @@ import subprocess
 import sys
 import threading
 import time
+import timeit
 import warnings
 import weakref
 import zipfile
@@ -68,9 +70,10 @@ MANNERS = {  # manner of articulation: its phonemes, in the order of the confusi
     "affricates": "CH JH".split(), "fricatives": "F V TH DH S Z SH ZH HH".split()}
 PARTITIONS = ("train-clean-100", "dev-clean", "test-clean")
 KINDS = ("mfcc", "transcript")  # folders of a partition; test has the first one only
-COEFFICIENTS = 28  # MFCCs a frame; a frame every 10 ms
+COEFFICIENTS = 28  # MFCCs per frame; a frame every 10 ms
 LIBRISPEECH = "gilkeyio/librispeech-alignments"  # on the Hugging Face hub: 33,861 utterances, 7 GB; 5.3 GB as MFCCs
 LIBRISPEECH_REVISION = "0daa1eb43dda38ee6ce752e785555380e5628f5c"  # of 2023-11-22
+PRACTICE = "practice-corpus"  # the name of its folder
 KAGGLE = Path("/kaggle")  # on Kaggle's own notebooks: input/ is what was attached, working/ is kept
 
 
@@ -101,7 +104,7 @@ def find_files(folder, *patterns):
                   if not any(map(is_clutter, path.relative_to(folder).parts)))
 
 
-def internet_switch():
+def internet_hint():
     """A hint for messages about failed downloads: on Kaggle the Internet is a switch. Elsewhere it is empty."""
     return " On Kaggle, Settings > Internet must be on." if KAGGLE.is_dir() else ""
 
@@ -120,7 +123,7 @@ def install(*packages):
         pip = subprocess.run(command, capture_output=True, text=True)
         if pip.returncode:
             raise RunError(f"pip could not install {' '.join(wanted)}: {pip.stderr[-300:]}\nIs there a connection?"
-                           + internet_switch())
+                           + internet_hint())
 
 
 @contextlib.contextmanager
@@ -209,15 +212,10 @@ def map_in_threads(function, jobs):
 
 # ---- Config -------------------------------------------------------------------------------------------------
 
-NAME = r"[^./\\<>:\"|?*\[\]\x00-\x1f\x7f\s]([^/\\<>:\"|?*\[\]\x00-\x1f\x7f]*[^./\\<>:\"|?*\[\]\x00-\x1f\x7f\s])?"
-
-
 def _is_name(value):
     """Can this text name a folder beside runs/cache, on every system?"""
-    with contextlib.suppress(UnicodeEncodeError):
-        return (isinstance(value, str) and re.fullmatch(NAME, value) is not None and len(value.encode()) <= 200
-                and value.casefold() != "cache")
-    return False
+    return (isinstance(value, str) and value.isprintable() and not set(value) & set('/\\<>:"|?*[]')
+            and value == value.strip(" .") != "" and len(value.encode()) <= 200 and value.casefold() != "cache")
 
 
 def _is_one_of(value, allowed):
@@ -286,7 +284,7 @@ def pick_device():
 
 
 def pick_precision(device, saved=None):
-    """The dtype of the matrix products: what is fastest on this device, or what a resumed run had, if it can be had.
+    """The dtype of the matrix products: the fastest on this device; a resumed run keeps its own if it can.
 
     float16 needs a gradient scaler; bfloat16 has the range of float32 and needs none. `saved`: "float32", "bfloat16"
     or "float16", from a checkpoint of the run.
@@ -295,23 +293,18 @@ def pick_precision(device, saved=None):
         return torch.float32
     if device == "cuda":
         native = torch.cuda.is_bf16_supported(including_emulation=False)
-        able = [torch.bfloat16, torch.float16] if native else [torch.float16]
+        supported = [torch.bfloat16, torch.float16] if native else [torch.float16]
     else:  # float16 is emulated on CPUs, and so is bfloat16 on most
         has = getattr(torch.cpu, "get_capabilities", dict)()
-        able = [torch.float32] + [torch.bfloat16] * bool(has.get("avx512_bf16") or has.get("amx_bf16"))
-        able.sort(key=_seconds_of_a_product)
-    return next((dtype for dtype in able if str(dtype) == f"torch.{saved}"), able[0])
+        supported = [torch.float32] + [torch.bfloat16] * bool(has.get("avx512_bf16") or has.get("amx_bf16"))
+        supported.sort(key=_seconds_of_a_product)
+    return next((dtype for dtype in supported if str(dtype) == f"torch.{saved}"), supported[0])
 
 
 def _seconds_of_a_product(dtype):
     """How long the CPU takes for a matrix product like those of the network, at best."""
     a, b = torch.ones(256, 1600, dtype=dtype), torch.ones(1600, 1600, dtype=dtype)
-    seconds = []
-    for _ in range(4):
-        start = time.perf_counter()
-        a @ b
-        seconds.append(time.perf_counter() - start)
-    return min(seconds)
+    return min(timeit.repeat(lambda: a @ b, number=1, repeat=4))
 
 
 # ---- Reading: a folder of .npy files -> one packed array ---------------------------------------------------
@@ -342,7 +335,7 @@ def _labels(array):
     if array.dtype.kind != "U":
         raise ValueError(f"dtype {array.dtype}; expected text, <U5")
     if array.ndim != 1 or len(array) < 3:
-        raise ValueError(f"shape {array.shape}; expected (frames + 2,) for [SOS], one phoneme a frame, [EOS]")
+        raise ValueError(f"shape {array.shape}; expected (frames + 2,) for [SOS], one phoneme per frame, [EOS]")
     if (array[0], array[-1]) != ("[SOS]", "[EOS]"):
         raise ValueError(f"it starts with {str(array[0])!r} and ends with {str(array[-1])!r}; expected [SOS] and [EOS]")
     array = array[1:-1]
@@ -354,15 +347,12 @@ def _labels(array):
     return np.repeat(np.array([_INDEX[phoneme] for phoneme in phonemes], np.uint8), np.diff(offsets, append=len(array)))
 
 
-def _contents(paths):
-    """The bytes of an utterance's files, or the errors that they cannot be read."""
-    contents = []
-    for path in paths:
-        try:
-            contents.append(path.read_bytes())
-        except OSError as error:
-            contents.append(error)
-    return contents
+def _read(path):
+    """The bytes of a file, or the error that it cannot be read."""
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        return error
 
 
 def _load_npy(content):
@@ -388,7 +378,7 @@ def _convert(contents, paths):
         except Exception as error:  # whatever a damaged file provokes, it is that file's fault
             faults.append(f"{path}: {error}")
     if not faults and arrays[1] is not None and len(arrays[1]) != len(arrays[0][0]):
-        faults.append(f"{paths[1]}: {len(arrays[1])} phonemes; expected {len(arrays[0][0])}, one a frame")
+        faults.append(f"{paths[1]}: {len(arrays[1])} phonemes; expected {len(arrays[0][0])}, one per frame")
     return *arrays, faults
 
 
@@ -410,8 +400,8 @@ def _pack(folder, names, kinds, gap):
     rows = sum(path.stat().st_size for path, *_ in paths if path.exists()) // (2 * COEFFICIENTS)
     frames = torch.from_numpy(np.zeros((rows + gap * (len(names) + 1), COEFFICIENTS), np.float16))
     labels, lengths, stds, faults, row = [np.zeros(0, np.uint8)], [], [], [], gap
-    # small files are waited for more than worked on, so threads read them; but Python 3.11 parses headers in one only
-    utterances = map(_convert, map_in_threads(_contents, paths), paths)
+    # reading small files is mostly waiting: threads do it; Python 3.11's parser of their headers is not thread-safe
+    utterances = map(_convert, map_in_threads(lambda files: [_read(path) for path in files], paths), paths)
     print(f"reading {len(names):,} utterances of {folder.name}")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # numpy's and Python's, about what stands in a damaged header
@@ -467,17 +457,17 @@ def _list_utterances(folder, kinds, subset):
 def _cache_key(folder, names, kinds, gap):
     """A digest of all that changes what the cache holds: format, gap, and each file's name, size and time."""
     def stamp(name):
-        with contextlib.suppress(OSError):  # a link to nowhere: reading it tells
+        with contextlib.suppress(OSError):  # a link to nowhere: reported when it is read
             stats = [os.stat(os.path.join(folder, kind, name)) for kind in kinds]
             return name, *((stat.st_size, stat.st_mtime_ns) for stat in stats)
     return hashlib.sha256(repr(("packed 4", folder.name, gap, [*map_in_threads(stamp, names)])).encode()).hexdigest()
 
 
 def _open_cache(path, key):
-    """The packed tensors of a cache file, mapped into memory; None where it is missing, partial or foreign."""
+    """The packed tensors of a cache file, mapped into memory; None where it is missing, partial or not ours."""
     # the second way is for file systems that cannot map (some network disks): it reads the whole file
     for load in (safetensors.torch.load_file, lambda path: safetensors.torch.load(path.read_bytes())):
-        with contextlib.suppress(Exception):  # whatever is wrong with it, it is made anew
+        with contextlib.suppress(Exception):  # whatever is wrong with it, it is rebuilt
             packed = load(path)
             if packed.pop("key").numpy().tobytes().decode() == key:
                 return packed
@@ -496,7 +486,7 @@ def read_partition(root, partition, subset=1, gap=GAP, cache=None):
     "labels" uint8 (n frames,), empty for test; "offsets" int64 (utterances + 1,), the first frame of each utterance
     and the number of all, counted without the gaps; "stds" float32 (28,), the mean over the utterances of
     each coefficient's standard deviation before normalisation.
-    Raises a DataError that tells all faulty files together, the first ten by name.
+    Raises a DataError that counts all faulty files and names the first ten.
     """
     folder = Path(root) / partition
     kinds, subset = (KINDS[:1], 1) if partition == "test-clean" else (KINDS, subset)
@@ -566,7 +556,7 @@ class AudioDataset(Dataset):
         return batch[0] if self.labels is None else (batch[0][0], batch[1][0])
 
     def _batch(self, index):
-        gaps = torch.searchsorted(self.offsets, index, right=True)  # that lie before the frame: one an utterance
+        gaps = torch.searchsorted(self.offsets, index, right=True)  # that lie before the frame: one per utterance
         frames = torch.index_select(self.windows, 0, index + self.gap * gaps - self.context)
         frames = frames.view(len(index), -1, COEFFICIENTS)
         return frames if self.labels is None else (frames, self.labels[index].long())
@@ -671,6 +661,8 @@ def warp_frames(frames, maps):
     return frames.copy_(frames.to(maps.dtype) @ maps[which])
 
 
+# ---- Network -----------------------------------------------------------------------------------------------
+
 class Dropout(torch.nn.Dropout):
     """torch's draws a random number for each unit; on a CPU, here four share one (p in steps of 1/65536).
 
@@ -689,18 +681,18 @@ class Dropout(torch.nn.Dropout):
         return x * keep.to(x.dtype).mul_(1 / (1 - self.p))
 
 
-def scale_dropout(model, config, frames, epoch):
+def scale_dropout(model, config, train_frames, epoch):
     """Set the rates of all `Dropout` layers for this epoch, a factor times their `rate`, and return the factor.
 
-    It is config["dropout_scale"]; or "auto": with r training frames for each parameter and x = (1.8 / r)^0.6 it goes
+    It is config["dropout_scale"]; or "auto": with r training frames per parameter and x = (1.8 / r)^0.6 it goes
     over config["epochs"] in equal steps from the smaller one of x and 1 / x to x, within 0.1 ... 2. The course's data
     and network have r = 1.8, so x = 1. Of this factor a layer of n < 1600 units gets n / 1600: in a sum over its units,
     dropout p is noise in proportion to p / ((1 - p) n). tests/benchmarks/accuracy.md has the measurements behind it.
     """
-    scale, share = config["dropout_scale"], 1
-    auto = scale == "auto"
+    auto = config["dropout_scale"] == "auto"
+    scale, share = config["dropout_scale"], 1  # share: of the scale, for the layer's width
     if auto:
-        x = (1.8 * sum(map(torch.numel, model.parameters())) / frames) ** 0.6
+        x = (1.8 * sum(map(torch.numel, model.parameters())) / train_frames) ** 0.6
         first, last = (min(max(factor, 0.1), 2) for factor in (min(x, 1 / x), x))
         scale = first + (last - first) * (epoch - 1) / max(config["epochs"] - 1, 1)
     for layer in model.modules():
@@ -737,7 +729,7 @@ def accuracy_by_phoneme(confusion):
 
 
 def top_confusions(confusion, count=10):
-    """A table of the commonest confusions of a confusion matrix: which phonemes, how many frames, their shares."""
+    """A table of the most common confusions of a confusion matrix: which phonemes, how many frames, their shares."""
     wrong = confusion * (1 - np.eye(len(confusion), dtype=int))
     pairs = np.dstack(np.unravel_index(wrong.ravel().argsort()[::-1][:count], wrong.shape))[0]
     return pd.DataFrame([{"true": PHONEMES[i], "taken for": PHONEMES[j], "frames": wrong[i, j],
@@ -770,11 +762,11 @@ def calibration(confidences, correct, bins=10):
     which = np.digitize(confidences, np.linspace(0, 1, bins + 1)[1:-1], right=True)
     count = np.bincount(which, minlength=bins)
     with np.errstate(invalid="ignore"):  # 0 / 0 in an empty bin
-        sure, right = (np.bincount(which, weights, bins) / count for weights in (confidences, correct))
-    return sure, right, count, float(np.nansum(np.abs(sure - right) * count) / count.sum())
+        confidence, accuracy = (np.bincount(which, weights, bins) / count for weights in (confidences, correct))
+    return confidence, accuracy, count, float(np.nansum(np.abs(confidence - accuracy) * count) / count.sum())
 
 
-# ---- Pictures ----------------------------------------------------------------------------------------------
+# ---- Figures -----------------------------------------------------------------------------------------------
 
 def draw_frames(axis, frames, **options):
     """Draw MFCCs (T, 28) along time into matplotlib's axis: red above the mean, blue below. options: of `imshow`."""
@@ -884,7 +876,7 @@ class Decoder:
 # keys that may change when a run is resumed, because the trained weights do not depend on them
 FREE_KEYS = ("Name", "recipe", "test_warps", "smoothing", "data", "competition", "shorten", "wandb", "artifacts",
              "drive", "kaggle_submit", "ablations")
-
+UNPLANNED = ("steplr", "exponential", "reducelronplateau")  # schedules that do not know the number of epochs
 
 _RUN_LOCKS = weakref.WeakValueDictionary()  # path -> lock
 
@@ -932,16 +924,16 @@ def load_checkpoint(path, config=None):
             state["history"]  # best.pt has none: nothing to resume
     except Exception as error:  # torch and pickle raise a dozen kinds, none of them readable
         raise RunError(f"{path}: damaged, or not a checkpoint of this notebook ({type(error).__name__}). Restore a "
-                       "copy of it, or delete it to start afresh.") from None
+                       "copy of it, or choose another config['Name'] for a fresh run.") from None
     if config is not None:
-        planned = config["scheduler"] == "cosineanneal" or config["dropout_scale"] == "auto"
+        planned = config["scheduler"] not in UNPLANNED or config["dropout_scale"] == "auto"
         free = FREE_KEYS if planned else (*FREE_KEYS, "epochs")
         differences = [f"{key}: {saved.get(key)!r} there, {config[key]!r} now" for key in config
                        if key not in free and saved.get(key) != config[key]]
         if differences:
             raise RunError(f"{path}: this run was started with another config:\n  " + "\n  ".join(differences) +
                            "\nSet these back to resume it, or choose another config['Name'] for a fresh run."
-                           + (" (Cosine annealing and dropout_scale 'auto' are planned for a fixed number of epochs.)"
+                           + (" (The schedule or dropout_scale 'auto' is planned for a fixed number of epochs.)"
                               if any(line.startswith("epochs") for line in differences) else ""))
     return state
 
@@ -972,14 +964,17 @@ def restore(state, run):
 def start_or_resume(run, checkpoint):
     """Write the first checkpoint of a new run, or check that the one there was trained on these data.
 
-    run: has `config`, `folder`, `train_loader`, and what STATEFUL names. checkpoint: from `load_checkpoint`, None for a
-    new run. Returns a line for the user: whether it is a new run, or how many epochs are there.
+    It is written before the first epoch, so that a run killed there keeps its precision and its wandb id.
+    run: has `config`, `folder`, `train_loader`, `model.precision`, and what STATEFUL names; gets `history` and
+    `wandb_id`. checkpoint: from `load_checkpoint`, None for a new run.
+    Returns a line for the user: whether it is a new run, or how many epochs are there.
     """
     data = run.train_loader.dataset
     facts = {"frames": len(data), "sum of labels": int(data.labels.sum())}  # tells other data, wherever they lie
     if checkpoint is None:
         checkpoint = {"config": run.config, "data": facts, "history": [], "wandb_id": secrets.token_hex(4),
                       "precision": str(run.model.precision).removeprefix("torch."), **snapshot(run)}
+        (run.folder / "best.pt").unlink(missing_ok=True)  # of a run whose checkpoint was deleted
         save_checkpoint(run.folder / "checkpoint.pt", checkpoint)
     elif checkpoint["data"] != facts:
         raise RunError(f"{run.folder} was trained on other data ({checkpoint['data']} there, {facts} now): choose "
@@ -1024,8 +1019,8 @@ def cache_folder(runs=None):
     return runs / "cache"
 
 
-def have_keys(*names, seconds=30):
-    """Are all these keys in the environment? Colab's and Kaggle's secrets of these names are copied there first.
+def load_secrets(*names, seconds=30):
+    """Copy Colab's or Kaggle's secrets of these names into the environment, where they are not there yet.
 
     seconds: how long to wait for them. Colab never answers without its browser window, nor Kaggle without Internet.
     """
@@ -1044,7 +1039,6 @@ def have_keys(*names, seconds=30):
         thread.start()
     for thread in threads:
         thread.join(max(end - time.monotonic(), 0))
-    return all(os.environ.get(name) for name in names)
 
 
 def wandb_mode(choice):
@@ -1056,7 +1050,7 @@ def wandb_mode(choice):
     choice = (os.environ.get("WANDB_MODE") or choice) if choice == "auto" else choice
     if choice not in ("auto", "online", "run"):
         return choice
-    have_keys("WANDB_API_KEY")
+    load_secrets("WANDB_API_KEY")
     environment = {**os.environ, **({} if choice == "auto" else {"WANDB_MODE": "online"})}
     try:
         login = subprocess.run([sys.executable, "-c", WANDB_LOGIN], env=environment, stdin=subprocess.DEVNULL,
@@ -1166,8 +1160,12 @@ def log_results(run, results, submission):
         run.wandb.log_artifact(artifact)
 
 
-def mount_drive():
-    """Mount Google Drive on Colab and return the folder for runs on it; elsewhere print that it is ignored: None."""
+def open_drive(folder, place):
+    """Mount Google Drive on Colab, fetch the epochs that are only there into a run's `folder`, return its folder there.
+
+    place: the path of the run below the folder for runs. Elsewhere it prints that Drive is ignored, and returns None.
+    Raises a RunError if Drive cannot be mounted or read.
+    """
     if "google.colab" not in sys.modules:
         print("config['drive'] is for Colab: it is ignored here")
         return None
@@ -1177,25 +1175,17 @@ def mount_drive():
     except Exception as error:  # Google's own kinds
         raise RunError(f"Google Drive could not be mounted ({type(error).__name__}: {str(error)[:200]}). Run the cell "
                        "again and allow the access that Google asks for, or set config['drive'] = False.") from error
-    return DRIVE / "MyDrive" / "hw1p2-runs"
+    drive_folder = DRIVE / "MyDrive" / "hw1p2-runs" / place
+    restore_from_drive(folder, drive_folder)
+    return drive_folder
 
 
-def open_drive(folder, place):
-    """A run's folder on Google Drive, None outside Colab; epochs that are only there are fetched into `folder`.
-
-    place: the path of the run below the folder for runs. Raises a RunError if Drive cannot be mounted or read.
-    """
-    drive = mount_drive()
-    if drive is not None:
-        restore_from_drive(folder, drive / place)
-        return drive / place
-
-
-def warn_of_session_end(drive, practice):
-    """Warn on Colab that its files are lost when the session ends; not with Drive, nor for the practice corpus."""
-    if "google.colab" in sys.modules and not drive and not practice:
-        print("NOTHING HERE OUTLIVES THIS COLAB SESSION, which ends after 12 hours or earlier: config['drive'] = True "
-              "keeps the checkpoints on Google Drive.")
+def session_warning(drive, practice):
+    """A line for Colab, where files are lost when the session ends; "" with Drive, or for the practice corpus."""
+    if "google.colab" not in sys.modules or drive or practice:
+        return ""
+    return ("NOTHING HERE OUTLIVES THIS COLAB SESSION, which ends after 12 hours or earlier: config['drive'] = True "
+            "keeps the checkpoints on Google Drive.")
 
 
 def _epochs_in(archive):
@@ -1212,7 +1202,7 @@ def _epochs_in(archive):
 
 
 def _epochs_here(folder):
-    with contextlib.suppress(Exception):  # none there, or damaged: `load_checkpoint` tells
+    with contextlib.suppress(Exception):  # none there, or damaged: reported by `load_checkpoint`
         return len(torch.load(folder / "checkpoint.pt", map_location="cpu", mmap=True, weights_only=True)["history"])
     return -1
 
@@ -1223,7 +1213,6 @@ def copy_to_drive(folder, drive_folder, next_in=float("inf")):
     Nothing is copied if the next call, in about `next_in` seconds, is early enough. Files that are replaced or deleted
     on Drive go to its trash and use up space, so two archives are overwritten in place, in turn: one is always whole.
     """
-    folder, drive_folder = Path(folder), Path(drive_folder)
     slots = [drive_folder / name for name in DRIVE_SLOTS]
     last = max((slot.stat().st_mtime for slot in slots if zipfile.is_zipfile(slot)), default=0)
     if time.time() + next_in < last + DRIVE_SECONDS:
@@ -1240,19 +1229,21 @@ def copy_to_drive(folder, drive_folder, next_in=float("inf")):
         for path in folder.glob("*.csv"):
             shutil.copyfile(path, drive_folder / path.name)  # in place too
     except OSError as error:
-        print(f"the run could not be copied to Google Drive ({error}): training goes on, the next epoch tries again")
+        print(f"the copy on Google Drive could not be updated ({error}). The run in {folder} is not affected; the next "
+              "epoch tries again, and so does the cell of section 9.")
 
 
 def restore_from_drive(folder, drive_folder):
     """Fetch a run's checkpoint and best weights from Google Drive if it has more epochs than `folder`."""
     try:
-        epochs, slot = max((_epochs_in(slot), slot) for slot in map(Path(drive_folder).joinpath, DRIVE_SLOTS))
-        if epochs <= _epochs_here(Path(folder)):
+        epochs, slot = max((_epochs_in(slot), slot) for slot in map(drive_folder.joinpath, DRIVE_SLOTS))
+        if epochs <= _epochs_here(folder):
             return
         with zipfile.ZipFile(slot) as archive:
             for name in archive.namelist():  # the checkpoint comes last: killed before, the next start fetches it again
-                with atomic_write(Path(folder) / Path(name).name, archive.getinfo(name).file_size) as temporary:
-                    temporary.write_bytes(archive.read(name))
+                content = archive.read(name)
+                with atomic_write(folder / Path(name).name, len(content)) as temporary:
+                    temporary.write_bytes(content)
     except OSError as error:
         raise RunError(f"{drive_folder} on Google Drive cannot be read ({error}): restart the session, or set "
                        "config['drive'] = False.") from error
@@ -1314,7 +1305,7 @@ def kaggle_causes(competition):
     return ("The usual causes: the rules are not accepted yet (press Join on "
             f"kaggle.com/competitions/{competition}), or the token is missing or has expired: create one in your "
             "account's settings on kaggle.com, and put it into ~/.kaggle/, the environment (KAGGLE_API_TOKEN) or "
-            "Colab's or Kaggle's secrets; never into a cell." + internet_switch())
+            "Colab's or Kaggle's secrets; never into a cell." + internet_hint())
 
 
 def _kaggle_command():
@@ -1327,8 +1318,8 @@ def _kaggle_command():
 
 
 def submit(path, message, competition):
-    """Hand a CSV in with the official `kaggle` command. Returns what it printed; a RunError says what went wrong."""
-    have_keys("KAGGLE_API_TOKEN", "KAGGLE_USERNAME", "KAGGLE_KEY")
+    """Submit a CSV with the official `kaggle` command. Returns what it printed; a RunError says what went wrong."""
+    load_secrets("KAGGLE_API_TOKEN", "KAGGLE_USERNAME", "KAGGLE_KEY")
     command = [*_kaggle_command(), "competitions", "submit", "-c", competition, "-f", str(path), "-m", message]
     result = subprocess.run(command, capture_output=True, text=True)
     output = (result.stdout + result.stderr).strip()
@@ -1451,7 +1442,7 @@ def _synthesize(text, voice, rate, pitch):
             espeak, data = ctypes.CDLL(espeakng_loader.get_library_path()), espeakng_loader.get_data_path()
         except (ImportError, RuntimeError, OSError) as error:
             raise ImportError("eSpeak NG, which speaks the practice corpus, does not load "
-                              f"({error}): pip install espeakng-loader.{internet_switch()}") from error
+                              f"({error}): pip install espeakng-loader.{internet_hint()}") from error
         audio, events = [], []
 
         @ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(ctypes.c_short), ctypes.c_int, ctypes.POINTER(_Event))
@@ -1485,7 +1476,7 @@ def _synthesize(text, voice, rate, pitch):
 
 
 def speak(text, voice="", rate=175, pitch=50):
-    """Speak a text with eSpeak NG: `voice` is a variant of en-us, `rate` in words a minute, `pitch` 0 to 99.
+    """Speak a text with eSpeak NG: `voice` is a variant of en-us, `rate` in words per minute, `pitch` 0 to 99.
 
     Returns (audio, phones): float32 (samples,) at 22,050 Hz; a list of (phoneme, start, end) in seconds, ARPAbet or
     [SIL]. Raises ImportError where eSpeak NG does not load, DataError for an unknown voice or phoneme.
@@ -1527,7 +1518,7 @@ def make_practice_corpus(root, utterances=(370, 52, 52), seed=23):
         raise DataError(f"utterances {utterances}: expected three numbers >= 1")
     shutil.rmtree(f"{root}.partial", ignore_errors=True)
     with _new_corpus(Path(root)) as partial:
-        for p, i in ((p, i) for p, count in enumerate(utterances) for i in range(count)):
+        for p, i in [(p, i) for p, count in enumerate(utterances) for i in range(count)]:
             audio, phones = speak(*practice_utterance(p, i, seed))
             rng = np.random.default_rng((seed, p, i, 1))
             silence = (rng.uniform(1 / 8, 1 / 2, 2) * ESPEAK_RATE).astype(int)  # around it; eSpeak starts at once
@@ -1537,7 +1528,7 @@ def make_practice_corpus(root, utterances=(370, 52, 52), seed=23):
             phones = [(phoneme, start + shift, end + shift) for phoneme, start, end in phones]
             _write_utterance(partial / PARTITIONS[p], f"{i:06d}", audio, ESPEAK_RATE, phones)
         if [len(_npy_files(partial / name / "mfcc")[0]) for name in PARTITIONS] != [*utterances]:
-            raise RunError(f"{partial} was changed by somebody else while it was made. Run again.")
+            raise RunError(f"{partial} was changed by another process while it was made. Run again.")
 
 
 def _sources(source, revision):
@@ -1644,7 +1635,7 @@ def make_librispeech_corpus(root, source=LIBRISPEECH, revision=None):
                     raise DataError(f"{name}: unreadable parquet ({error!r:.300}); expected LibriSpeech alignments "
                                     "(id, audio, phonemes)") from error
                 there = sum(path.stat().st_size for path in partial.rglob("*") if path.is_file()) / 1e6
-                raise RunError(f"{name}: {error!r:.300}. Check the connection and run again.{internet_switch()} In "
+                raise RunError(f"{name}: {error!r:.300}. Check the connection and run again.{internet_hint()} In "
                                f"all, LibriSpeech needs about 5,600 MB; {there:,.0f} MB are there, kept in {partial}."
                                ) from error
         left_out = [f"{name}: {why}\n" for name, _, why in sorted(records) if why]
@@ -1701,18 +1692,10 @@ def _places():
                     (sorted(folder.glob(groups[folder.name])) if folder.name in groups else [folder])]
 
 
-PRACTICE = "practice-corpus"  # its folder's name
-
-
-def is_practice(data_folder):
-    """Is it the practice corpus, wherever it lies?"""
-    return Path(data_folder).name == PRACTICE
-
-
 def _download(competition):
     """The data folder of a Kaggle competition, downloaded; what is there already is not fetched again."""
     install("kagglehub")
-    have_keys("KAGGLE_API_TOKEN", "KAGGLE_USERNAME", "KAGGLE_KEY")
+    load_secrets("KAGGLE_API_TOKEN", "KAGGLE_USERNAME", "KAGGLE_KEY")
     from kagglehub import competition_download
     try:  # it resumes a broken download, compares the checksum, unpacks, and knows Colab's secrets
         folder = Path(competition_download(competition))

@@ -1,4 +1,3 @@
-import shutil
 import sys
 from pathlib import Path
 
@@ -16,12 +15,6 @@ def corpus(tmp_path_factory):
     root = tmp_path_factory.mktemp("practice") / "corpus"
     helpers.make_practice_corpus(root, (24, 4, 3))
     return root
-
-
-@pytest.fixture
-def own_corpus(corpus, tmp_path):
-    """A copy of the tiny practice corpus that a test may damage."""
-    return shutil.copytree(corpus, tmp_path / "corpus")
 
 
 @pytest.fixture(scope="module")

@@ -14,13 +14,8 @@ NOTEBOOK = ROOT / "hw1p2_starter.ipynb"
 TINY = {"archetype": "pyramid", "num_layers": 2, "context": 5, "batch_size": 256, "epochs": 2}  # seconds on a CPU
 
 
-def read():
-    import nbformat  # here, as the benchmarks also run on machines without it
-    return nbformat.read(NOTEBOOK, as_version=4)
-
-
 def code_cells(changes=None):
-    """The sources of the code cells, with `config.update(changes)` in a cell behind the one tagged `parameters`."""
+    """The sources of the code cells, with `config.update(changes)` in a cell after the one tagged `parameters`."""
     sources = []
     for cell in json.loads(NOTEBOOK.read_text("utf-8"))["cells"]:
         if cell["cell_type"] == "code":
@@ -114,22 +109,21 @@ def definitions():
     return namespace
 
 
-def execute(changes, runs, data=None, folder=ROOT, timeout=600):
+def execute(changes, runs):
     """Execute the notebook in a kernel of its own, as `jupyter nbconvert --execute` does."""
-    import nbformat
+    import nbformat  # here, as the benchmarks also run on machines without these two
     from nbclient import NotebookClient
-    notebook = read()
+    notebook = nbformat.read(NOTEBOOK, as_version=4)
     index = next(i for i, cell in enumerate(notebook.cells) if "parameters" in cell.metadata.get("tags", []))
     notebook.cells.insert(index + 1, nbformat.v4.new_code_cell(f"config.update({changes!r})"))
     environment = {key: value for key, value in os.environ.items() if not key.startswith(("WANDB", "HW1P2"))}
-    environment |= {"HW1P2_RUNS": str(runs), "HOME": str(runs)} | ({"HW1P2_DATA": str(data)} if data else {})
-    client = NotebookClient(notebook, timeout=timeout, kernel_name="python3",
-                            resources={"metadata": {"path": str(folder)}})
+    environment |= {"HW1P2_RUNS": str(runs), "HOME": str(runs)}
+    client = NotebookClient(notebook, timeout=600, kernel_name="python3", resources={"metadata": {"path": str(ROOT)}})
     return client.execute(env=environment)
 
 
 def wandb_records(folder):
-    """The records of the newest offline run: LevelDB's log format (32 KiB blocks, 7-byte headers) behind 7 bytes."""
+    """The records of the newest offline run: LevelDB's log format (32 KiB blocks, 7-byte headers) after 7 bytes."""
     from wandb.proto import wandb_internal_pb2
     [*_, path] = sorted(folder.glob("wandb/offline-run-*/*.wandb"))
     data, position, whole = path.read_bytes(), 7, b""
@@ -143,3 +137,8 @@ def wandb_records(folder):
         if kind in (1, 4):  # a full record, or its last part
             yield wandb_internal_pb2.Record.FromString(whole)
             whole = b""
+
+
+def wandb_values(items):
+    """The items of one of these records as a dict."""
+    return {item.key or item.nested_key[0]: json.loads(item.value_json) for item in items}

@@ -60,6 +60,12 @@ def windows_of(mfcc, context):
     return [padded[t:t + 2 * context + 1] for t in range(len(mfcc))]
 
 
+def contents(root):
+    """The bytes of each file below a folder, without the files of locks."""
+    return {str(path.relative_to(root)): path.read_bytes() for path in root.rglob("*")
+            if path.is_file() and path.suffix != ".lock"}
+
+
 def packed_equal(first, second):
     return all(first[key].dtype == second[key].dtype and torch.equal(first[key], second[key]) for key in first)
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from mutations import attempt, take_source
+from mutations import attempt, take_source, write
 from reference import write_partition
 
 import helpers
@@ -33,11 +33,6 @@ def refusal(root, partition="dev-clean", **arguments):
         AudioDataset(root, partition, **arguments)
     assert type(caught.value) is DataError
     return str(caught.value)
-
-
-def write(path, array, **options):
-    with open(path, "wb") as file:
-        np.lib.format.write_array(file, array, **options)
 
 
 def change(kind, function, **options):
@@ -73,7 +68,7 @@ def make_folder(path):
 MFCC, TRANSCRIPT = "mfcc/0001.npy", "transcript/0001.npy"
 FAULTS = {  # what: (damage to the partition's folder, file named, words of the message)
     # the array of the MFCCs
-    "one frame too few": (change("mfcc", lambda a: a[:-1]), TRANSCRIPT, "9 phonemes; expected 8, one a frame"),
+    "one frame too few": (change("mfcc", lambda a: a[:-1]), TRANSCRIPT, "9 phonemes; expected 8, one per frame"),
     "one frame too many": (change("mfcc", lambda a: a[[0, *range(9)]]), TRANSCRIPT, "9 phonemes; expected 10"),
     "no frames": (change("mfcc", lambda a: a[:0]), MFCC, r"shape \(0, 28\); expected \(frames, 28\) with at least"),
     "27 coefficients": (change("mfcc", lambda a: a[:, :27]), MFCC, r"shape \(9, 27\); expected \(frames, 28\)"),
@@ -155,7 +150,7 @@ FAULTS = {  # what: (damage to the partition's folder, file named, words of the 
 
 
 @pytest.mark.parametrize("damage, name, words", FAULTS.values(), ids=FAULTS)
-def test_every_fault_is_told_with_the_name_of_the_file(root, damage, name, words):
+def test_every_fault_is_reported_with_the_name_of_the_file(root, damage, name, words):
     damage(root / "dev-clean")
     message = refusal(root)
     assert str(root / "dev-clean" / name) in message
@@ -167,7 +162,7 @@ def test_every_fault_is_told_with_the_name_of_the_file(root, damage, name, words
 
 @pytest.mark.parametrize("what", [what for what, (_, name, _) in FAULTS.items()
                                   if name == MFCC and what != "no transcript"])
-def test_faults_of_the_test_partition_are_told_too(root, what):
+def test_faults_of_the_test_partition_are_reported_too(root, what):
     damage, name, words = FAULTS[what]
     damage(root / "test-clean")
     message = refusal(root, "test-clean")
@@ -238,7 +233,7 @@ def test_names_that_are_no_text_can_be_printed(root, capsys):
 
 
 @pytest.mark.parametrize("faults", [2, 10, 11, 12])
-def test_all_faults_are_told_together(tmp_path, faults):
+def test_all_faults_are_reported_together(tmp_path, faults):
     folder = write_partition(tmp_path, "dev-clean", [5] * 20)
     for i in range(faults):
         (folder / "mfcc" / f"{i:04d}.npy").write_bytes(b"")
@@ -248,7 +243,7 @@ def test_all_faults_are_told_together(tmp_path, faults):
     assert lines[11:] == ([f"... and {faults - 10} more"] if faults > 10 else [])
 
 
-def test_faults_of_both_kinds_are_told_together(tmp_path):
+def test_faults_of_both_kinds_are_reported_together(tmp_path):
     folder = write_partition(tmp_path, "dev-clean", [5] * 6)
     (folder / "mfcc" / "0000.npy").write_bytes(b"")
     (folder / "transcript" / "0000.npy").write_bytes(b"")

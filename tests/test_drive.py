@@ -2,11 +2,13 @@
 
 import os
 import random
-import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
+from unittest import mock
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -44,13 +46,15 @@ def places(tmp_path):
 
 
 def test_a_run_that_opens_drive_gets_its_folder_there_and_the_epochs_in_it(tmp_path, monkeypatch):
-    drive, place = tmp_path / "drive", Path("pencil", "variants", "lr=1")
+    place = Path("pencil", "variants", "lr=1")
+    monkeypatch.setattr(helpers, "DRIVE", tmp_path / "drive")
+    on_drive = tmp_path / "drive" / "MyDrive" / "hw1p2-runs" / place
     train_to(tmp_path / "earlier", 2)
-    copy_to_drive(tmp_path / "earlier", drive / place)
-    monkeypatch.setattr(helpers, "mount_drive", lambda: drive)
-    assert open_drive(tmp_path / "run", place) == drive / place and epochs_of(tmp_path / "run") == 2
-    monkeypatch.setattr(helpers, "mount_drive", lambda: None)  # not on Colab
-    assert open_drive(tmp_path / "other", place) is None and not (tmp_path / "other").exists()
+    copy_to_drive(tmp_path / "earlier", on_drive)
+    assert open_drive(tmp_path / "other", place) is None and not (tmp_path / "other").exists()  # not on Colab
+    drive = SimpleNamespace(mount=lambda place: None)
+    monkeypatch.setitem(sys.modules, "google.colab", SimpleNamespace(drive=drive))
+    assert open_drive(tmp_path / "run", place) == on_drive and epochs_of(tmp_path / "run") == 2
 
 
 def test_the_newest_copy_is_fetched_where_it_is_ahead(places):
@@ -97,13 +101,10 @@ def test_it_is_copied_before_ten_minutes_of_training_are_at_stake(places):
     copy_to_drive(run, drive, next_in=1)  # the first time always
     slots = [drive / name for name in helpers.DRIVE_SLOTS]
 
-    def age(minutes):
-        for slot in filter(os.path.exists, slots):
-            os.utime(slot, (time.time() - 60 * minutes,) * 2)
-
     for minutes, next_minutes, copied in [(1, 1, False), (1, 6, False), (1, 9, True), (6, 6, True), (8, 2, True),
                                           (30, 0.1, True)]:
-        age(minutes)
+        for slot in filter(os.path.exists, slots):
+            os.utime(slot, (time.time() - 60 * minutes,) * 2)
         before = [slot.stat().st_mtime for slot in slots if slot.exists()]
         copy_to_drive(run, drive, next_in=60 * next_minutes)
         assert ([slot.stat().st_mtime for slot in slots if slot.exists()] != before) == copied, (minutes, next_minutes)
@@ -135,13 +136,14 @@ def test_drive_that_is_full_or_away_does_not_stop_the_training(places, capsys, m
     train_to(run, 1)
     drive.parent.write_text("not a folder")
     copy_to_drive(run, drive)
-    assert "could not be copied to Google Drive" in capsys.readouterr().out
+    assert "the copy on Google Drive could not be updated" in capsys.readouterr().out
     drive.parent.unlink()
     copy_to_drive(run, drive)
-
-    def away(*_):
-        raise OSError(107, "Transport endpoint is not connected")
-    monkeypatch.setattr(helpers.zipfile, "ZipFile", away)
+    away = OSError(107, "Transport endpoint is not connected")
+    with mock.patch.object(helpers.zipfile.ZipFile, "read", side_effect=away):  # between the check and the copy
+        with pytest.raises(RunError, match="on Google Drive cannot be read.*Transport endpoint"):
+            restore_from_drive(later, drive)
+    monkeypatch.setattr(helpers.zipfile, "ZipFile", Mock(side_effect=away))
     before = (drive / "checkpoint-a.zip").read_bytes()
     copy_to_drive(run, drive)  # which of the two is whole is not known: neither is touched
     assert "Transport endpoint" in capsys.readouterr().out and (drive / "checkpoint-a.zip").read_bytes() == before
@@ -170,7 +172,7 @@ def test_killed_at_any_moment_a_whole_copy_is_there(places):
         child = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
         done = int(child.stdout.readline())
         time.sleep(draw.uniform(0, 0.2))
-        child.send_signal(signal.SIGKILL)
+        child.kill()
         done = int((child.communicate()[0].split() or [done])[-1])
         later = run.parent / f"later {number}"  # another session, another machine
         restore_from_drive(later, drive)

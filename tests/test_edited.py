@@ -2,6 +2,8 @@
 
 import re
 import warnings
+from unittest import mock
+from unittest.mock import Mock
 
 import kills
 import numpy as np
@@ -30,8 +32,7 @@ def session(corpus, tmp_path):
 
 
 def weights(session, file="checkpoint.pt"):
-    path = session["run"].folder / file
-    return {name: tensor.numpy().tobytes() for name, tensor in helpers.load_checkpoint(path)["model"].items()}
+    return kills.frozen(helpers.load_checkpoint(session["run"].folder / file)["model"])
 
 
 # ---- The config is edited ----------------------------------------------------------------------------------
@@ -39,7 +40,8 @@ def weights(session, file="checkpoint.pt"):
 def test_the_training_cell_alone_trains_what_the_config_says_now(session, corpus, tmp_path):
     session.run(TRAINING)
     changes = {"Name": "b", "learning_rate": 0.02, "archetype": "diamond", "context": 9}
-    session["config"].update(changes)
+    numbers = {"learning_rate": np.float64(0.02), "context": np.int64(9), "batch_norm": np.bool_(True)}
+    session["config"].update({**changes, **numbers})
     session.run(TRAINING)
     afresh = Session(tmp_path / "afresh", corpus, {**QUICK, **changes})
     afresh.run_all(until="def evaluate_best")
@@ -49,13 +51,17 @@ def test_the_training_cell_alone_trains_what_the_config_says_now(session, corpus
     names = ("model", "optimizer", "scheduler", "scaler", "train_loader", "val_loader", "test_loader")
     assert all(session[name] is getattr(session["run"], name) for name in names)
     assert session["train_data"].context == 9 and session["train_data"] is session["train_loader"].dataset
+    session.run(TRAINING)  # numpy's numbers are those of the checkpoint
+    assert "nothing left to train" in session["run"].message
 
 
-def test_the_config_stays_as_it_was_written(corpus, tmp_path):
-    session = Session(tmp_path, corpus, {**QUICK, "recipe": "original"})
+def test_recipe_original_switches_the_additions_off_and_the_config_stays_as_it_was_written(corpus, tmp_path):
+    session = Session(tmp_path, corpus, {**TINY, "recipe": "original"})
     session.run_all(until="def load_data")
+    off = {"warp": 0, "dropout_scale": 1, "lr_scale": 1, "test_warps": 1}
     original, _ = session.call("prepare", session["config"])
-    assert original["warp"] == 0 and session["config"]["warp"] == 0.2
+    assert session["ORIGINAL"] == off and off.items() <= original.items()
+    assert session["config"]["warp"] == 0.2 and all(session["config"][key] != value for key, value in off.items())
     session["config"]["recipe"] = "best"
     assert session.call("prepare", session["config"])[0] == {**session["config"]}
 
@@ -76,8 +82,7 @@ def test_the_old_runs_folder_is_free_when_another_one_has_begun(session):
     session["config"].update(Name="b")
     session.run(TRAINING)
     assert kills.in_child(helpers.lock_run, old) == 0  # another process may take it
-    with pytest.raises(AssertionError):
-        assert kills.in_child(helpers.lock_run, session["run"].folder) == 0
+    assert kills.in_child(helpers.lock_run, session["run"].folder) == 1
 
 
 @pytest.mark.parametrize("name", ["exp 1 (lr=0.01)", "x" * 130, "ü" * 100, "lr=0.001, Jürgen's"])
@@ -85,14 +90,6 @@ def test_a_name_that_passes_the_check_works_to_the_end(corpus, tmp_path, name):
     session = Session(tmp_path, corpus, {**QUICK, "epochs": 1, "Name": name}, wandb_mode="offline")
     session.run_all()
     assert (tmp_path / name / "submission.csv").exists() and list((tmp_path / name / "wandb").glob("offline-run-*"))
-
-
-def test_numbers_of_numpy_are_numbers(session):
-    session["config"].update(learning_rate=np.logspace(-4, -2, 5)[2], epochs=np.int64(1), batch_norm=np.bool_(True))
-    session.run(TRAINING)
-    session.run(TRAINING)  # reads the checkpoint
-    assert session["run"].config["learning_rate"] == pytest.approx(0.001)
-    assert "nothing left to train" in session["run"].message
 
 
 def test_a_trial_of_a_sweep_with_many_keys_gets_a_name(session):
@@ -114,7 +111,22 @@ def test_epochs_may_be_lowered_and_raised_after_the_end(session, capsys, epochs)
     assert [row["epoch"] for row in session["history"]] == list(range(1, done + 1))
     lines = re.findall(r"^epoch +(\d+)/(\d+) ", printed, re.M)
     assert all(int(epoch) <= int(epochs) for epoch, epochs in lines) and lines[-1] == (str(done), str(done))
-    assert printed.rstrip() and ("finished" in printed) and ("nothing left to train" in printed) == (epochs == 1)
+    assert "finished" in printed and ("nothing left to train" in printed) == (epochs == 1)
+
+
+def test_what_the_user_must_know_is_still_there_when_the_figure_is_drawn(session, monkeypatch, capsys):
+    """The figure replaces what the cell has printed before."""
+    printed = []
+    session.namespace["clear_output"] = lambda wait: printed.append(capsys.readouterr().out)
+    monkeypatch.setattr(helpers, "open_drive", lambda folder, place: folder)
+    monkeypatch.setattr(helpers, "copy_to_drive", lambda *arguments, **options: print("Drive is full"))
+    monkeypatch.setattr(helpers, "session_warning", lambda drive, practice: "nothing outlives the session")
+    session["config"]["drive"] = True
+    session.run(TRAINING)
+    printed.append(capsys.readouterr().out)
+    assert len(printed) == 1 + session["config"]["epochs"]
+    for text in printed[1:]:
+        assert "nothing outlives the session" in text and text.endswith("Drive is full\n")
 
 
 # ---- Cells twice, and out of order -------------------------------------------------------------------------
@@ -131,14 +143,14 @@ def test_every_cell_may_be_run_twice(corpus, tmp_path):
 
 
 def test_a_cell_that_needs_what_is_not_there_says_what_to_run_first(corpus, tmp_path):
-    """Each cell directly behind the functions, as after "run selected cell" in a new kernel."""
+    """Each cell directly after the functions, as after "run selected cell" in a new kernel."""
     told = {}
     for source in code_cells():
         if "need(" not in source or "def need" in source:
             continue
         session = Session(tmp_path, corpus)
         session.namespace |= definitions()
-        with pytest.raises(RunError, match=r"is not there yet.*: run section \d+\. \w+.* first"):
+        with pytest.raises(RunError, match=r"is not there, .*: run section \d+\. \w+.* first"):
             session.execute(source)
         told[source] = True
     bodies = r"#[^\n]*|(def|class) \w+\(.*?(?=\n\S|\Z)"
@@ -150,7 +162,7 @@ def test_a_cell_that_needs_what_is_not_there_says_what_to_run_first(corpus, tmp_
 
 
 def test_results_before_the_first_epoch_has_ended(session):
-    session.namespace["run_epoch"] = interrupt
+    session.namespace["run_epoch"] = Mock(side_effect=KeyboardInterrupt)
     with pytest.raises(KeyboardInterrupt):
         session.run(TRAINING)
     with pytest.raises(RunError, match="no epoch has ended yet: run the training cell"):
@@ -171,19 +183,19 @@ def test_results_of_an_earlier_run_are_not_taken_for_this_ones(session):
     session["config"]["Name"] = "b"
     session.run(TRAINING)
     for cell in (SUBMISSION, "# @title Accuracy of each phoneme", LAST):
-        with pytest.raises(RunError, match="`results` is not there yet, or of an earlier run: run section 8"):
+        with pytest.raises(RunError, match="`results` is not there, or belongs to an earlier run: run section 8"):
             session.run(cell)
-    session.run(RESULTS, SUBMISSION)
+    session.run(RESULTS)
+    with pytest.raises(RunError, match="`submission` is not there, or belongs to an earlier run: run section 9"):
+        session.run(LAST)
+    session.run(SUBMISSION)
     assert (session["run"].folder / "submission.csv").exists()
 
 
 # ---- Interrupts --------------------------------------------------------------------------------------------
 
-def interrupt(*_):
-    raise KeyboardInterrupt
-
-
-def test_an_interrupted_training_cell_run_again_ends_with_the_same_weights(session, corpus, tmp_path):
+@pytest.mark.parametrize("again", ["the cell", "fit alone"])
+def test_an_interrupted_training_run_again_ends_with_the_same_weights(session, corpus, tmp_path, again):
     count, step = [0], torch.optim.AdamW.step
 
     def stop_in_the_second_epoch(*arguments, **options):
@@ -192,26 +204,26 @@ def test_an_interrupted_training_cell_run_again_ends_with_the_same_weights(sessi
             raise KeyboardInterrupt
         return step(*arguments, **options)
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch.optim.AdamW, "step", stop_in_the_second_epoch)
-        with pytest.raises(KeyboardInterrupt):
-            session.run(TRAINING)
+    with mock.patch.object(torch.optim.AdamW, "step", stop_in_the_second_epoch), pytest.raises(KeyboardInterrupt):
+        session.run(TRAINING)
     assert len(helpers.load_checkpoint(session["run"].folder / "checkpoint.pt")["history"]) == 1
     session.run(RESULTS, SUBMISSION)  # with the epoch that is there
-    session.run(TRAINING)
-    assert "1 of 2 epochs are there, resuming" in session["run"].message
+    if again == "the cell":
+        session.run(TRAINING)
+        assert "1 of 2 epochs are there, resuming" in session["run"].message
+    else:
+        session.call("fit", session["run"])  # its network and optimizer are as the interrupt has left them
     whole = Session(tmp_path / "whole", corpus, QUICK)
     whole.run_all(until="def evaluate_best")
     assert weights(session) == weights(whole) and weights(session, "best.pt") == weights(whole, "best.pt")
 
 
 def test_the_chosen_precision_is_kept_in_the_checkpoint(session, monkeypatch):
-    monkeypatch.setattr(helpers, "pick_precision", lambda device, saved=None: getattr(torch, saved or "bfloat16"))
-    session["config"]["epochs"] = 1
-    session.run(TRAINING)
-    monkeypatch.setattr(helpers, "pick_precision", lambda device, saved=None: getattr(torch, saved or "float32"))
-    session["config"]["epochs"] = 2
-    session.run(TRAINING)
+    for epochs, fastest in ((1, "bfloat16"), (2, "float32")):
+        monkeypatch.setattr(helpers, "pick_precision",
+                            lambda device, saved=None, fastest=fastest: getattr(torch, saved or fastest))
+        session["config"]["epochs"] = epochs
+        session.run(TRAINING)
     assert session["model"].precision == torch.bfloat16
 
 
@@ -241,11 +253,10 @@ def test_on_a_gpu_without_native_bfloat16_the_precision_is_float16(monkeypatch, 
 
 
 def test_a_gpu_that_this_torch_cannot_use_is_named_with_what_to_choose(monkeypatch):
-    def ones(*_, device):
-        raise RuntimeError("CUDA error: no kernel image is available for execution on the device\nmore")
+    error = RuntimeError("CUDA error: no kernel image is available for execution on the device\nmore")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Tesla P100-PCIE-16GB")
-    monkeypatch.setattr(torch, "ones", ones)
+    monkeypatch.setattr(torch, "ones", Mock(side_effect=error))
     with pytest.raises(RunError, match="Tesla P100-PCIE-16GB .*no kernel image.*Settings > Accelerator > GPU T4 x2"):
         helpers.pick_device()
 

@@ -4,21 +4,19 @@ import io
 import json
 import os
 import random
-import signal
 import subprocess
 import sys
-import time
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 from notebook import ROOT, TINY, run_cells
-from reference import labels_at_centres
+from reference import contents, labels_at_centres
 
 import helpers
 from helpers import DataError, RunError, make_librispeech_corpus
 
-pytest.importorskip("datasets")
-pq, pa, soundfile = (pytest.importorskip(name) for name in ("pyarrow.parquet", "pyarrow", "soundfile"))
+datasets, pq, pa, soundfile = map(pytest.importorskip, ("datasets", "pyarrow.parquet", "pyarrow", "soundfile"))
 SPANS = pa.list_(pa.struct([("phoneme", pa.string()), ("start", pa.float64()), ("end", pa.float64())]))
 SCHEMA = pa.schema([("id", pa.string()), ("sex", pa.string()), ("subset", pa.string()),
                     ("audio", pa.struct([("bytes", pa.binary()), ("path", pa.string())])),
@@ -28,12 +26,15 @@ SEVEN = [("sil", 0.0, 0.3), ("AA1", 0.3, 0.5), ("T", 0.5, 0.6), ("spn", 0.6, 0.8
          ("", 1.2, 1.4)]
 
 
+def flac(samples, rate=RATE):
+    file = io.BytesIO()
+    soundfile.write(file, samples, rate, format="FLAC")
+    return file.getvalue()
+
+
 def row(name, spans=SEVEN, seconds=1.4, rate=RATE, audio=None):
     if audio is None:
-        file = io.BytesIO()
-        noise = np.random.default_rng(sum(name.encode())).normal(0, 0.1, int(seconds * rate))
-        soundfile.write(file, noise, rate, format="FLAC")
-        audio = file.getvalue()
+        audio = flac(np.random.default_rng(sum(name.encode())).normal(0, 0.1, int(seconds * rate)), rate)
     spans = spans and [dict(zip(("phoneme", "start", "end"), span)) for span in spans]
     return {"id": name, "sex": "", "subset": "x", "audio": {"bytes": audio, "path": f"{name}.flac"}, "transcript": "",
             "phonemes": spans}
@@ -50,10 +51,8 @@ def spoken(count):
     rows = []
     for i in range(count):
         samples, phones = helpers.speak(*helpers.practice_utterance(0, i))
-        file = io.BytesIO()
-        soundfile.write(file, samples, helpers.ESPEAK_RATE, format="FLAC")
         spans = [(phone.replace("[SIL]", "sil"), start, end) for phone, start, end in phones]
-        rows.append(row(f"{i}-1-0000", spans, audio=file.getvalue()))
+        rows.append(row(f"{i}-1-0000", spans, audio=flac(samples, helpers.ESPEAK_RATE)))
     return rows
 
 
@@ -72,10 +71,6 @@ def corpus(speech, tmp_path_factory):
     root = tmp_path_factory.mktemp("converted") / "librispeech"
     make_librispeech_corpus(root, speech)
     return root
-
-
-def contents(root):
-    return {str(path.relative_to(root)): path.read_bytes() for path in root.rglob("*") if path.is_file()}
 
 
 def slow_labels(spans, frames):
@@ -153,12 +148,6 @@ def test_other_rates_and_the_lists_that_older_versions_write(tmp_path):
     assert len(lengths) == 1
 
 
-def flac(samples, rate=RATE):
-    file = io.BytesIO()
-    soundfile.write(file, samples, rate, format="FLAC")
-    return file.getvalue()
-
-
 BAD = {"an unknown phone": (row("0-0", [("QQ", 0.0, 1.4)]), "0-0: the phone 'QQ' at 0.00 s is unknown; expected AA"),
        "a phone that never ends": (row("0-0", [("AA", 0.0, None)]), "0-0: a phone without start or end; expected both"),
        "no audio": (row("0-0", audio=b"nothing"), "0-0: the audio cannot be decoded"),
@@ -204,7 +193,7 @@ def test_the_same_id_in_two_files_is_named_and_once_mended_nothing_of_the_old_fi
     assert len(list((tmp_path / "a").rglob("mfcc/*.npy"))) == 6
 
 
-def test_what_systems_and_editors_leave_is_not_read(tmp_path, monkeypatch, speech, corpus):
+def test_what_systems_and_editors_leave_is_not_read(tmp_path, speech, corpus):
     for name in ("._train_clean_100-00000-of-00002.parquet", "__MACOSX/dev_clean.parquet",
                  ".ipynb_checkpoints/dev_clean.parquet", "~test_clean.parquet", "old~/test_clean.parquet"):
         path = tmp_path / "x" / name
@@ -214,13 +203,6 @@ def test_what_systems_and_editors_leave_is_not_read(tmp_path, monkeypatch, speec
         make_librispeech_corpus(tmp_path / "a", tmp_path / "x")
     for path in speech.iterdir():
         (tmp_path / "x" / path.name).symlink_to(path)
-    convert = helpers._write_utterance
-
-    def watched(folder, *arguments):  # a file manager looks in while it is made
-        for name in (".DS_Store", "._0-1-0000.npy"):
-            (folder / "transcript" / name).write_bytes(b"\0\5\x16\7")
-        convert(folder, *arguments)
-    monkeypatch.setattr(helpers, "_write_utterance", watched)
     make_librispeech_corpus(tmp_path / "a", tmp_path / "x")
     assert [len(list((tmp_path / "a" / name / "mfcc").iterdir())) for name in helpers.PARTITIONS] == [6, 2, 2]
     assert (tmp_path / "a" / "answers.csv").read_bytes() == (corpus / "answers.csv").read_bytes()
@@ -265,7 +247,6 @@ class Hub:
 
 
 def test_a_network_that_fails_keeps_what_is_there(tmp_path, monkeypatch):
-    import datasets
     rows = {name: [row(f"{name}-{i}") for i in range(4)] for name in ("train_clean_100", "dev_clean", "test_clean")}
 
     def load(path, split, revision, streaming, fails=()):
@@ -280,10 +261,7 @@ def test_a_network_that_fails_keeps_what_is_there(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets, "load_dataset", load)
     make_librispeech_corpus(tmp_path / "a")
     assert len(list((tmp_path / "a").rglob("*.npy"))) == 20
-
-    def unreachable(*args, **kwargs):
-        raise ConnectionError("no such host")
-    monkeypatch.setattr(datasets, "load_dataset", unreachable)
+    monkeypatch.setattr(datasets, "load_dataset", Mock(side_effect=ConnectionError("no such host")))
     with pytest.raises(RunError, match="no such host.*Check the connection"):
         make_librispeech_corpus(tmp_path / "b")
 
@@ -292,7 +270,6 @@ def test_a_network_that_fails_keeps_what_is_there(tmp_path, monkeypatch):
     (helpers.LIBRISPEECH, None, helpers.LIBRISPEECH_REVISION), (helpers.LIBRISPEECH, "main", "main"),
     ("somebody/speech", None, None), ("somebody/speech", "v2", "v2")])
 def test_the_revision_reaches_the_hub(tmp_path, monkeypatch, source, revision, expected):
-    import datasets
     asked = []
 
     def load(path, split, revision, streaming):
@@ -304,7 +281,6 @@ def test_the_revision_reaches_the_hub(tmp_path, monkeypatch, source, revision, e
 
 
 def test_what_is_there_of_another_revision_is_fetched_again(tmp_path, monkeypatch):
-    import datasets
     fails, asked = ["dev_clean"], []
 
     def load(path, split, revision, streaming):
@@ -318,7 +294,7 @@ def test_what_is_there_of_another_revision_is_fetched_again(tmp_path, monkeypatc
     assert len(list((tmp_path / "a").rglob("*new*.npy"))) == 10 and not list((tmp_path / "a").rglob("*old*.npy"))
 
 
-def test_a_full_disk_is_told_with_what_is_needed(tmp_path, monkeypatch):
+def test_a_full_disk_is_reported_with_what_is_needed(tmp_path, monkeypatch):
     save = np.save
 
     def full(path, array):
@@ -334,22 +310,29 @@ def test_a_full_disk_is_told_with_what_is_needed(tmp_path, monkeypatch):
     assert len(list((tmp_path / "a").rglob("*.npy"))) == 9
 
 
-CONVERT = "import helpers, sys; helpers.make_librispeech_corpus(sys.argv[1], sys.argv[2])"
+CONVERT = """
+import datasets, helpers, sys
+print("begun", flush=True)
+helpers.make_librispeech_corpus(sys.argv[1], sys.argv[2])
+"""
 
 
 def test_killed_at_random_moments_it_ends_with_the_same_bytes(speech, corpus, tmp_path):
     kills, draw = 0, random.Random()
     while not (tmp_path / "librispeech").exists():
-        child = subprocess.Popen([sys.executable, "-c", CONVERT, tmp_path / "librispeech", speech],
-                                 stderr=subprocess.PIPE, env={**os.environ, "PYTHONPATH": str(ROOT)})
-        try:
-            _, errors = child.communicate(timeout=draw.uniform(2, 7) if kills < 4 else 120)
-            assert child.returncode == 0, errors.decode()
+        child = subprocess.Popen([sys.executable, "-c", CONVERT, tmp_path / "librispeech", speech], text=True,
+                                 stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                                 env={**os.environ, "PYTHONPATH": str(ROOT)})
+        assert child.stdout.readline() == "begun\n", child.stderr.read()
+        try:  # the ten utterances take a third of a second, the end of the process longer
+            _, errors = child.communicate(timeout=draw.uniform(0, 0.3) if kills < 4 else 120)
+            assert child.returncode == 0, errors
         except subprocess.TimeoutExpired:
-            child.send_signal(signal.SIGKILL)
+            child.kill()
             child.communicate()
             kills += 1
-            time.sleep(0.1)
+            assert kills <= 4, "it does not come to its end in two minutes"
+    assert kills
     assert contents(tmp_path / "librispeech") == contents(corpus)
     assert len(json.loads(contents(corpus)["000-000.json"])) == 2
 

@@ -7,7 +7,7 @@ import shutil
 import nbformat
 import pandas as pd
 import pytest
-from notebook import NOTEBOOK, TINY, Session, execute, wandb_records
+from notebook import NOTEBOOK, TINY, Session, execute, wandb_records, wandb_values
 
 CHANGES = {**TINY, "epochs": 3, "learning_rate": 0.003}
 
@@ -56,18 +56,14 @@ def test_it_leaves_one_line_an_epoch_one_figure_and_no_trail_of_a_bar(executed):
 def test_offline_wandb_has_every_metric_of_every_epoch(executed, runs):
     rows, summary, config = [], {}, {}
     for record in wandb_records(runs / "pencil"):
-        if record.WhichOneof("record_type") == "history":
-            row = {item.key or item.nested_key[0]: json.loads(item.value_json) for item in record.history.item}
-            rows += [row] if "epoch" in row else []
-        elif record.WhichOneof("record_type") == "summary":
-            summary.update({item.key or item.nested_key[0]: json.loads(item.value_json)
-                            for item in record.summary.update})
-        elif record.WhichOneof("record_type") == "run":
-            config.update({item.key: json.loads(item.value_json) for item in record.run.config.update})
+        row = wandb_values(record.history.item)  # a record of another kind has no items here
+        rows += [row] if "epoch" in row else []
+        summary |= wandb_values(record.summary.update)
+        config |= wandb_values(record.run.config.update)
     assert [row["epoch"] for row in rows] == [1, 2, 3]  # each once: what is logged at the end has no epoch
     printed = re.findall(r"train +([\d.]+)% loss ([\d.]+) \| val +([\d.]+)% loss ([\d.]+) \| lr ([\d.]+)",
                          text(executed))
-    for row, numbers in zip(rows, printed):
+    for row, numbers in zip(rows, printed, strict=True):
         assert row["train_acc"] * 100 == pytest.approx(float(numbers[0]), abs=0.01)
         assert row["train_loss"] == pytest.approx(float(numbers[1]), abs=1e-4)
         assert row["val_acc"] * 100 == pytest.approx(float(numbers[2]), abs=0.01)

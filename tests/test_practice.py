@@ -1,14 +1,16 @@
 """The practice corpus: layout, labels, the same bytes on every run (offline; needs espeakng-loader)."""
 
-import csv
+import itertools
 import random
 import sys
 from pathlib import Path
+from unittest import mock
+from unittest.mock import Mock
 
 import espeakng_loader
 import numpy as np
 import pytest
-from reference import labels_at_centres
+from reference import contents, labels_at_centres
 
 import helpers
 from helpers import ARPABET, GRAMMAR, PANGRAMS, PARTITIONS, PHONEMES, VOICES, DataError
@@ -22,11 +24,8 @@ def transcripts(root, partition):
     if partition < 2:
         paths = sorted((root / PARTITIONS[partition] / "transcript").iterdir())
         return [np.load(path)[1:-1] for path in paths]
-    with open(root / "answers.csv", newline="") as file:
-        header, *rows = csv.reader(file)
     lengths = [len(np.load(path)) for path in sorted((root / "test-clean" / "mfcc").iterdir())]
-    assert header == ["id", "label"] and [int(i) for i, _ in rows] == list(range(sum(lengths)))
-    return np.split(np.array([label for _, label in rows]), np.cumsum(lengths)[:-1])
+    return np.split(helpers.read_submission(root / "answers.csv", sum(lengths)), np.cumsum(lengths)[:-1])
 
 
 def test_layout_is_the_courses(corpus):
@@ -56,7 +55,7 @@ def test_every_partition_has_all_the_phones(corpus, partition):
 
 
 def check_labels(labels, partition, index):
-    """Say the utterance anew: its labels must fit, behind some silence, whose length follows from the first phone."""
+    """Synthesise the utterance again: its labels must fit, after a silence as long as the first phone says."""
     audio, phones = helpers.speak(*helpers.practice_utterance(partition, index))
     begins = next(start for phone, start, _ in phones if phone != "[SIL]")
     silent = next(t for t, label in enumerate(labels) if label != "[SIL]")
@@ -89,10 +88,9 @@ def test_partitions_share_no_sentence_and_no_voice():
 
 def test_the_same_seed_gives_the_same_bytes(corpus, tmp_path):
     helpers.make_practice_corpus(tmp_path / "again", UTTERANCES)
-    paths = sorted(path.relative_to(corpus) for path in corpus.rglob("*") if path.is_file())
-    assert len(paths) == sum(UTTERANCES) + sum(UTTERANCES[:2]) + 1
-    for path in paths:
-        assert (corpus / path).read_bytes() == (tmp_path / "again" / path).read_bytes(), path
+    files = contents(corpus)
+    assert len(files) == sum(UTTERANCES) + sum(UTTERANCES[:2]) + 1
+    assert contents(tmp_path / "again") == files
 
 
 def test_speech_does_not_depend_on_what_was_said_before():
@@ -159,15 +157,10 @@ def test_silent_audio_has_finite_features():
     assert np.isfinite(helpers.speech_features(np.zeros(22050, np.float32), 22050)).all()
 
 
-def test_an_interrupted_build_does_not_look_finished(tmp_path, monkeypatch):
-    def interrupt(*args, **kwargs):
-        raise KeyboardInterrupt
-
+def test_an_interrupted_build_does_not_look_finished(tmp_path):
     root = tmp_path / "corpus"
-    with monkeypatch.context() as patch:
-        patch.setattr(helpers, "speak", interrupt)
-        with pytest.raises(KeyboardInterrupt):
-            helpers.make_practice_corpus(root, (1, 1, 1))
+    with mock.patch.object(helpers, "speak", side_effect=KeyboardInterrupt), pytest.raises(KeyboardInterrupt):
+        helpers.make_practice_corpus(root, (1, 1, 1))
     assert not root.exists()
     (tmp_path / "corpus.partial" / "dev-clean" / "mfcc" / "stray.npy").touch()  # as a killed build leaves it
     helpers.make_practice_corpus(root, (1, 1, 1))
@@ -178,14 +171,11 @@ def test_an_interrupted_build_does_not_look_finished(tmp_path, monkeypatch):
 
 
 def test_what_systems_leave_in_its_folders_is_no_data(tmp_path):
-    def leave_files(partial):
-        for name in (".DS_Store", "._a.npy", "a.npy~", "a (1).npy"):
-            for kind in ("mfcc", "transcript"):
-                (partial / "test-clean" / kind / name).write_bytes(b"\0")
     with helpers._new_corpus(tmp_path / "corpus") as partial:
         for name in PARTITIONS:
             helpers._write_utterance(partial / name, "a", np.zeros(16000, np.float32), 16000, [("AA", 0, 1)])
-        leave_files(partial)
+        for kind, name in itertools.product(helpers.KINDS, (".DS_Store", "._a.npy", "a.npy~", "a (1).npy")):
+            (partial / "test-clean" / kind / name).write_bytes(b"\0")
     assert set(helpers.read_submission(tmp_path / "corpus" / "answers.csv")) == {"AA"}
     with pytest.raises(DataError, match="no utterances for train-clean-100"):
         with helpers._new_corpus(tmp_path / "empty") as partial:
@@ -200,15 +190,13 @@ def test_a_corpus_that_loses_utterances_while_it_is_made_is_refused(tmp_path, mo
             path.unlink()
         return speak(*arguments)
     monkeypatch.setattr(helpers, "speak", lose)
-    with pytest.raises(helpers.RunError, match="corpus.partial was changed by somebody else"):
+    with pytest.raises(helpers.RunError, match="corpus.partial was changed by another process"):
         helpers.make_practice_corpus(tmp_path / "corpus", (2, 1, 1))
     assert not (tmp_path / "corpus").exists()
 
 
-def test_a_full_disk_is_told(tmp_path, monkeypatch):
-    def full(*_):
-        raise OSError(28, "No space left on device")
-    monkeypatch.setattr(np, "save", full)
+def test_a_full_disk_is_reported(tmp_path, monkeypatch):
+    monkeypatch.setattr(np, "save", Mock(side_effect=OSError(28, "No space left on device")))
     with pytest.raises(helpers.RunError, match="corpus could not be made .*No space left.* MB are free"):
         helpers.make_practice_corpus(tmp_path / "corpus", (1, 1, 1))
 

@@ -9,7 +9,7 @@ import subprocess
 import pytest
 from notebook import ROOT
 
-# An old wandb key is as long as a git hash: what stands behind one of these words is a hash.
+# An old wandb key is as long as a git hash: what stands after one of these words is a hash.
 HASH = r"(?i:commit|sha-?1?|rev|revision|hash|digest|checksum|blob|tree|@|/raw|/archive)[\"'\s:=/]*$"
 # A longer run of letters and digits, such as an image in base64, only contains 40 hexadecimal digits by chance.
 ALONE = r"(?<![0-9A-Za-z+/]){}(?![0-9A-Za-z+/=])"

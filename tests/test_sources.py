@@ -7,9 +7,10 @@ import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
-from notebook import ROOT, code_cells, definitions
+from notebook import ROOT, definitions
 
 import helpers
 from helpers import DataError, RunError
@@ -116,7 +117,7 @@ def test_an_empty_variable_is_none(monkeypatch, made, value):
 @pytest.mark.parametrize("there, words", [
     ("data/a/b/c/d/e", "expected a folder, there or up to four levels below"),
     ("data/train-clean-100", "data: expected a folder"), ("elsewhere", "data: there is no such folder; expected")])
-def test_a_folder_without_data_is_told(tmp_path, monkeypatch, there, words):
+def test_a_folder_without_data_is_reported(tmp_path, monkeypatch, there, words):
     (tmp_path / there).mkdir(parents=True) if there.endswith("100") else partitions(tmp_path / there)
     monkeypatch.setenv("HW1P2_DATA", str(tmp_path / "data"))
     with pytest.raises(DataError) as caught:
@@ -163,14 +164,14 @@ def test_own_corpora_of_another_copy_of_this_project_are_not_taken_for_the_cours
 @pytest.mark.parametrize("path", [
     "11785-f25-hw1p2", "competitions/11785-hw-1-p-2-fall-2025-main/11785-f25-hw1p2", "datasets/somebody/speech/a/b/c/d",
     "notebooks/somebody/hw1/runs/cache/librispeech"])
-def test_what_is_attached_under_another_name_is_taken_and_told(path, capsys):
+def test_what_is_attached_under_another_name_is_taken_and_reported(path, capsys):
     root = partitions(helpers.KAGGLE / "input" / path)
     (helpers.KAGGLE / "input" / "datasets" / "somebody" / "helpers").mkdir(parents=True)
     assert get_data("auto") == root
     assert f"{root}: these data are attached, and taken in place of 11785-spring-25" in capsys.readouterr().out
 
 
-def test_where_something_else_is_attached_that_is_told(made, capsys):
+def test_where_something_else_is_attached_that_is_reported(made, capsys):
     attached = [helpers.KAGGLE / "input" / name for name in ("competitions/titanic", "datasets/somebody/images", "old")]
     for folder in attached:
         folder.mkdir(parents=True)
@@ -207,7 +208,7 @@ def test_kaggle_downloads_what_is_not_there(tmp_path, monkeypatch, competition, 
     assert get_data("kaggle", competition) == tmp_path / "download" / inside
 
 
-def test_a_download_of_something_else_is_told(tmp_path, monkeypatch):
+def test_a_download_of_something_else_is_reported(tmp_path, monkeypatch):
     (tmp_path / "download").mkdir()
     fake_kagglehub(monkeypatch, lambda competition: tmp_path / "download")
     with pytest.raises(DataError, match="download: expected a folder, there or up to four levels below"):
@@ -216,9 +217,7 @@ def test_a_download_of_something_else_is_told(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("error", [PermissionError("403 Forbidden"), ConnectionError("no route"), OSError(28, "full")])
 def test_a_failed_download_says_what_to_do(monkeypatch, error):
-    def download(competition):
-        raise error
-    fake_kagglehub(monkeypatch, download)
+    fake_kagglehub(monkeypatch, Mock(side_effect=error))
     words = "(?s)could not be fetched.*press Join on kaggle.com/competitions/hw-1-p-2.*token.*9 GB.*run again"
     with pytest.raises(RunError, match=words) as caught:
         get_data("kaggle", "hw-1-p-2-spring-2026-student-competition")
@@ -227,18 +226,11 @@ def test_a_failed_download_says_what_to_do(monkeypatch, error):
 
 @pytest.fixture
 def helpers_elsewhere(monkeypatch):
-    """As in a new kernel: no helpers.py beside the notebook, none imported."""
+    """The notebook's functions in what is like a new kernel: no helpers.py beside the notebook, none imported."""
+    namespace = definitions()
     monkeypatch.setattr(sys, "path", [folder for folder in sys.path if not (Path(folder) / "helpers.py").exists()])
     monkeypatch.delitem(sys.modules, "helpers")
     importlib.invalidate_caches()
-    return definitions_of("find_helpers")
-
-
-def definitions_of(name):
-    """A function of the notebook that must run before helpers.py is there."""
-    [source] = [source for source in code_cells() if f"def {name}(" in source]
-    namespace = {"importlib": importlib, "sys": sys, "Path": Path}
-    exec(source.rsplit("\n\n\n", 1)[0], namespace)
     return namespace
 
 
@@ -258,7 +250,7 @@ def test_helpers_is_found_where_kaggle_mounts_it(helpers_elsewhere, tmp_path, mo
     assert importlib.util.find_spec("helpers").origin == str(folder / "helpers.py")
 
 
-def test_where_there_is_no_helpers_the_message_says_where_it_belongs(helpers_elsewhere, tmp_path):
+def test_where_there_is_no_helpers_the_message_says_where_it_belongs(helpers_elsewhere):
     with pytest.raises(FileNotFoundError, match="belongs beside this notebook.*Colab.*Kaggle"):
         helpers_elsewhere["find_helpers"]()
 
@@ -273,7 +265,7 @@ def test_a_folder_of_the_packages_name_does_not_hide_that_it_is_missing(tmp_path
     assert asked == ["nopackage"]
 
 
-def test_what_is_missing_is_installed_or_told(monkeypatch):
+def test_what_is_missing_is_installed_or_reported(monkeypatch):
     commands = []
 
     def pip(command, **_):

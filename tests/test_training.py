@@ -1,5 +1,6 @@
 """The notebook's network, optimizers, schedules and loops, option by option, against slow and plain references."""
 
+import copy
 import math
 import re
 from types import SimpleNamespace
@@ -8,7 +9,7 @@ from unittest.mock import MagicMock
 import numpy as np
 import pytest
 import torch
-from notebook import TINY, Session, definitions
+from notebook import TINY, definitions
 from torch import nn
 from torchsummaryX import summary
 
@@ -92,11 +93,7 @@ def test_a_state_dict_of_the_original_loads_strictly(pencil):
         original[f"model.{4 * i + 1}.num_batches_tracked"] = torch.tensor(1)
         size = 1600
     original |= {"model.28.weight": torch.ones(42, 1600), "model.28.bias": torch.ones(42)}
-    with torch.device("meta"):
-        namespace = definitions()
-        network = namespace["Network"](2828, 42, namespace["config"])
-    network.load_state_dict(original, strict=True, assign=True)
-    assert set(pencil.state_dict()) == set(original)
+    copy.deepcopy(pencil).load_state_dict(original, strict=True)
 
 
 def test_the_summary_is_that_of_the_homework(pencil, capsys):
@@ -251,7 +248,7 @@ def test_train_masks_as_the_config_says(book, loaders, augmentations, rows, colu
     assert bool((inner == 0).all(1).any()) == columns
 
 
-def test_masks_on_seventy_percent_of_the_train_batches_and_never_in_eval(book, loaders, monkeypatch):
+def test_masks_on_seventy_percent_of_the_train_batches_and_never_in_eval(book, loaders):
     calls = []
     book.namespace["mask_frames"] = lambda *arguments: calls.append(arguments)
     config = settings(book, augmentations="Both", freq_mask_param=5, time_mask_param=7)
@@ -271,7 +268,7 @@ def test_masks_on_seventy_percent_of_the_train_batches_and_never_in_eval(book, l
 
 
 @pytest.mark.parametrize("warp", [0, 0.2])
-def test_warps_in_the_batches_that_have_masks_if_the_config_says_so(book, loaders, monkeypatch, warp):
+def test_warps_in_the_batches_that_have_masks_if_the_config_says_so(book, loaders, warp):
     calls = []
     book.namespace["warp_frames"] = lambda frames, maps: calls.append(("warp", len(maps)))
     book.namespace["mask_frames"] = lambda *_: calls.append("mask")
@@ -303,15 +300,6 @@ def test_the_prediction_is_the_mean_over_the_warps(book, data):
         assert book.all_log_posteriors(model, loader, {**config, **off}).equal(plain)
 
 
-def test_recipe_original_switches_the_additions_off(corpus, tmp_path):
-    session = Session(tmp_path, corpus, TINY)
-    session.run_all(until="def load_data")
-    config, _ = session.call("prepare", {**BOOK["config"], "recipe": "original"})
-    assert {key: config[key] for key in BOOK["ORIGINAL"]} == {
-        "warp": 0, "dropout_scale": 1, "lr_scale": 1, "test_warps": 1}
-    assert all(BOOK["config"][key] != value for key, value in BOOK["ORIGINAL"].items())
-
-
 @pytest.mark.parametrize("archetype, scale, expected", [
     ("pencil", 0.25, [0.06, 0.05625, 0.05375, 0.05125, 0.05, 0.05, 0.05]),
     ("pencil", 1, [0.24, 0.225, 0.215, 0.205, 0.2, 0.2, 0.2]), ("pencil", 0, [0] * 7),
@@ -325,7 +313,7 @@ def test_dropout_scale_is_a_factor_of_all_rates(book, archetype, scale, expected
         assert rates == pytest.approx(expected)
 
 
-def test_the_fewer_frames_a_parameter_the_more_dropout_in_the_end(book):
+def test_the_fewer_frames_per_parameter_the_more_dropout_in_the_end(book):
     config = settings(book, dropout=0.2, dropout_alternate=False, dropout_scale="auto", epochs=5)
     model = book.make_network(config)  # 512, 256, 128 wide
     parameters = sum(map(torch.numel, model.parameters()))
@@ -379,7 +367,7 @@ def test_lr_scale_is_a_factor_of_the_learning_rate(book, scheduler):
     ("diamond", 7, 2 * math.sqrt(1600 / 2816))])
 def test_narrow_networks_take_larger_steps(book, archetype, layers, factor):
     config = settings(book, archetype=archetype, num_layers=layers, learning_rate=0.003, lr_scale="auto")
-    [group] = book.make_optimizer(config, nn.Linear(1, 1)).param_groups
+    [group] = book.make_optimizer(config, book.Network(28, 42, config)).param_groups
     assert group["lr"] == pytest.approx(0.003 * factor)
 
 
@@ -518,24 +506,6 @@ def test_an_absurd_learning_rate_ends_in_a_readable_error(book, loaders, tmp_pat
     config = settings(book, optimizers="sgd", learning_rate=100, epochs=3)
     with pytest.raises(RunError, match="not finite"):
         fit(book, config, built(book, config), loaders, tmp_path)
-
-
-def test_after_an_interrupt_the_run_resumes_as_if_nothing_had_happened(book, loaders, data, tmp_path):
-    config = settings(book, epochs=3, dropout=0.3, augmentations="Both")
-
-    def interrupt():
-        raise KeyboardInterrupt
-
-    parts = built(book, config)
-    in_epoch(loaders[0], 2, interrupt)
-    with pytest.raises(KeyboardInterrupt):
-        fit(book, config, parts, loaders, tmp_path / "run")
-    fresh = [helpers.make_loader(data[name], 256, shuffle=i == 0) for i, name in enumerate(helpers.PARTITIONS[:2])]
-    assert len(helpers.load_checkpoint(tmp_path / "run" / "checkpoint.pt", config)["history"]) == 1
-    fit(book, config, parts, fresh, tmp_path / "run")  # the cell once more, in the same kernel
-    whole = built(book, config)
-    fit(book, config, whole, fresh, tmp_path / "whole")
-    assert all(a.equal(b) for a, b in zip(parts[0].state_dict().values(), whole[0].state_dict().values()))
 
 
 @pytest.mark.parametrize("place", ["train", "eval"])

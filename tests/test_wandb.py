@@ -1,6 +1,5 @@
 """Where a run is kept, keys, and wandb: its curves with the real library, offline; and wandb without a network."""
 
-import json
 import os
 import subprocess
 import sys
@@ -8,13 +7,14 @@ import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import wandb
-from notebook import ROOT, wandb_records
+from notebook import ROOT, wandb_records, wandb_values
 
 import helpers
-from helpers import RunError, cache_folder, have_keys, log_history, mount_drive, runs_folder, start_wandb, wandb_mode
+from helpers import RunError, cache_folder, load_secrets, log_history, open_drive, runs_folder, start_wandb, wandb_mode
 
 CONFIG = {"Name": "a run (lr=0.01) é", "wandb": "offline", "epochs": 3}
 ROWS = [{"epoch": epoch, "val_acc": epoch / 10, "seconds": 1.5 * epoch} for epoch in range(1, 6)]
@@ -59,8 +59,7 @@ def finished_records(folder):
 
 def rows_in(folder):
     """The rows of the newest offline run, a dict each, without wandb's own entries."""
-    rows = [{item.key or item.nested_key[0]: json.loads(item.value_json) for item in record.history.item}
-            for record in finished_records(folder) if record.WhichOneof("record_type") == "history"]
+    rows = [wandb_values(record.history.item) for record in finished_records(folder) if record.HasField("history")]
     return [{key: value for key, value in row.items() if not key.startswith("_")} for row in rows]
 
 
@@ -98,7 +97,7 @@ def test_each_secret_is_taken_by_itself_and_none_is_printed(monkeypatch, capsys,
     def secret(name):
         if name != "KAGGLE_KEY":
             raise KeyError(name)
-        return "geheim"
+        return "not-a-key"
 
     if place == "colab":
         colab(monkeypatch, userdata=SimpleNamespace(get=secret))
@@ -108,17 +107,16 @@ def test_each_secret_is_taken_by_itself_and_none_is_printed(monkeypatch, capsys,
         monkeypatch.setitem(sys.modules, "kaggle_secrets", client)
     monkeypatch.setenv("KAGGLE_KEY", "")  # empty is not there
     monkeypatch.setenv("KAGGLE_USERNAME", "mine")
-    assert not have_keys("KAGGLE_API_TOKEN", "KAGGLE_USERNAME", "KAGGLE_KEY")
-    assert os.environ["KAGGLE_KEY"] == "geheim" and os.environ["KAGGLE_USERNAME"] == "mine"
-    assert have_keys("KAGGLE_USERNAME", "KAGGLE_KEY")
+    load_secrets("KAGGLE_API_TOKEN", "KAGGLE_USERNAME", "KAGGLE_KEY")
+    assert os.environ["KAGGLE_KEY"] == "not-a-key" and os.environ["KAGGLE_USERNAME"] == "mine"
     assert "KAGGLE_API_TOKEN" not in os.environ and capsys.readouterr() == ("", "")
 
 
 def test_a_secret_that_never_comes_stops_neither_the_notebook_nor_the_others(monkeypatch):
     never = threading.Event()
-    colab(monkeypatch, userdata=SimpleNamespace(get=lambda name: never.wait() if name == "A" else "geheim"))
-    assert not have_keys("A", "KAGGLE_KEY", seconds=0.5)
-    assert os.environ["KAGGLE_KEY"] == "geheim"
+    colab(monkeypatch, userdata=SimpleNamespace(get=lambda name: never.wait() if name == "A" else "not-a-key"))
+    load_secrets("A", "KAGGLE_KEY", seconds=0.5)
+    assert os.environ["KAGGLE_KEY"] == "not-a-key" and "A" not in os.environ
     never.set()
 
 
@@ -211,63 +209,54 @@ def test_the_mode_is_the_configs_then_the_environments_then_what_wandb_finds(mon
     assert wandb_mode("online") == "offline" and "no key" in capsys.readouterr().out
 
 
-OFFLINE = """
-import fcntl, socket, struct, sys
-sys.path.insert(0, {root!r})
-with socket.socket() as any_socket:  # loopback up, as on any machine without a network
-    fcntl.ioctl(any_socket, 0x8914, struct.pack("16sh14x", b"lo", 0x49))
+START = """
 import helpers
-helpers.LOGIN_SECONDS = {seconds}
-from pathlib import Path
-from types import SimpleNamespace
-run = helpers.start_wandb(SimpleNamespace(config={{"Name": "x", "wandb": "auto"}}, folder=Path("run"), wandb_id="abcd",
-    history=[{{"epoch": 1, "val_acc": 0.5}}], model="Network()", details={{}}, group=None))
-print("MODE", run.settings.mode)
-run.finish()
-"""
-
-
-def without_network(seconds, **environment):
-    """Start a run in a process that has no network; the real wandb, and a time limit."""
-    if subprocess.run(["unshare", "-n", "true"], capture_output=True).returncode:
-        pytest.skip("no permission to take a process's network away")
-    environment = {**os.environ, **environment}
-    command = ["unshare", "-n", sys.executable, "-c", OFFLINE.format(root=str(ROOT), seconds=seconds)]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=150,
-                          stdin=subprocess.DEVNULL)
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="unshare is Linux's")
-@pytest.mark.parametrize("place", ["environment", "netrc", "none"])
-def test_a_key_and_no_connection_is_offline_and_no_key_is_too(tmp_path, place):
-    key, host = "a" * 40, wandb.Settings().base_url.split("//")[1]
-    if place == "netrc":  # of whatever server this version of wandb has
-        (tmp_path / ".netrc").write_text(f"machine {host}\n  login user\n  password {key}\n")
-        (tmp_path / ".netrc").chmod(0o600)
-    # with a key the wait may be cut short; without one, wandb's answer is to be seen
-    result = without_network(60 if place == "none" else 6, **({"WANDB_API_KEY": key} if place == "environment" else {}))
-    assert result.returncode == 0 and "MODE offline" in result.stdout, result.stderr
-    assert ("could not log in" in result.stdout) == (place != "none")
-    assert rows_in(tmp_path / "run") == [{"epoch": 1, "val_acc": 0.5}]
-    assert key not in result.stdout + result.stderr
-
-
-@pytest.mark.parametrize("mode", ["offline", "online"])
-def test_a_service_that_does_not_start_does_not_stop_the_training(tmp_path, mode):
-    code = f"""
-import sys
-sys.path.insert(0, {str(ROOT)!r})
-import helpers
-helpers.wandb_mode = lambda choice: choice
+{first}
 from pathlib import Path
 from types import SimpleNamespace
 run = helpers.start_wandb(SimpleNamespace(config={{"Name": "x", "wandb": {mode!r}}}, folder=Path("run"),
     wandb_id="abcd", history=[{{"epoch": 1}}], model="Network()", details={{}}, group=None))
 helpers.log_history(run, [{{"epoch": 1}}, {{"epoch": 2}}])
 print("MODE", run.settings.mode)
+run.finish()
 """
-    environment = {**os.environ, "WANDB_X_SERVICE_WAIT": "0.001", "WANDB_API_KEY": "a" * 40}
-    result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=150)
+LOOPBACK = """
+import fcntl, socket, struct
+with socket.socket() as any_socket:  # it is up on any machine without a network
+    fcntl.ioctl(any_socket, 0x8914, struct.pack("16sh14x", b"lo", 0x49))
+"""
+
+
+def start_in_a_process(mode, first, *prefix, **environment):
+    """Start a run with the real wandb in a process of its own, after the lines `first`; prefix: of the command."""
+    return subprocess.run([*prefix, sys.executable, "-c", START.format(mode=mode, first=first)], capture_output=True,
+                          env={**os.environ, "PYTHONPATH": str(ROOT), **environment}, text=True, timeout=150,
+                          stdin=subprocess.DEVNULL)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="unshare is Linux's")
+@pytest.mark.parametrize("place", ["environment", "netrc", "none"])
+def test_a_key_and_no_connection_is_offline_and_no_key_is_too(tmp_path, place):
+    if subprocess.run(["unshare", "-n", "true"], capture_output=True).returncode:
+        pytest.skip("no permission to take a process's network away")
+    key, host = "a" * 40, wandb.Settings().base_url.split("//")[1]
+    if place == "netrc":  # of whatever server this version of wandb has
+        (tmp_path / ".netrc").write_text(f"machine {host}\n  login user\n  password {key}\n")
+        (tmp_path / ".netrc").chmod(0o600)
+    # with a key the wait may be cut short; without one, wandb's answer is to be seen
+    first = LOOPBACK + f"helpers.LOGIN_SECONDS = {60 if place == 'none' else 6}"
+    environment = {"WANDB_API_KEY": key} if place == "environment" else {}
+    result = start_in_a_process("auto", first, "unshare", "-n", **environment)
+    assert result.returncode == 0 and "MODE offline" in result.stdout, result.stderr
+    assert ("could not log in" in result.stdout) == (place != "none")
+    assert rows_in(tmp_path / "run") == [{"epoch": 1}, {"epoch": 2}]
+    assert key not in result.stdout + result.stderr
+
+
+@pytest.mark.parametrize("mode", ["offline", "online"])
+def test_a_service_that_does_not_start_does_not_stop_the_training(mode):
+    result = start_in_a_process(mode, "helpers.wandb_mode = lambda choice: choice", WANDB_X_SERVICE_WAIT="0.001",
+                                WANDB_API_KEY="a" * 40)
     assert result.returncode == 0 and "MODE disabled" in result.stdout, result.stderr
     assert result.stdout.count("training goes on without it") == 1
 
@@ -309,24 +298,19 @@ def test_a_server_that_takes_nothing_leaves_the_run_offline(tmp_path, monkeypatc
 
 # ---- Google Drive is there, or not -------------------------------------------------------------------------
 
-def test_drive_is_mounted_on_colab_and_ignored_elsewhere(monkeypatch, capsys):
-    assert mount_drive() is None and "ignored" in capsys.readouterr().out
+def test_drive_is_mounted_on_colab_and_ignored_elsewhere(tmp_path, monkeypatch, capsys):
+    assert open_drive(tmp_path, "run") is None and "ignored" in capsys.readouterr().out
     mounted = []
     colab(monkeypatch, drive=SimpleNamespace(mount=mounted.append))
-    assert mount_drive() == Path("/content/drive/MyDrive/hw1p2-runs") and mounted == ["/content/drive"]
-
-    def fail(_):
-        raise ValueError("mount failed")
-    colab(monkeypatch, drive=SimpleNamespace(mount=fail))
+    assert open_drive(tmp_path, "run") == Path("/content/drive/MyDrive/hw1p2-runs/run")
+    assert mounted == ["/content/drive"]
+    colab(monkeypatch, drive=SimpleNamespace(mount=Mock(side_effect=ValueError("mount failed"))))
     with pytest.raises(RunError, match=r"not be mounted \(ValueError: mount failed\).*again.*\['drive'\] = False"):
-        mount_drive()
+        open_drive(tmp_path, "run")
 
 
-def test_colab_without_drive_is_told_that_nothing_stays(monkeypatch, capsys):
-    helpers.warn_of_session_end(drive=False, practice=False)
+def test_on_colab_without_drive_it_is_reported_that_nothing_stays(monkeypatch):
+    assert helpers.session_warning(drive=False, practice=False) == ""
     colab(monkeypatch)
-    helpers.warn_of_session_end(drive=True, practice=False)
-    helpers.warn_of_session_end(drive=False, practice=True)
-    assert not capsys.readouterr().out
-    helpers.warn_of_session_end(drive=False, practice=False)
-    assert "NOTHING HERE OUTLIVES" in capsys.readouterr().out
+    assert helpers.session_warning(drive=True, practice=False) == helpers.session_warning(False, practice=True) == ""
+    assert "NOTHING HERE OUTLIVES" in helpers.session_warning(drive=False, practice=False)

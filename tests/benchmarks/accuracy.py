@@ -9,10 +9,10 @@ DATA is a folder in the course's layout. A recipe is "best" (the notebook's conf
 trained again; killed, the next call resumes at that epoch. `subset` is of the training data; the validation set stays
 whole. Viterbi's weights are chosen on every second utterance and its accuracy is that of the others.
 
---width narrows the pencil, so that a small set has as many frames a parameter as the course's has for the whole network
-(1.8). The same dropout is more noise in a narrow layer: --match-noise lowers every rate p to the one with p / (1 - p)
-in proportion to the width, the same noise in a sum over the layer's units as at 1600; "auto" does so by itself.
-accuracy.md keeps what was found.
+--width narrows the pencil, so that a small set has as many frames per parameter as the course's has for the whole
+network (1.8). The same dropout is more noise in a narrow layer: --match-noise lowers every rate p to the one with
+p / (1 - p) in proportion to the width, the same noise in a sum over the layer's units as at 1600; "auto" does so on its
+own. accuracy.md keeps what was found.
 """
 
 import argparse
@@ -61,7 +61,7 @@ def narrow(width, match_noise):
 
     def matched(model, config, *arguments):
         scale = scale_dropout(model, config, *arguments)
-        if config["dropout_scale"] != "auto":  # which is in proportion to the width by itself
+        if config["dropout_scale"] != "auto":  # which is in proportion to the width on its own
             for layer in (layer for layer in model.model if isinstance(layer, torch.nn.Dropout)):
                 odds = layer.p / (1 - layer.p) * width / WIDTH
                 layer.p = odds / (1 + odds)
@@ -74,7 +74,7 @@ def narrow(width, match_noise):
 
 def train(config, seed, arguments):
     """What is kept of a run: right or not, bool (n,), for each frame of the validation set by the network alone, by the
-    mean over warps and by Viterbi; the frames on which Viterbi is judged; the history; frames a parameter.
+    mean over warps and by Viterbi; the frames on which Viterbi is judged; the history; frames per parameter.
     """
     changes = [f"{key}={config[key]}" for key in config if key not in helpers.FREE_KEYS
                and (key == "epochs" or config[key] != {**NOTEBOOK["config"], **NOTEBOOK["ORIGINAL"]}[key])]
@@ -141,12 +141,11 @@ def main():
     offsets = helpers.AudioDataset(arguments.data, "dev-clean", 0).offsets.numpy()
     frames = np.diff(offsets)
     best = {key: value for key, value in config_of("best", 1).items() if key in NOTEBOOK["ORIGINAL"]}
-    frames_a_parameter = sorted({f"{result['frames_a_parameter']:.2g}" for result in sum(rows.values(), [])})
+    ratios = sorted({f"{result['frames_a_parameter']:.2g}" for result in sum(rows.values(), [])})
     common.report("Accuracy", data=f"{arguments.data.name}; {offsets[-1]:,} dev-clean frames, {len(frames)} utterances",
                   network=f"pencil, {arguments.width} wide{', noise-matched' * arguments.match_noise}, context "
                           f"{NOTEBOOK['config']['context']}, batch {NOTEBOOK['config']['batch_size']}, "
-                          f"{helpers.pick_precision(common.DEVICE)}; frames a parameter "
-                          f"{', '.join(frames_a_parameter)}",
+                          f"{helpers.pick_precision(common.DEVICE)}; frames per parameter {', '.join(ratios)}",
                   seeds=", ".join(map(str, arguments.seeds)), best=re.sub(r'["{}]', "", json.dumps(best)))
     print("validation accuracy, %, mean over the seeds [lowest - highest]: the network alone, frame by frame; points\n"
           "more than the original's, with a 95% interval over the utterances; the mean over warps; Viterbi; seconds\n"

@@ -80,10 +80,8 @@ def main():
         return measure_side(arguments)
     with common.corpus(arguments) as (data, description):
         def measure(side):
-            options = ["--side", side, "--data", data]
-            for name in ("batch", "context", "usual_batches"):
-                options += [f"--{name.replace('_', '-')}", getattr(arguments, name)]
-            return common.fresh_process(__file__, *options)
+            return common.fresh_process(__file__, "--side", side, "--data", data, "--batch", arguments.batch,
+                                        "--context", arguments.context, "--usual-batches", arguments.usual_batches)
 
         results = common.alternate({side: lambda side=side: measure(side) for side in ("usual", "ours")},
                                    arguments.runs)

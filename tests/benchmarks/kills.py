@@ -42,7 +42,7 @@ server.set_forkserver_preload(["torch._dynamo", "torchaudio", "wandb", "torchsum
                                "IPython.display", "nbclient", "nbformat", "tqdm.auto"])
 
 
-def _run(runs, data, changes, stop, pause, until):
+def _run(runs, data, changes, stop, pause):
     """The child: execute the cells and note in `runs`/places where the run is, a line for each step."""
     torch.set_num_threads(1)
     tqdm.set_lock(threading.RLock())  # tqdm's own would be a semaphore that a killed process leaves behind
@@ -94,13 +94,13 @@ def _run(runs, data, changes, stop, pause, until):
     helpers.save_checkpoint = save_checkpoint_with_marks
     at(phase)
     try:
-        run_cells(changes, until, runs, data, before_cell)
+        run_cells(changes, "helpers.log_results(", runs, data, before_cell)
     except BaseException:
         traceback.print_exc()
         raise
 
 
-def start(runs, data, changes=CHANGES, stop=None, pause=0.0, until="helpers.log_results("):
+def start(runs, data, changes=CHANGES, stop=None, pause=0.0):
     """Start a run in a child process.
 
     stop: a place, such as "writing checkpoint.pt, part 2", at which the child waits to be killed.
@@ -108,25 +108,24 @@ def start(runs, data, changes=CHANGES, stop=None, pause=0.0, until="helpers.log_
     """
     runs.mkdir(parents=True, exist_ok=True)
     (runs / "places").write_text("")
-    child = server.Process(target=_run, args=(runs, data, changes, stop, pause, until))
+    child = server.Process(target=_run, args=(runs, data, changes, stop, pause))
     child.start()
     return child
 
 
-def place(runs):
-    """Where the last run in this folder is, or was when it was killed."""
-    lines = (runs / "places").read_text().splitlines()
-    return lines[-1] if lines else "before training"
+def wait_until_stopped(child, runs):
+    """Wait for the child to come to the place at which it stops."""
+    deadline = time.monotonic() + 60
+    while not (runs / "places").read_text().endswith("stopped\n"):
+        assert child.is_alive(), f"the run ended without coming to the place\n{(runs / 'log').read_text()}"
+        assert time.monotonic() < deadline, "the run did not come to the place"
+        time.sleep(0.005)
 
 
 def kill(child, runs, delay=None):
     """SIGKILL after a delay, or where the child stopped. Returns the place; None if it had ended by itself."""
     if delay is None:
-        deadline = time.monotonic() + 60
-        while place(runs) != "stopped":
-            assert child.is_alive(), f"the run ended without coming to the place\n{(runs / 'log').read_text()}"
-            assert time.monotonic() < deadline, "the run did not come to the place"
-            time.sleep(0.005)
+        wait_until_stopped(child, runs)
     else:
         child.join(delay)
     ended = not child.is_alive()
@@ -145,15 +144,6 @@ def finish(runs, data, changes=CHANGES):
     child.join(120)
     assert child.exitcode == 0, (runs / "log").read_text()
     return (runs / "log").read_text()
-
-
-def fails(runs, data, changes=CHANGES):
-    """The last lines that a run prints which must end with an error."""
-    child = start(runs, data, changes)
-    child.join(120)
-    text = (runs / "log").read_text()
-    assert child.exitcode == 1, text
-    return text[text.rindex("Traceback"):]
 
 
 def in_child(function, *arguments):
@@ -228,23 +218,22 @@ def main(kills):
                 child.join()
                 seconds[name] = time.perf_counter() - started
             references[name] = outcome(folder / f"reference{i}-0")
-        tally, resumes, runs, identical = Counter(), 0, 0, 0
+        tally, runs, identical = Counter(), 0, 0
         while tally.total() < kills:
             name = list(CONFIGS)[runs % len(CONFIGS)]
-            run, place = folder / f"run{runs}", ""
-            while place is not None:
+            run, where = folder / f"run{runs}", ""
+            while where is not None:
                 child = start(run, data, CONFIGS[name], pause=PAUSE)
                 delay = random.uniform(0, 0.6 * seconds[name]) if tally.total() < kills else 600
-                place = kill(child, run, delay)
-                tally[place.split(" checkpoint.pt")[0].split(" best.pt")[0] if place else None] += 1
-                del tally[None]
-                resumes += place is not None
+                where = kill(child, run, delay)
+                if where is not None:
+                    tally["writing" if where.startswith("writing") else where] += 1
             runs += 1
             identical += outcome(run) == references[name]
-    print(f"{tally.total()} kills in {runs} runs, {resumes} resumes, {time.perf_counter() - begin:.0f} s")
-    for place in ("before training", "in an epoch", "writing", "after training"):
-        label = "while writing a checkpoint" if place == "writing" else place
-        print(f"{tally[place]:5d} {label}")
+    print(f"{tally.total()} kills in {runs} runs, {time.perf_counter() - begin:.0f} s")
+    for where in ("before training", "in an epoch", "writing", "after training"):
+        label = "while writing a checkpoint" if where == "writing" else where
+        print(f"{tally[where]:5d} {label}")
     print(f"all ended identical to a run that was never killed: {'yes' if identical == runs else 'NO'} "
           f"({identical} of {runs})")
     return identical == runs

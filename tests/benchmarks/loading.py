@@ -60,10 +60,8 @@ def main():
         cache = str(arguments.folder / "cache" if arguments.folder else Path(temporary) / "cache")
         imports = measure("imports", data, cache)["peak"]
         measure("ours, no cache", data, cache)  # warm: the files are in the page cache for every side
-        results = {side: [] for side in SIDES}
-        for _ in range(arguments.runs):
-            for side in SIDES:
-                results[side].append(measure(side, data, cache))
+        results = common.alternate({side: lambda side=side: measure(side, data, cache) for side in SIDES},
+                                   arguments.runs)
         size = results["ours, no cache"][0]
         common.report("Loading", data=f"{description}; {size['frames']:,} frames",
                       packed=f"{size['packed'] / 1e6:,.1f} MB",

@@ -49,59 +49,47 @@ def read(path):
         return np.zeros((4, 28), np.float32)
 
 
-# Each mutation changes something below `folder` and returns the files that a refusal must name one of.
+# Each mutation changes the file `path`, or others of its partition, and returns those that a refusal must name one of;
+# without a return value that is `path`.
 
-def truncate(rng, folder):
-    path = choose_file(rng, folder)
+def truncate(rng, path):
     data = path.read_bytes()
     path.write_bytes(data[:rng.randrange(max(len(data), 1))])
-    return [path]
 
 
-def append(rng, folder):
-    path = choose_file(rng, folder)
+def append(rng, path):
     path.write_bytes(path.read_bytes() + bytes(rng.randrange(256) for _ in range(rng.randint(1, 8))))
-    return [path]
 
 
-def flip_bytes(rng, folder):
-    path = choose_file(rng, folder)
+def flip_bytes(rng, path):
     data = bytearray(path.read_bytes())
     in_header = rng.random() < 0.5
     for _ in range(rng.randint(1, 4)):
         if data:
             data[rng.randrange(min(128, len(data)) if in_header else len(data))] ^= rng.randint(1, 255)
     path.write_bytes(data)
-    return [path]
 
 
-def overwrite_bytes(rng, folder):
-    path = choose_file(rng, folder)
+def overwrite_bytes(rng, path):
     data = path.read_bytes()
     first, length = rng.randrange(max(len(data), 1)), rng.randint(1, 400)
     noise = np.random.default_rng(rng.randrange(2**32)).bytes(length)
     path.write_bytes(data[:first] + noise[:len(data) - first] + data[first + length:])
-    return [path]
 
 
-def change_header(rng, folder):
-    path = choose_file(rng, folder)
+def change_header(rng, path):
     old, new = rng.choice(HEADERS)
     path.write_bytes(path.read_bytes().replace(old, new, 1))
-    return [path]
 
 
-def change_dtype(rng, folder):
-    path = choose_file(rng, folder)
+def change_dtype(rng, path):
     dtype = rng.choice(DTYPES[path.parent.name])
     with contextlib.suppress(ValueError), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         write(path, read(path).astype(dtype), version=rng.choice([None, None, (2, 0), (3, 0)]))
-    return [path]
 
 
-def change_shape(rng, folder):
-    path = choose_file(rng, folder)
+def change_shape(rng, path):
     array = read(path)
     change = rng.choice([
         np.transpose, np.ravel, lambda a: a[None], lambda a: a[..., None], lambda a: a[..., :-1], lambda a: a[:0],
@@ -109,53 +97,45 @@ def change_shape(rng, folder):
         lambda a: np.concatenate([a, a[..., -1:]], -1), lambda a: a[0], lambda a: a[:1], lambda a: a[:3]])
     with contextlib.suppress(ValueError, IndexError):
         write(path, np.array(change(array)))
-    return [path]
 
 
-def change_order(rng, folder):
-    path = choose_file(rng, folder)
+def change_order(rng, path):
     write(path, np.asfortranarray(read(path)))
-    return [path]
 
 
-def swap_files(rng, folder):
-    first, second = choose_file(rng, folder), choose_file(rng, folder)
-    a, b = first.read_bytes(), second.read_bytes()
-    first.write_bytes(b)
+def swap_files(rng, path):
+    second = choose_file(rng, path.parents[1])
+    a, b = path.read_bytes(), second.read_bytes()
+    path.write_bytes(b)
     second.write_bytes(a)
-    names = {first.name, second.name}  # lengths are compared in the transcript's name
-    return [folder / kind / name for kind in ("mfcc", "transcript") for name in names]
+    names = {path.name, second.name}  # lengths are compared in the transcript's name
+    return [path.parents[1] / kind / name for kind in ("mfcc", "transcript") for name in names]
 
 
-def delete(rng, folder):
-    path = choose_file(rng, folder)
+def delete(rng, path):
     path.unlink()
-    return [path]
 
 
-def rename(rng, folder):
-    path = choose_file(rng, folder)
+def rename(rng, path):
     name = rng.choice(["0.npy", "z.npy", ".npy", "._" + path.name, path.name + ".bak", "Thumbs.db", "\udcff.npy"])
     both = rng.random() < 0.5
-    moved = [(folder / kind / path.name) for kind in ("mfcc", "transcript") if both or kind == path.parent.name]
+    moved = [path.parents[1] / kind / path.name for kind in ("mfcc", "transcript") if both or kind == path.parent.name]
     for old in moved:
         if old.exists():
             old.rename(old.with_name(name))
     return [*moved, *(old.with_name(name) for old in moved)]
 
 
-def replace_by_folder(rng, folder):
-    path = choose_file(rng, folder)
+def replace_by_folder(rng, path):
     path.unlink()
     if rng.random() < 0.5:
         path.mkdir()
     else:
         path.symlink_to(path.with_suffix(".nowhere"))
-    return [path]
 
 
-def change_labels(rng, folder):
-    path = folder / "transcript" / choose_file(rng, folder).name
+def change_labels(rng, path):
+    path = path.parents[1] / "transcript" / path.name
     if path.is_file():
         transcript = read(path).astype("<U5").ravel()
         for _ in range(rng.randint(1, 3)):
@@ -165,8 +145,8 @@ def change_labels(rng, folder):
     return [path]
 
 
-def change_values(rng, folder):
-    path = folder / "mfcc" / choose_file(rng, folder).name
+def change_values(rng, path):
+    path = path.parents[1] / "mfcc" / path.name
     if path.is_file() and read(path).dtype.kind in "fiu":
         with np.errstate(all="ignore"):
             mfcc = np.atleast_2d(read(path)).astype(rng.choice(["<f4", "<f8"]))
@@ -203,7 +183,8 @@ def attempt(source, rng):
         for _ in range(rng.choice([1, 1, 1, 2, 3])):
             mutation = rng.choice(MUTATIONS)
             if any(path.is_file() for path in root.rglob("*.npy")):
-                touched += mutation(rng, root / PARTITION)
+                path = choose_file(rng, root / PARTITION)
+                touched += mutation(rng, path) or [path]
         cache = Path(temporary) / "cache" if rng.random() < 0.25 else None
         with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
             warnings.simplefilter("error")

@@ -122,7 +122,7 @@ def main():
     common.print_table(results, "frames/s")
     top = results.pop(LIMIT)
     for name, values in results.items():
-        # each run against the limit measured right behind it, so that a busy machine slows both
+        # each run against the limit measured right after it, so that a busy machine slows both
         shares = [value / high for value, high in zip(values, top)]
         print(f"{name}: {statistics.median(shares):.1%} of the limit [{min(shares):.1%} - {max(shares):.1%}]")
     if common.DEVICE == "cuda":
