@@ -93,14 +93,14 @@ def test_the_committed_notebook_is_one_honest_run():
 
 def test_variants_are_trained_once_compared_and_a_failed_one_is_noted(corpus, tmp_path, capsys):
     session = Session(tmp_path, corpus, {**TINY, "ablations": True})
-    session.run_all(until="trained, failures =")
+    session.run_all(until="trained, failures, ")
     session.namespace["base"] = {"epochs": 1}
     session.namespace["variants"] = [{"activations": "gelu"}, {"activations": "tanh", "num_layers": 3},
                                      {"activations": "sine"}]
     trained, train = [], session["train"]
     session.namespace["train"] = lambda *arguments: trained.append(arguments[5]["Name"]) or train(*arguments)
     for _ in range(2):  # the second time everything is there
-        session.run("trained, failures =", 'need("trained"')
+        session.run("trained, failures, ", 'need("trained"')
     assert trained == ["activations=gelu", "activations=tanh,num_layers=3"]
     table = pd.read_csv(tmp_path / "pencil" / "variants.csv")
     assert list(table["val_acc"]) == sorted(table["val_acc"], reverse=True) and set(table["num_layers"]) == {2, 3}
