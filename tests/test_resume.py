@@ -235,7 +235,7 @@ def test_best_weights_in_the_place_of_the_checkpoint_are_refused(runs, corpus):
     shutil.copy(runs / "pencil" / "best.pt", runs / "pencil" / "checkpoint.pt")
     with pytest.raises(RunError, match=re.escape(str(runs / "pencil" / "checkpoint.pt")) + ": .*for a fresh run"):
         train_to_the_end(runs, corpus)
-    (runs / "pencil" / "checkpoint.pt").unlink()  # its advice works
+    (runs / "pencil" / "checkpoint.pt").unlink()  # without it, the run starts afresh
     train_to_the_end(runs, corpus)
 
 
