@@ -1518,7 +1518,7 @@ def make_practice_corpus(root, utterances=(370, 52, 52), seed=23):
         raise DataError(f"utterances {utterances}: expected three numbers >= 1")
     shutil.rmtree(f"{root}.partial", ignore_errors=True)
     with _new_corpus(Path(root)) as partial:
-        for p, i in [(p, i) for p, count in enumerate(utterances) for i in range(count)]:
+        for p, i in ((p, i) for p, count in enumerate(utterances) for i in range(count)):
             audio, phones = speak(*practice_utterance(p, i, seed))
             rng = np.random.default_rng((seed, p, i, 1))
             silence = (rng.uniform(1 / 8, 1 / 2, 2) * ESPEAK_RATE).astype(int)  # around it; eSpeak starts at once

@@ -8,7 +8,6 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
-from unittest.mock import Mock
 
 import pytest
 import torch
@@ -143,7 +142,7 @@ def test_drive_that_is_full_or_away_does_not_stop_the_training(places, capsys, m
     with mock.patch.object(helpers.zipfile.ZipFile, "read", side_effect=away):  # between the check and the copy
         with pytest.raises(RunError, match="on Google Drive cannot be read.*Transport endpoint"):
             restore_from_drive(later, drive)
-    monkeypatch.setattr(helpers.zipfile, "ZipFile", Mock(side_effect=away))
+    monkeypatch.setattr(helpers.zipfile, "ZipFile", mock.Mock(side_effect=away))
     before = (drive / "checkpoint-a.zip").read_bytes()
     copy_to_drive(run, drive)  # which of the two is whole is not known: neither is touched
     assert "Transport endpoint" in capsys.readouterr().out and (drive / "checkpoint-a.zip").read_bytes() == before

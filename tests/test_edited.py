@@ -3,7 +3,6 @@
 import re
 import warnings
 from unittest import mock
-from unittest.mock import Mock
 
 import kills
 import numpy as np
@@ -162,7 +161,7 @@ def test_a_cell_that_needs_what_is_not_there_says_what_to_run_first(corpus, tmp_
 
 
 def test_results_before_the_first_epoch_has_ended(session):
-    session.namespace["run_epoch"] = Mock(side_effect=KeyboardInterrupt)
+    session.namespace["run_epoch"] = mock.Mock(side_effect=KeyboardInterrupt)
     with pytest.raises(KeyboardInterrupt):
         session.run(TRAINING)
     with pytest.raises(RunError, match="no epoch has ended yet: run the training cell"):
@@ -256,7 +255,7 @@ def test_a_gpu_that_this_torch_cannot_use_is_named_with_what_to_choose(monkeypat
     error = RuntimeError("CUDA error: no kernel image is available for execution on the device\nmore")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Tesla P100-PCIE-16GB")
-    monkeypatch.setattr(torch, "ones", Mock(side_effect=error))
+    monkeypatch.setattr(torch, "ones", mock.Mock(side_effect=error))
     with pytest.raises(RunError, match="Tesla P100-PCIE-16GB .*no kernel image.*Settings > Accelerator > GPU T4 x2"):
         helpers.pick_device()
 

@@ -5,7 +5,6 @@ import random
 import sys
 from pathlib import Path
 from unittest import mock
-from unittest.mock import Mock
 
 import espeakng_loader
 import numpy as np
@@ -196,7 +195,7 @@ def test_a_corpus_that_loses_utterances_while_it_is_made_is_refused(tmp_path, mo
 
 
 def test_a_full_disk_is_reported(tmp_path, monkeypatch):
-    monkeypatch.setattr(np, "save", Mock(side_effect=OSError(28, "No space left on device")))
+    monkeypatch.setattr(np, "save", mock.Mock(side_effect=OSError(28, "No space left on device")))
     with pytest.raises(helpers.RunError, match="corpus could not be made .*No space left.* MB are free"):
         helpers.make_practice_corpus(tmp_path / "corpus", (1, 1, 1))
 
