@@ -29,6 +29,7 @@ Sections, and the functions to start with:
 
 import _ctypes
 import contextlib
+import copy
 import ctypes
 import functools
 import hashlib
@@ -737,6 +738,14 @@ def top_confusions(confusion, count=10):
                           "% of all errors": 100 * wrong[i, j] / max(wrong.sum(), 1)} for i, j in pairs])
 
 
+def share_within_manners(confusion):
+    """The share (0-1) of the errors in a confusion matrix between phonemes of one of the MANNERS; 0 without errors."""
+    manner = np.array([[phoneme in group for phoneme in PHONEMES] for group in MANNERS.values()], int)
+    same = (manner.T @ manner).astype(bool)  # (42, 42); [SOS] and [EOS] are in no group
+    right = confusion.diagonal().sum()
+    return (confusion[same].sum() - right) / max(confusion.sum() - right, 1)
+
+
 def boundary_distance(labels, offsets):
     """Frames from each frame to the nearest phone boundary of its utterance, int64 (n,); 0 beside the boundary.
 
@@ -837,8 +846,8 @@ class Decoder:
 
     Example:
         decoder = Decoder(train_data.labels, train_data.offsets)
-        decoder.tune(log_posteriors, val_data.labels, val_data.offsets)
-        indexes = decoder(log_posteriors, val_data.offsets)
+        val_indexes = decoder.tune(val_log_posteriors, val_data.labels, val_data.offsets)
+        test_indexes = decoder(test_log_posteriors, test_data.offsets)
     """
 
     def __init__(self, labels, offsets, prior_scale=0.0, transition_weight=1.0):
@@ -852,23 +861,36 @@ class Decoder:
         return viterbi(scores, self.transition_weight * self.transitions.to(scores.device), offsets)
 
     def tune(self, log_posteriors, labels, offsets, frames=200_000):
-        """Set `prior_scale` and `transition_weight` to the pair that gets the most frames of some utterances right.
+        """Set `prior_scale` and `transition_weight` to the pair that gets the most frames right.
 
-        These are every second utterance, or fewer: about `frames` frames at most. log_posteriors: float32 (n, 42).
-        labels: integer (n,). Returns bool (n,): the frames of the other half, on which the result can be judged fairly.
+        It is chosen on about `frames` frames at most, of utterances from all over the set. log_posteriors: float32
+        (n, 42). labels: integer (n,). Returns indexes of phonemes, int64 (n,), that can be judged fairly against the
+        labels: each half of the utterances is decoded with the pair that is best on the other half.
         """
-        step = 2 * max(1, round(len(labels) / 2 / frames))
+        step = 2 * max(1, round(len(labels) / frames))
         utterance = torch.repeat_interleave(offsets.diff())  # of each frame
-        chosen = (utterance % step == 0).to(log_posteriors.device)
-        some, truth = log_posteriors[chosen], labels.to(log_posteriors.device)[chosen]
-        some_offsets = torch.cat([offsets[:1], offsets.diff()[::step].cumsum(0)])
-        right = {}
-        for pair in itertools.product((0, 0.15, 0.3, 0.45), (0.25, 0.5, 0.75, 1, 1.5)):
+        labels = labels.to(log_posteriors.device)
+        pairs = [*itertools.product((0, 0.15, 0.3, 0.45), (0.25, 0.5, 0.75, 1, 1.5))]
+
+        def part(first, step):
+            """Every step-th utterance from the first-th on: which frames these are, and their offsets."""
+            inside = (utterance % step == first).to(log_posteriors.device)
+            return inside, torch.cat([offsets[:1], offsets.diff()[first::step].cumsum(0)])
+
+        def count(pair, inside, part_offsets):
             self.prior_scale, self.transition_weight = pair
-            right[pair] = (self(some, some_offsets) == truth).sum().item()
-        self.prior_scale, self.transition_weight = max(right, key=right.get)
-        others = utterance % 2 == 1
-        return others if others.any() else ~others  # a single utterance is all there is
+            return (self(log_posteriors[inside], part_offsets) == labels[inside]).sum().item()
+
+        halves = (0, 1) if len(offsets) > 2 else (0,)  # a single utterance is all there is
+        right = {half: [count(pair, *part(half, step)) for pair in pairs] for half in halves}
+        path = torch.empty_like(labels, dtype=torch.int64)
+        for half in halves:
+            others = right[halves[-1 - half]]
+            self.prior_scale, self.transition_weight = pairs[int(np.argmax(others))]
+            inside, part_offsets = part(half, len(halves))
+            path[inside] = self(log_posteriors[inside], part_offsets)
+        self.prior_scale, self.transition_weight = pairs[int(np.argmax(np.sum([*right.values()], axis=0)))]
+        return path
 
 
 # ---- Checkpoint --------------------------------------------------------------------------------------------
@@ -897,12 +919,65 @@ def lock_run(folder):
     return lock
 
 
+def _with_plain_numbers(value):
+    """The same value, but numpy's numbers in it, at any depth of dicts, lists and tuples, are Python's."""
+    if isinstance(value, np.generic):
+        return value.item()
+    if isinstance(value, dict):
+        plain = copy.copy(value)  # a state dict stays one
+        plain.clear()  # or a key would keep its type
+        plain.update({_with_plain_numbers(key): _with_plain_numbers(each) for key, each in value.items()})
+        return plain
+    if type(value) in (list, tuple):
+        return type(value)(map(_with_plain_numbers, value))
+    return value
+
+
+def _unreadable(value, name):
+    """What in a checkpoint `load_checkpoint` could not read: (its name, the value); None where all of it can be."""
+    parts = {}
+    if isinstance(value, dict):
+        parts = {f"{name}[{key!r}]": each for key, each in value.items()}
+    elif isinstance(value, (list, tuple)):
+        parts = {f"{name}[{i}]": each for i, each in enumerate(value)}
+    for part, each in parts.items():
+        if found := _unreadable(each, part):
+            return found
+    try:
+        file = io.BytesIO()
+        torch.save(value, file)
+        file.seek(0)
+        torch.load(file, weights_only=True)
+    except Exception:  # torch and pickle raise a dozen kinds
+        return name, value
+    return None
+
+
 def save_checkpoint(path, state):
-    """Write a dict of tensors, numbers and text atomically; a RunError if that fails: the old file is untouched."""
+    """Write a dict of tensors, numbers and text atomically; numpy's numbers in it become Python's.
+
+    What was written is read back before it replaces the old file. A RunError, which names the value where it is one
+    that cannot be read back, leaves the old file untouched.
+    """
+    path = Path(path)
+    state = _with_plain_numbers(state)
     file = io.BytesIO()  # torch.save loses the error of a full disk
-    torch.save(state, file)
-    with atomic_write(path, file.tell()) as temporary:
-        temporary.write_bytes(file.getbuffer())
+    try:
+        torch.save(state, file)
+        with atomic_write(path, file.tell()) as temporary:
+            temporary.write_bytes(file.getbuffer())
+            torch.load(temporary, map_location="cpu", weights_only=True)
+    except RunError:
+        raise
+    except Exception as error:  # torch and pickle raise a dozen kinds
+        found = _unreadable(state, path.stem)
+        if found is None:
+            raise RunError(f"{path}: what was written could not be read back ({str(error)[:200]}). What was there "
+                           "before is unchanged. If it happens again, the disk is damaged.") from error
+        name, value = found
+        raise RunError(f"{path} was not written: {name} is {value!r:.100}, a {type(value).__name__}, and could not be "
+                       "read again. Make it a number, a text, a tensor, or a list or a dict of these. What was there "
+                       "before is unchanged.") from error
 
 
 def load_checkpoint(path, config=None):
@@ -1381,7 +1456,11 @@ def _new_corpus(root):
                        "Free some space and run again.") from error
     for name in PARTITIONS:
         if not _npy_files(partial / name / "mfcc")[0]:
-            raise DataError(f"{partial}: no utterances for {name}; expected some in each partition")
+            left_out = partial / "left-out.txt"  # only in a corpus of recordings
+            reasons = left_out.read_text().splitlines() if left_out.exists() else []
+            raise DataError("\n".join([f"{partial}: no utterances for {name}; expected some in each partition",
+                                       *[f"left out: {reason}" for reason in reasons[:10]],
+                                       *[f"... and {len(reasons) - 10:,} more"] * (len(reasons) > 10)]))
     answers = partial / "test-clean" / "transcript"
     if not (partial / "answers.csv").exists():
         write_submission(partial / "answers.csv",
