@@ -12,6 +12,7 @@ Sections, and the functions to start with:
 
     Errors and files         DataError, RunError, atomic_write, one_process_at_a_time
     Config                   check_config
+    Code                     code_of, code_differences
     Device and precision     pick_device, pick_precision
     Reading                  read_partition
     Windows and loaders      AudioDataset, make_loader
@@ -28,15 +29,19 @@ Sections, and the functions to start with:
 """
 
 import _ctypes
+import ast
 import contextlib
 import copy
 import ctypes
+import difflib
 import functools
 import hashlib
 import importlib.util
+import inspect
 import io
 import itertools
 import json
+import linecache
 import os
 import platform
 import re
@@ -44,6 +49,8 @@ import secrets
 import shutil
 import subprocess
 import sys
+import sysconfig
+import textwrap
 import threading
 import time
 import timeit
@@ -263,6 +270,183 @@ def variant_name(changes):
     text = ",".join(f"{key}={value}" for key, value in sorted(changes.items())) or "base"
     name = re.sub(r"[^\w.,=+-]", "_", text)
     return name if _is_name(name) else f"{name[:40].strip('.')}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
+
+
+# ---- Code: what a run was made by --------------------------------------------------------------------------
+
+FOR_SPEED = ("fused", "foreach", "capturable")  # options of optimizers that do not change what they compute
+
+
+def _is_ours(thing):
+    """Is this function or class of the notebook, of this file or of another one of the user's, not of a library?"""
+    if inspect.isclass(thing):
+        module = sys.modules.get(thing.__module__)
+        path = getattr(module, "__file__", None) or ""
+        if module is not None and not path and module.__name__ != "__main__":
+            return False  # built in
+    else:
+        path = thing.__code__.co_filename
+    libraries = [sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")]
+    installed = {"site-packages", "dist-packages"} & set(Path(path).parts)
+    return not installed and not path.startswith(tuple(libraries))
+
+
+@functools.lru_cache(100)
+def _sources(text):
+    """The sources of all functions and lambdas in a text, by their first line and name.
+
+    Of lambdas that begin in one line it is the source of all.
+    """
+    sources, lines = {}, text.splitlines(keepends=True)
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            first = min(each.lineno for each in [node, *node.decorator_list])
+            sources[first, node.name] = textwrap.dedent("".join(lines[first - 1:node.end_lineno]))
+        elif isinstance(node, ast.Lambda):
+            others = sources.get((node.lineno, "<lambda>"), "")
+            sources[node.lineno, "<lambda>"] = f"{others}({ast.get_source_segment(text, node)})\n"
+    return sources
+
+
+def _source(function):
+    """The source of a function or a lambda; None where it cannot be had, as in a plain Python prompt."""
+    code = function.__code__
+    text = "".join(linecache.getlines(code.co_filename, function.__globals__))
+    try:
+        return _sources(text).get((code.co_firstlineno, code.co_name))
+    except SyntaxError:
+        return None
+
+
+def _used_by(function, source):
+    """{name: value} of the functions, classes and CONSTANTS outside a function that its source uses."""
+    known = dict(function.__globals__)
+    for name, cell in zip(function.__code__.co_freevars, function.__closure__ or ()):
+        with contextlib.suppress(ValueError):  # not assigned yet
+            known[name] = cell.cell_contents
+    used = {}
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Name):
+            name, value = node.id, known.get(node.id)
+        elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+            name, owner = node.attr, known.get(node.value.id)
+            value = getattr(owner, name, None) if inspect.ismodule(owner) else None
+        else:
+            continue
+        value = inspect.unwrap(value) if callable(value) else value
+        parts = value if isinstance(value, (tuple, list)) else [value]
+        simple = all(isinstance(part, (bool, int, float, str)) for part in parts)
+        constant = simple and (name.isupper() or name in function.__code__.co_freevars)
+        code = (inspect.isfunction(value) or inspect.isclass(value)) and _is_ours(value)
+        if constant or code:
+            used[name] = value
+    return used
+
+
+def _describe(name, value, texts):
+    """Add to `texts` what a value is, under its name, and what makes it up, under names below that."""
+    value = inspect.unwrap(value) if callable(value) else value
+    if isinstance(value, functools.partial):
+        _describe(name, value.func, texts)
+        for key, each in {**dict(enumerate(value.args)), **value.keywords}.items():
+            if key not in FOR_SPEED:
+                _describe(f"{name}.{key}", each, texts)
+    elif inspect.isfunction(value) and _is_ours(value):
+        key = name if value.__name__ == "<lambda>" else value.__qualname__
+        source = None if key in texts else _source(value)
+        if key != name:
+            texts.setdefault(name, key)
+        if source is not None:
+            texts[key] = source
+            for used, each in _used_by(value, source).items():
+                _describe(used, each, texts)
+    elif inspect.isfunction(value) or inspect.isclass(value) or inspect.isbuiltin(value):
+        texts.setdefault(name, f"{value.__module__}.{value.__qualname__}")
+        members = [each for parent in value.__mro__ if _is_ours(parent) for each in vars(parent).values()
+                   ] if inspect.isclass(value) else []
+        for member in members:
+            member = getattr(member, "__func__", None) or getattr(member, "fget", None) or member
+            if inspect.isfunction(member):
+                _describe(member.__qualname__, member, texts)
+    elif isinstance(value, torch.Tensor):
+        numbers = [f"{each:.4g}" for each in value.flatten()[:1000].tolist()]
+        texts[name] = f"{value.dtype} {tuple(value.shape)}: {' '.join(numbers)}"
+    elif isinstance(value, (bool, int, float, str, type(None))):
+        texts[name] = repr(value)
+    elif isinstance(value, (list, tuple)) and all(isinstance(each, (bool, int, float, str)) for each in value):
+        texts[name] = repr(value)
+    elif isinstance(value, (dict, list, tuple)):
+        items = value.items() if isinstance(value, dict) else enumerate(value)
+        texts[name] = type(value).__name__
+        for key, each in items:
+            _describe(f"{name}.{key}", each, texts)
+    else:  # an object: its class, and what it holds
+        _describe(name, type(value), texts)
+        held = {key: each for key, each in getattr(value, "__dict__", {}).items() if not key.startswith("_")}
+        if isinstance(value, torch.nn.Module):
+            held.pop("training")
+            held |= {**dict(value.named_parameters()), **dict(value.named_buffers())}
+        for key, each in held.items():
+            if isinstance(each, (bool, int, float, str, torch.Tensor)) or inspect.isfunction(each):
+                _describe(f"{name}.{key}", each, texts)
+
+
+def code_of(parts, model=None):
+    """What makes the weights of a run, as text by name: to be kept with it, and compared by `code_differences`.
+
+    Of functions and classes of the notebook and of this file it is the source, with that of all functions, classes and
+    CONSTANTS that they use; of other things what they are and what they hold. Where there is no source, there is no
+    text.
+    parts: {name: a function, a class, an object or a container of such}. model: its layers are described too.
+    """
+    texts = {}
+    for name, part in parts.items():
+        _describe(name, part, texts)
+    if model is not None:
+        model = getattr(model, "_orig_mod", model)  # of a compiled one
+        _describe("network", type(model), texts)
+        for name, layer in model.named_modules():
+            if name and not name.endswith("_orig_mod"):
+                layer = getattr(layer, "_orig_mod", layer)
+                texts[f"layer {name.replace('_orig_mod.', '')}"] = f"{type(layer).__name__}({layer.extra_repr()})"
+    return texts
+
+
+class _Bare(ast.NodeTransformer):
+    """Take docstrings and `torch.compile` out of a syntax tree."""
+
+    def generic_visit(self, node):
+        super().generic_visit(node)
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+            if ast.get_docstring(node, clean=False) is not None:
+                node.body = node.body[1:] or [ast.Pass()]
+            node.decorator_list = [each for each in node.decorator_list if "torch.compile" not in ast.unparse(each)]
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == "torch.compile" and node.args:
+            return node.args[0]
+        return node
+
+
+def _is_same_code(one, other):
+    """Do two sources differ in nothing but comments, layout, docstrings and `torch.compile`?"""
+    try:  # both by the Python that runs now: its syntax trees differ from version to version
+        return one == other or len({ast.dump(_Bare().visit(ast.parse(each))) for each in (one, other)}) == 1
+    except SyntaxError:
+        return False
+
+
+def code_differences(saved, now):
+    """Lines that say what differs between two results of `code_of`; what only one of them has is no difference."""
+    lines = []
+    for name in saved:
+        if name in now and not _is_same_code(saved[name], now[name]):
+            if "\n" in saved[name].strip() + now[name].strip():
+                changes = difflib.unified_diff(saved[name].splitlines(), now[name].splitlines(), "", "", "", 0)
+                changes = [line for line in changes if line[:2] not in ("--", "++", "@@")]
+                lines += [f"`{name}` has changed; - there, + now:", *(f"  {line}" for line in changes[:10])]
+                lines += [f"  ... and {len(changes) - 10} more lines"] if len(changes) > 10 else []
+            else:
+                lines.append(f"{name}: {saved[name]} there, {now[name]} now")
+    return lines
 
 
 # ---- Device and precision ----------------------------------------------------------------------------------
