@@ -900,6 +900,20 @@ def print_layers(model, frames):
 
 # ---- Metrics -----------------------------------------------------------------------------------------------
 
+def loss_weight(criterion, phonemes):
+    """How much the mean loss of a batch weighs in the mean of an epoch; phonemes: int64 (B,).
+
+    That is the number of frames; or, where torch's cross entropy has weights of the classes or ignores one, the sum of
+    the frames' weights, by which it divides. So the loss of a data set does not depend on the size of its batches.
+    """
+    if not isinstance(criterion, (torch.nn.CrossEntropyLoss, torch.nn.NLLLoss)):
+        return len(phonemes)
+    if criterion.ignore_index >= 0:
+        phonemes = phonemes[phonemes != criterion.ignore_index]
+    return len(phonemes) if criterion.weight is None else criterion.weight[phonemes].sum()
+
+
+
 def confusion_matrix(labels, predictions):
     """Counts, int64 (42, 42): row = true phoneme, column = predicted; both arguments integer (n,)."""
     n = len(PHONEMES)
@@ -1082,7 +1096,6 @@ class Decoder:
 # keys that may change when a run is resumed, because the trained weights do not depend on them
 FREE_KEYS = ("Name", "recipe", "test_warps", "smoothing", "data", "competition", "shorten", "wandb", "artifacts",
              "drive", "kaggle_submit", "ablations")
-UNPLANNED = ("steplr", "exponential", "reducelronplateau")  # schedules that do not know the number of epochs
 
 _RUN_LOCKS = weakref.WeakValueDictionary()  # path -> lock
 
@@ -1164,11 +1177,12 @@ def save_checkpoint(path, state):
                        "before is unchanged.") from error
 
 
-def load_checkpoint(path, config=None):
+def load_checkpoint(path, config=None, planned=True):
     """The dict of `save_checkpoint`, on the CPU; None where there is no such file.
 
     config: if given, it must agree with the checkpoint's own "config" in all keys but FREE_KEYS, and "epochs" where the
-    schedule does not depend on it. Raises a RunError if they differ, or if the file is damaged or of something else.
+    schedule does not depend on it (is not `planned`) and dropout_scale is not "auto".
+    Raises a RunError if they differ, or if the file is damaged or of something else.
     """
     path = Path(path)
     if not path.exists():
@@ -1185,7 +1199,7 @@ def load_checkpoint(path, config=None):
         raise RunError(f"{path}: damaged, or not a checkpoint of this notebook ({type(error).__name__}). Restore a "
                        "copy of it, or choose another config['Name'] for a fresh run.") from None
     if config is not None:
-        planned = config["scheduler"] not in UNPLANNED or config["dropout_scale"] == "auto"
+        planned = planned or config["dropout_scale"] == "auto"
         free = FREE_KEYS if planned else (*FREE_KEYS, "epochs")
         differences = [f"{key}: {saved.get(key)!r} there, {config[key]!r} now" for key in config
                        if key not in free and saved.get(key) != config[key]]
@@ -1224,15 +1238,15 @@ def start_or_resume(run, checkpoint):
     """Write the first checkpoint of a new run, or check that the one there was trained on these data.
 
     It is written before the first epoch, so that a run killed there keeps its precision and its wandb id.
-    run: has `config`, `folder`, `train_loader`, `model.precision`, and what STATEFUL names; gets `history` and
-    `wandb_id`. checkpoint: from `load_checkpoint`, None for a new run.
+    run: has `config`, `folder`, `train_loader`, `precision`, and what STATEFUL names; gets `history` and `wandb_id`.
+    checkpoint: from `load_checkpoint`, None for a new run.
     Returns a line for the user: whether it is a new run, or how many epochs are there.
     """
     data = run.train_loader.dataset
     facts = {"frames": len(data), "sum of labels": int(data.labels.sum())}  # tells other data, wherever they lie
     if checkpoint is None:
         checkpoint = {"config": run.config, "data": facts, "history": [], "wandb_id": secrets.token_hex(4),
-                      "precision": str(run.model.precision).removeprefix("torch."), **snapshot(run)}
+                      "precision": str(run.precision).removeprefix("torch."), **snapshot(run)}
         (run.folder / "best.pt").unlink(missing_ok=True)  # of a run whose checkpoint was deleted
         save_checkpoint(run.folder / "checkpoint.pt", checkpoint)
     elif checkpoint["data"] != facts:
