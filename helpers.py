@@ -234,8 +234,8 @@ def _is_one_of(value, allowed):
 def check_config(config, options):
     """A checked copy of a config; numpy's numbers and one-element tensors in it become Python's.
 
-    options: what each key may be: a list of values; (type, lowest, highest), with other values behind them; or str for
-    the name of a folder.
+    options: what each key may be: a list of values, with str among them for the name of a run; (type, lowest, highest),
+    with other values behind them; or str for the name of a folder.
     Raises a ValueError that lists every unknown or missing key and every value that is not allowed.
 
     Example: check_config({"epochs": np.int64(3)}, {"epochs": (int, 1, 10)})  # {"epochs": 3}
@@ -250,8 +250,9 @@ def check_config(config, options):
             hint = ("1 to 200 characters (bytes in UTF-8) that can name a folder: none of / \\ < > : \" | ? * [ ], no "
                     "dot or blank at the ends; and not 'cache'")
         elif isinstance(allowed, list):
-            good = _is_one_of(value, allowed)
-            hint = ", ".join(map(repr, allowed))
+            named = str in allowed and isinstance(value, str) and all(map(_is_name, value.split("/")))
+            good = named or _is_one_of(value, allowed)
+            hint = ", ".join("the name of a run" if each is str else repr(each) for each in allowed)
         else:
             kind, low, high, *others = allowed
             number = isinstance(value, (int, kind)) and not isinstance(value, bool)
@@ -292,7 +293,7 @@ def _is_ours(thing):
 
 
 @functools.lru_cache(100)
-def _sources(text):
+def _sources_in(text):
     """The sources of all functions and lambdas in a text, by their first line and name.
 
     Of lambdas that begin in one line it is the source of all.
@@ -313,9 +314,15 @@ def _source(function):
     code = function.__code__
     text = "".join(linecache.getlines(code.co_filename, function.__globals__))
     try:
-        return _sources(text).get((code.co_firstlineno, code.co_name))
+        return _sources_in(text).get((code.co_firstlineno, code.co_name))
     except SyntaxError:
         return None
+
+
+def _is_simple(value):
+    """Is it a number, a text, None, or a list or tuple of these?"""
+    parts = value if isinstance(value, (tuple, list)) else [value]
+    return all(isinstance(part, (bool, int, float, str, type(None))) for part in parts)
 
 
 def _used_by(function, source):
@@ -334,9 +341,7 @@ def _used_by(function, source):
         else:
             continue
         value = inspect.unwrap(value) if callable(value) else value
-        parts = value if isinstance(value, (tuple, list)) else [value]
-        simple = all(isinstance(part, (bool, int, float, str)) for part in parts)
-        constant = simple and (name.isupper() or name in function.__code__.co_freevars)
+        constant = _is_simple(value) and (name.isupper() or name in function.__code__.co_freevars)
         code = (inspect.isfunction(value) or inspect.isclass(value)) and _is_ours(value)
         if constant or code:
             used[name] = value
@@ -348,9 +353,11 @@ def _describe(name, value, texts):
     value = inspect.unwrap(value) if callable(value) else value
     if isinstance(value, functools.partial):
         _describe(name, value.func, texts)
-        for key, each in {**dict(enumerate(value.args)), **value.keywords}.items():
-            if key not in FOR_SPEED:
-                _describe(f"{name}.{key}", each, texts)
+        given = {**dict(enumerate(value.args)), **value.keywords}
+        simple = {key: each for key, each in given.items() if key not in FOR_SPEED and _is_simple(each)}
+        texts[f"{name}, given"] = ", ".join(f"{key}={each!r}" for key, each in simple.items()) or "nothing"
+        for key in given.keys() - simple.keys() - {*FOR_SPEED}:
+            _describe(f"{name}, {key}", given[key], texts)
     elif inspect.isfunction(value) and _is_ours(value):
         key = name if value.__name__ == "<lambda>" else value.__qualname__
         source = None if key in texts else _source(value)
@@ -359,7 +366,8 @@ def _describe(name, value, texts):
         if source is not None:
             texts[key] = source
             for used, each in _used_by(value, source).items():
-                _describe(used, each, texts)
+                enclosed = used in value.__code__.co_freevars
+                _describe(f"{key}, {used}" if enclosed else used, each, texts)
     elif inspect.isfunction(value) or inspect.isclass(value) or inspect.isbuiltin(value):
         texts.setdefault(name, f"{value.__module__}.{value.__qualname__}")
         members = [each for parent in value.__mro__ if _is_ours(parent) for each in vars(parent).values()
@@ -371,9 +379,7 @@ def _describe(name, value, texts):
     elif isinstance(value, torch.Tensor):
         numbers = [f"{each:.4g}" for each in value.flatten()[:1000].tolist()]
         texts[name] = f"{value.dtype} {tuple(value.shape)}: {' '.join(numbers)}"
-    elif isinstance(value, (bool, int, float, str, type(None))):
-        texts[name] = repr(value)
-    elif isinstance(value, (list, tuple)) and all(isinstance(each, (bool, int, float, str)) for each in value):
+    elif _is_simple(value):
         texts[name] = repr(value)
     elif isinstance(value, (dict, list, tuple)):
         items = value.items() if isinstance(value, dict) else enumerate(value)
@@ -387,28 +393,37 @@ def _describe(name, value, texts):
             held.pop("training")
             held |= {**dict(value.named_parameters()), **dict(value.named_buffers())}
         for key, each in held.items():
-            if isinstance(each, (bool, int, float, str, torch.Tensor)) or inspect.isfunction(each):
+            if _is_simple(each) or isinstance(each, torch.Tensor) or inspect.isfunction(each):
                 _describe(f"{name}.{key}", each, texts)
 
 
-def code_of(parts, model=None):
-    """What makes the weights of a run, as text by name: to be kept with it, and compared by `code_differences`.
+def code_of(parts):
+    """What these parts do, as text by name: to be kept with a run, and compared by `code_differences`.
 
     Of functions and classes of the notebook and of this file it is the source, with that of all functions, classes and
     CONSTANTS that they use; of other things what they are and what they hold. Where there is no source, there is no
-    text.
-    parts: {name: a function, a class, an object or a container of such}. model: its layers are described too.
+    text. parts: {name: a function, a class, an object or a container of such}.
     """
     texts = {}
     for name, part in parts.items():
         _describe(name, part, texts)
-    if model is not None:
-        model = getattr(model, "_orig_mod", model)  # of a compiled one
-        _describe("network", type(model), texts)
-        for name, layer in model.named_modules():
-            if name and not name.endswith("_orig_mod"):
-                layer = getattr(layer, "_orig_mod", layer)
-                texts[f"layer {name.replace('_orig_mod.', '')}"] = f"{type(layer).__name__}({layer.extra_repr()})"
+    return texts
+
+
+def code_of_network(model):
+    """The same for a network: its layers, and the source of those classes that are the user's."""
+    texts = {}
+    for name, layer in model.named_modules():
+        if name.split(".")[-1] != "_orig_mod":  # the inside of a compiled one
+            layer = getattr(layer, "_orig_mod", layer)
+            name = f"layer {name.replace('_orig_mod.', '')}" if name else "network"
+            # each setting by itself: other versions of torch print more or fewer of them
+            settings = re.split(r", (?=\w+=)", layer.extra_repr())
+            named = [setting.split("=", 1) for setting in settings if re.match(r"\w+=", setting)]
+            texts[name] = f"{type(layer).__name__}({'' if named and len(named) == len(settings) else settings[0]})"
+            texts |= {f"{name}, {key}": value for key, value in named}
+            if _is_ours(type(layer)):
+                _describe(type(layer).__qualname__, type(layer), texts)
     return texts
 
 
@@ -440,8 +455,8 @@ def code_differences(saved, now):
     for name in saved:
         if name in now and not _is_same_code(saved[name], now[name]):
             if "\n" in saved[name].strip() + now[name].strip():
-                changes = difflib.unified_diff(saved[name].splitlines(), now[name].splitlines(), "", "", "", 0)
-                changes = [line for line in changes if line[:2] not in ("--", "++", "@@")]
+                changes = difflib.unified_diff(saved[name].splitlines(), now[name].splitlines(), n=0, lineterm="")
+                changes = [line for line in [*changes][2:] if not line.startswith("@@")]  # two lines of a header
                 lines += [f"`{name}` has changed; - there, + now:", *(f"  {line}" for line in changes[:10])]
                 lines += [f"  ... and {len(changes) - 10} more lines"] if len(changes) > 10 else []
             else:
@@ -645,16 +660,28 @@ def _cache_key(folder, names, kinds, gap):
         with contextlib.suppress(OSError):  # a link to nowhere: reported when it is read
             stats = [os.stat(os.path.join(folder, kind, name)) for kind in kinds]
             return name, *((stat.st_size, stat.st_mtime_ns) for stat in stats)
-    return hashlib.sha256(repr(("packed 4", folder.name, gap, [*map_in_threads(stamp, names)])).encode()).hexdigest()
+    return hashlib.sha256(repr(("packed 5", folder.name, gap, [*map_in_threads(stamp, names)])).encode()).hexdigest()
+
+
+def _as_tensor(text):
+    return torch.tensor([*text.encode()], dtype=torch.uint8)
+
+
+def _as_text(tensor):
+    return tensor.numpy().tobytes().decode()
 
 
 def _open_cache(path, key):
-    """The packed tensors of a cache file, mapped into memory; None where it is missing, partial or not ours."""
+    """The packed tensors of a cache file, mapped into memory; None where it is missing, partial or not ours.
+
+    Not ours is also what other code has made, before an edit of the functions of this section.
+    """
     # the second way is for file systems that cannot map (some network disks): it reads the whole file
     for load in (safetensors.torch.load_file, lambda path: safetensors.torch.load(path.read_bytes())):
         with contextlib.suppress(Exception):  # whatever is wrong with it, it is rebuilt
             packed = load(path)
-            if packed.pop("key").numpy().tobytes().decode() == key:
+            code = json.loads(_as_text(packed.pop("code")))
+            if _as_text(packed.pop("key")) == key and not code_differences(code, code_of({"_pack": _pack})):
                 return packed
 
 
@@ -665,7 +692,8 @@ def read_partition(root, partition, subset=1, gap=GAP, cache=None):
     partition: "train-clean-100", "dev-clean", or "test-clean" (which has no transcripts and is always whole).
     subset: the first int(subset * n) utterances of the n, in sorted order.
     gap: rows of zeros before, between and after the utterances.
-    cache: folder for a packed copy (safetensors), written once and then mapped.
+    cache: folder for a packed copy (safetensors), written once and then mapped; it is made anew where a file has
+    changed, or the code of this section.
 
     Returns a dict of CPU tensors: "frames" float16 (rows, 28), normalised per utterance, in zero rows of `gap`;
     "labels" uint8 (n frames,), empty for test; "offsets" int64 (utterances + 1,), the first frame of each utterance
@@ -687,7 +715,8 @@ def read_partition(root, partition, subset=1, gap=GAP, cache=None):
                 packed = _open_cache(path, key)  # another one may have made it meanwhile
                 if not packed:
                     packed = _pack(folder, names, kinds, gap)
-                    stamped = {**packed, "key": torch.tensor([*key.encode()], dtype=torch.uint8)}
+                    code = json.dumps(code_of({"_pack": _pack}))
+                    stamped = {**packed, "key": _as_tensor(key), "code": _as_tensor(code)}
                     with atomic_write(path, packed["frames"].nbytes) as temporary:
                         safetensors.torch.save_file(stamped, temporary)
         except RunError as error:  # the cache is a convenience
@@ -1058,6 +1087,19 @@ class Decoder:
         scores = log_posteriors[:, :len(prior)] - self.prior_scale * prior
         return viterbi(scores, self.transition_weight * self.transitions.to(scores.device), offsets)
 
+    def save(self, path):
+        """Write it to a file, for `load`: then no training labels are needed."""
+        save_checkpoint(path, {"config": {}, **vars(self)})
+
+    @classmethod
+    def load(cls, path):
+        """A decoder from a file of `save`; None where there is none."""
+        if (state := load_checkpoint(path)) is None:
+            return None
+        decoder = cls.__new__(cls)
+        vars(decoder).update({name: each for name, each in state.items() if name != "config"})
+        return decoder
+
     def tune(self, log_posteriors, labels, offsets, frames=200_000):
         """Set `prior_scale` and `transition_weight` to the pair that gets the most frames right.
 
@@ -1177,11 +1219,36 @@ def save_checkpoint(path, state):
                        "before is unchanged.") from error
 
 
-def load_checkpoint(path, config=None, planned=True):
+def _config_differences(saved, config, free, off, switches):
+    """Lines that say which keys, except `free` ones, have other values in two configs; see `load_checkpoint`."""
+    def value_in(values, key):
+        return values.get(key, off.get(key))
+
+    def by(values, key):
+        """Which switch, if any, has set a key in a config."""
+        for (switch, value), changes in switches.items():
+            if values.get(switch) == value and key in changes and values.get(key) == changes[key]:
+                return f" (by config[{switch!r}] = {value!r})"
+        return ""
+
+    lines = []
+    for key in dict.fromkeys([*config, *saved]):
+        there, now = value_in(saved, key), value_in(config, key)
+        unknown = key not in saved or key not in config
+        if key in free or there == now or unknown and not there and not now:
+            continue
+        there, now = f"{there!r} there{by(saved, key)}", f"{now!r} now{by(config, key)}"
+        lines.append(f"{key}: {there}, {now}" + " (a key that was added since)" * (key not in saved))
+    return lines
+
+
+def load_checkpoint(path, config=None, planned=True, off=None, switches=None):
     """The dict of `save_checkpoint`, on the CPU; None where there is no such file.
 
     config: if given, it must agree with the checkpoint's own "config" in all keys but FREE_KEYS, and "epochs" where the
     schedule does not depend on it (is not `planned`) and dropout_scale is not "auto".
+    off: {key: its value in a run that did not know it yet}; for other keys that is 0, False or None.
+    switches: {(key, value): {key: value}}, which values a key's value sets: for the message.
     Raises a RunError if they differ, or if the file is damaged or of something else.
     """
     path = Path(path)
@@ -1201,14 +1268,42 @@ def load_checkpoint(path, config=None, planned=True):
     if config is not None:
         planned = planned or config["dropout_scale"] == "auto"
         free = FREE_KEYS if planned else (*FREE_KEYS, "epochs")
-        differences = [f"{key}: {saved.get(key)!r} there, {config[key]!r} now" for key in config
-                       if key not in free and saved.get(key) != config[key]]
+        differences = _config_differences(saved, config, free, off or {}, switches or {})
         if differences:
             raise RunError(f"{path}: this run was started with another config:\n  " + "\n  ".join(differences) +
                            "\nSet these back to resume it, or choose another config['Name'] for a fresh run."
                            + (" (The schedule or dropout_scale 'auto' is planned for a fixed number of epochs.)"
                               if any(line.startswith("epochs") for line in differences) else ""))
     return state
+
+
+# what makes the weights of every run, beside the notebook's functions
+TRAINING_CODE = {"scale_dropout": scale_dropout, "Batches": Batches, "AudioDataset._batch": AudioDataset._batch,
+                 "_pack": _pack}
+
+
+def check_code(folder, state, code):
+    """A RunError that names what differs where the code that has made a checkpoint is not `code`, of `code_of`."""
+    if differences := code_differences(state.get("code", {}), code):
+        raise RunError(f"{folder}: this run was made by other code:\n  " + "\n  ".join(differences) +
+                       "\nUndo the edit to go on with this run, or choose another config['Name'] for a fresh run.")
+
+
+def load_best(folder, model):
+    """Load the weights of the best epoch of the run in this folder into a model.
+
+    Returns what else best.pt holds: that epoch's row of the history, the config, the code and the precision.
+    Raises a RunError where there is none, or where they are of another network.
+    """
+    best = load_checkpoint(Path(folder) / "best.pt")
+    if best is None:
+        raise RunError(f"{folder}: no best weights are there, as no epoch has ended yet")
+    try:
+        model.load_state_dict(best.pop("model"))
+    except RuntimeError as error:
+        lines = "\n  ".join(line.strip() for line in str(error).splitlines()[:4])
+        raise RunError(f"{folder}: its best weights are of another network than this one:\n  {lines}") from None
+    return best
 
 
 STATEFUL = ("model", "optimizer", "scheduler", "scaler")  # what training changes in a run
@@ -1238,24 +1333,33 @@ def start_or_resume(run, checkpoint):
     """Write the first checkpoint of a new run, or check that the one there was trained on these data.
 
     It is written before the first epoch, so that a run killed there keeps its precision and its wandb id.
-    run: has `config`, `folder`, `train_loader`, `precision`, and what STATEFUL names; gets `history` and `wandb_id`.
+    run: has `config`, `code` (of `code_of`), `folder`, `train_loader`, `precision`, and what STATEFUL names; gets
+    `history` and `wandb_id`, and if there are epochs, their weights: those of the best one where all are there.
     checkpoint: from `load_checkpoint`, None for a new run.
     Returns a line for the user: whether it is a new run, or how many epochs are there.
     """
     data = run.train_loader.dataset
     facts = {"frames": len(data), "sum of labels": int(data.labels.sum())}  # tells other data, wherever they lie
     if checkpoint is None:
-        checkpoint = {"config": run.config, "data": facts, "history": [], "wandb_id": secrets.token_hex(4),
+        checkpoint = {"config": run.config, "code": run.code, "data": facts, "history": [],
+                      "wandb_id": secrets.token_hex(4),
                       "precision": str(run.precision).removeprefix("torch."), **snapshot(run)}
         (run.folder / "best.pt").unlink(missing_ok=True)  # of a run whose checkpoint was deleted
         save_checkpoint(run.folder / "checkpoint.pt", checkpoint)
     elif checkpoint["data"] != facts:
         raise RunError(f"{run.folder} was trained on other data ({checkpoint['data']} there, {facts} now): choose "
                        "another config['Name'] for a fresh run.")
+    check_code(run.folder, checkpoint, run.code)
+    restore(checkpoint, run)
     run.wandb_id, run.history = checkpoint["wandb_id"], checkpoint["history"]
     done, epochs = len(run.history), run.config["epochs"]
-    return f"{run.folder}: " + ("a new run" if done == 0 else f"{done} of {epochs} epochs are there, " + (
-        "resuming" if done < epochs else "nothing left to train"))
+    if done == 0:
+        return f"{run.folder}: a new run"
+    if done < epochs:
+        return f"{run.folder}: {done} of {epochs} epochs are there, resuming"
+    best = load_best(run.folder, run.model)
+    return (f"{run.folder}: {done} of {epochs} epochs are there, nothing left to train; the weights are those of the "
+            f"best one, epoch {best['epoch']}")
 
 
 # ---- Folders, wandb, Drive ---------------------------------------------------------------------------------
@@ -1278,6 +1382,37 @@ def runs_folder():
     """The folder of the runs: $HW1P2_RUNS, else /kaggle/working/runs on Kaggle, else runs/ here."""
     kaggle = KAGGLE / "working"
     return path_from_environment("HW1P2_RUNS") or (kaggle / "runs" if kaggle.is_dir() else Path("runs"))
+
+
+def read_runs(folder=None):
+    """{name: (config, history)} of all runs in a folder of runs, variants too; those that are damaged are printed."""
+    folder, runs = Path(folder or runs_folder()), {}
+    for path in find_files(folder, "*/checkpoint.pt", "*/variants/*/checkpoint.pt"):
+        try:
+            state = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+            runs[path.parent.relative_to(folder).as_posix()] = state["config"], state["history"]
+        except Exception as error:  # torch and pickle raise a dozen kinds
+            print(f"{path}: damaged, or not a checkpoint of this notebook ({type(error).__name__})")
+    return runs
+
+
+def compare_runs(runs):
+    """A table of runs, {name: (config, history)}, with the best first: epochs, accuracy, and what differs.
+
+    The last columns are the keys, but FREE_KEYS, in which their configs differ. The accuracies (0-1) are those of the
+    best epoch; runs without one are left out.
+    """
+    rows = {}
+    for name, (config, history) in runs.items():
+        if history:
+            best = max(history, key=lambda row: row["val_acc"])
+            rows[name] = {"best val_acc": best["val_acc"], "train_acc": best["train_acc"], "in epoch": best["epoch"],
+                          "epochs": f"{len(history)} of {config['epochs']}"}
+    configs = pd.DataFrame({name: pd.Series(runs[name][0], dtype=object) for name in rows}).T
+    differ = [key for key in configs if key not in (*FREE_KEYS, "epochs") and configs[key].map(repr).nunique() > 1]
+    table = pd.DataFrame(rows.values(), index=list(rows))
+    table = table.join(configs[differ])
+    return table.sort_values("best val_acc", ascending=False, kind="stable") if rows else table
 
 
 def cache_folder(runs=None):
