@@ -775,6 +775,14 @@ def check_schedule(scheduler, step, epochs, steps):
                        f"{epochs:,} epochs of {steps:,} batches")
 
 
+@contextlib.contextmanager
+def ignore_skipped_steps():
+    """Without torch's warning that a schedule is stepped before the optimizer: float16 may have skipped its steps."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")
+        yield
+
+
 # ---- Metrics -----------------------------------------------------------------------------------------------
 
 
@@ -1040,7 +1048,7 @@ def restore(state, run):
 
 
 def check_parts(run):
-    """Can the run be trained, and resumed, with the model and the train_loader that it has now? A RunError says why not."""
+    """Raise a RunError where the model or the train_loader that a run has now cannot be trained with, or resumed."""
     parallel = (torch.nn.DataParallel, torch.nn.parallel.DistributedDataParallel)
     if any(isinstance(layer, parallel) for layer in run.model.modules()):
         raise RunError("a run uses one GPU: the copies that DataParallel makes of a network would not compute in the "
