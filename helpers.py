@@ -645,6 +645,9 @@ def _pack(folder, names, kinds, gap):
             "stds": torch.tensor(np.mean(stds, axis=0), dtype=torch.float32)}
 
 
+READING_CODE = {"_pack": _pack}  # what makes the numbers in the cache, with all that it uses
+
+
 def _npy_files(folder):
     """Sorted names of the utterances' files in a folder, and of all else, which is not data.
 
@@ -706,7 +709,7 @@ def _open_cache(path, key):
         with contextlib.suppress(Exception):  # whatever is wrong with it, it is rebuilt
             packed = load(path)
             code = json.loads(_as_text(packed.pop("code")))
-            if _as_text(packed.pop("key")) == key and not code_differences(code, code_of({"_pack": _pack})):
+            if _as_text(packed.pop("key")) == key and not code_differences(code, code_of(READING_CODE)):
                 return packed
 
 
@@ -741,7 +744,7 @@ def read_partition(root, partition, subset=1, gap=GAP, cache=None):
                 packed = _open_cache(path, key)  # another one may have made it meanwhile
                 if not packed:
                     packed = _pack(folder, names, kinds, gap)
-                    code = json.dumps(code_of({"_pack": _pack}))
+                    code = json.dumps(code_of(READING_CODE))
                     stamped = {**packed, "key": _as_tensor(key), "code": _as_tensor(code)}
                     with atomic_write(path, packed["frames"].nbytes) as temporary:
                         safetensors.torch.save_file(stamped, temporary)
@@ -1447,7 +1450,7 @@ def load_checkpoint(path, config=None, planned=True, off=None, switches=None):
 
 # what makes the weights of every run, beside the notebook's functions
 TRAINING_CODE = {"scale_dropout": scale_dropout, "Batches": Batches, "AudioDataset._batch": AudioDataset._batch,
-                 "_pack": _pack}
+                 **READING_CODE}
 
 
 def check_code(folder, state, code):
