@@ -739,8 +739,8 @@ def print_layers(model, frames):
         install("torchsummaryX==1.1.0")
         from torchsummaryX import summary
         summary(model, frames)
-    except (RunError, ImportError) as error:
-        print(f"no table of the layers: {error}\n{model}")
+    except Exception as error:  # it cannot be installed, or does not know what to make of a module
+        print(f"no table of the layers ({error!r:.200}):\n{model}")
 
 
 # ---- Loss and schedule --------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from helpers import RunError
 
 QUICK = {**TINY, "epochs": 2, "batch_size": 1024, "scheduler": "steplr", "dropout_scale": 1}
 TRAINING, RESULTS = "run = make_run(config)\n", "results = evaluate_best(run)"
-SUBMISSION = "predictions = test(run.model"
+SUBMISSION = "predictions = test(run, "
 LAST = "# @title The last entries of the wandb run"
 
 pytestmark = pytest.mark.usefixtures("one_thread")
