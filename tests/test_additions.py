@@ -8,7 +8,7 @@ import kills
 import numpy as np
 import pytest
 import torch
-from notebook import ROOT, TINY, Session, code_cells, wandb_records, wandb_values
+from notebook import ROOT, TINY, Session, code_cells, wandb_values
 from torch import nn
 from torch.optim import lr_scheduler
 from torch.utils.data import ConcatDataset, DataLoader, Subset, WeightedRandomSampler
@@ -389,6 +389,7 @@ def test_variants_of_recipe_original_are_different_runs(session):
 def test_a_trial_of_a_sweep_has_the_whole_config_its_best_accuracy_and_its_files(corpus, tmp_path, monkeypatch):
     """As wandb's agent calls it: `wandb.init` gives a run whose config the sweep has set."""
     import wandb
+    from test_wandb import finished_records
     session = Session(tmp_path, corpus, {**TINY, "recipe": "original"}, wandb_mode="offline")
     session.run_all(until=TRAINING)
     session.run("def run_variant")
@@ -402,7 +403,7 @@ def test_a_trial_of_a_sweep_has_the_whole_config_its_best_accuracy_and_its_files
     session.call("trial")
     [run] = started
     config, summary = dict(run.config), {}
-    for record in wandb_records(tmp_path / "pencil"):
+    for record in finished_records(tmp_path / "pencil"):
         summary |= wandb_values(record.summary.update)
     assert config["warp"] == 0.1 and config["num_layers"] == 3 and config["learning_rate"] == 0.001
     assert set(session["config"]) <= set(config) and config["device"]
