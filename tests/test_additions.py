@@ -331,7 +331,7 @@ def test_a_compiled_run_opens_without_compile_and_the_other_way_round(session, b
         session.run(RESULTS)
     best = helpers.load_checkpoint(run.folder / "best.pt")["model"]
     assert [name for name in best if "_orig_mod" in name] == [] and "model.0.weight" in best
-    plain = session.call("make_network", run.config)
+    plain = session.call("make_network", run.config, session["train_data"])
     plain.load_state_dict(best)  # strictly
 
 

@@ -48,7 +48,7 @@ class Trainer:
     def __init__(self, config, data, usual=False):
         torch.manual_seed(23)
         self.config, self.usual = config, usual
-        self.model = NOTEBOOK["make_network"](config)
+        self.model = NOTEBOOK["make_network"](config, data)
         # the usual precision on a GPU is float16 with a scaler; on a CPU both sides have the same
         self.precision = torch.float16 if usual and common.DEVICE == "cuda" else DTYPE
         self.criterion = NOTEBOOK["make_criterion"](config, data)
