@@ -717,8 +717,10 @@ def mask_frames(frames, augmentations="Both", freq_mask_param=4, time_mask_param
     Zero is the mean after normalisation.
 
     frames: float16 or float32 (B, 2c+1, k); changed in place, and returned.
-    augmentations: "FreqMask", "TimeMask", "Both" or None.
+    augmentations: "FreqMask", "TimeMask", "Both" or None; a ValueError for others.
     """
+    if augmentations not in ("FreqMask", "TimeMask", "Both", None):
+        raise ValueError(f"there is no mask {augmentations!r}; expected 'FreqMask', 'TimeMask', 'Both' or None")
     bits = frames.view(torch.int16 if frames.dtype == torch.float16 else torch.int32)
     for name, axis, param in (("FreqMask", 2, freq_mask_param), ("TimeMask", 1, time_mask_param)):
         if augmentations in (name, "Both"):

@@ -250,7 +250,7 @@ def test_rates_of_a_network_of_ones_own(session, make, width, factor):
         scale = helpers.scale_dropout(run.model, run.config, len(session["train_data"]), epoch)
         assert [layer.p for layer in layers] == pytest.approx([scale * 0.25 * (width or 0) / 1600] * len(layers))
     assert len(layers) == (width is not None)
-    assert session["results"].best["val_acc"] > 0.2
+    assert run.history[1]["train_loss"] < run.history[0]["train_loss"]
 
 
 def test_a_network_of_ones_own_computes_in_the_runs_precision(session):
