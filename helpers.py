@@ -17,6 +17,7 @@ Sections, and the functions to start with:
     Windows and loaders      AudioDataset, make_loader
     Augmentation             mask_frames, warp_maps, warp_frames
     Network                  Dropout, scale_dropout, print_layers
+    Loss and schedule        loss_weight, check_schedule
     Metrics                  confusion_matrix, boundary_distance, calibration
     Figures                  draw_frames, draw_phones
     Decoding                 viterbi, Decoder
@@ -47,7 +48,6 @@ import subprocess
 import sys
 import threading
 import time
-import timeit
 import warnings
 import weakref
 import zipfile
@@ -290,25 +290,20 @@ def pick_device():
 def pick_precision(device, saved=None):
     """The dtype of the matrix products: the fastest on this device; a resumed run keeps its own if it can.
 
-    float16 needs a gradient scaler; bfloat16 has the range of float32 and needs none. `saved`: "float32", "bfloat16"
-    or "float16", from a checkpoint of the run.
+    float16 needs a gradient scaler; bfloat16 has the range of float32 and needs none. On a CPU it is bfloat16 where the
+    processor has instructions for its products (AVX-512 BF16 or AMX): elsewhere both are emulated, and slow.
+    saved: "float32", "bfloat16" or "float16", from a checkpoint of the run.
     """
     if device == "mps":
         return torch.float32
     if device == "cuda":
         native = torch.cuda.is_bf16_supported(including_emulation=False)
         supported = [torch.bfloat16, torch.float16] if native else [torch.float16]
-    else:  # float16 is emulated on CPUs, and so is bfloat16 on most
+    else:
         has = getattr(torch.cpu, "get_capabilities", dict)()
-        supported = [torch.float32] + [torch.bfloat16] * bool(has.get("avx512_bf16") or has.get("amx_bf16"))
-        supported.sort(key=_seconds_of_a_product)
+        native = has.get("avx512_bf16") or has.get("amx_bf16")
+        supported = [torch.bfloat16, torch.float32] if native else [torch.float32]
     return next((dtype for dtype in supported if str(dtype) == f"torch.{saved}"), supported[0])
-
-
-def _seconds_of_a_product(dtype):
-    """How long the CPU takes for a matrix product like those of the network, at best."""
-    a, b = torch.ones(256, 1600, dtype=dtype), torch.ones(1600, 1600, dtype=dtype)
-    return min(timeit.repeat(lambda: a @ b, number=1, repeat=4))
 
 
 # ---- Reading: a folder of .npy files -> one packed array ---------------------------------------------------
@@ -664,7 +659,7 @@ class AudioDataset(Dataset):
 class Batches(Sampler):
     """Batches of frame indexes: int64 tensors on the device, shuffled by `seed` and the epoch, or in order.
 
-    torch's RandomSampler makes a Python list of all indexes, a gigabyte for 36 million frames.
+    The seed is 0 or more. torch's RandomSampler makes a Python list of all indexes, a gigabyte for 36 million frames.
     """
 
     def __init__(self, length, batch_size, shuffle=False, seed=23, device="cpu"):
@@ -677,7 +672,9 @@ class Batches(Sampler):
 
     def __iter__(self):
         if self.shuffle:
-            generator = torch.Generator(self.device).manual_seed(self.seed + self.epoch)
+            # mixed, so that the second epoch of a seed is not the first one of the next seed
+            [seed] = np.random.SeedSequence([self.seed, self.epoch]).generate_state(1).tolist()
+            generator = torch.Generator(self.device).manual_seed(seed)
             order = torch.randperm(self.length, generator=generator, device=self.device)
         else:
             order = torch.arange(self.length, device=self.device)
@@ -693,7 +690,11 @@ def make_loader(dataset, batch_size, shuffle=False, seed=23):
     """A DataLoader of whole batches: float16 (B, 2c+1, k) and int64 (B,), or the frames alone for test, on the device.
 
     No workers: a batch is one gather, which is quicker than passing it between processes.
+    dataset: an AudioDataset; a DataError for others, such as torch's Subset.
     """
+    if not isinstance(dataset, AudioDataset):
+        raise DataError(f"make_loader has got a {type(dataset).__name__}; expected an AudioDataset. A part of the "
+                        "utterances, or several partitions as one, is a folder of links to their files: see the README")
     return DataLoader(dataset, sampler=Batches(len(dataset), batch_size, shuffle, seed, dataset.frames.device),
                       batch_size=None)
 
@@ -776,28 +777,55 @@ def warp_frames(frames, maps):
 class Dropout(torch.nn.Dropout):
     """torch's draws a random number for each unit; on a CPU, here four share one (p in steps of 1/65536).
 
-    `rate` is the p that it was made with; see `scale_dropout`.
+    The rate p may change during the training (see `scale_dropout`), compiled or not.
     """
 
-    def __init__(self, p):
-        super().__init__(p)
-        self.rate = p
+    @property
+    def p(self):
+        return self._p
+
+    @p.setter
+    def p(self, p):
+        self._p = p
+        if "rate_now" in self._buffers:
+            self.rate_now.fill_(p)
+        else:  # torch.compile takes numbers for constants, but no tensors
+            self.register_buffer("rate_now", torch.tensor(float(p)), persistent=False)
 
     def forward(self, x):
-        if not self.training or x.device.type != "cpu":
+        if not self.training:
+            return x
+        if torch.compiler.is_compiling():
+            keep = torch.rand(x.shape, device=x.device) >= self.rate_now
+            return x * keep.to(x.dtype) / (1 - self.rate_now).to(x.dtype)
+        if x.device.type != "cpu":
             return super().forward(x)
         bits = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-2**63, None).view(torch.int16)
         keep = bits[:x.numel()].view_as(x) >= round(self.p * 2**16) - 2**15
         return x * keep.to(x.dtype).mul_(1 / (1 - self.p))
 
 
+DROPOUTS = (torch.nn.Dropout, torch.nn.Dropout1d, torch.nn.Dropout2d, torch.nn.Dropout3d, torch.nn.AlphaDropout,
+            torch.nn.FeatureAlphaDropout)
+
+
+def hidden_layers(model):
+    """The Linear layers of a model in the order of their definition, without the output layer, of 42 units."""
+    layers = [layer for layer in model.modules() if isinstance(layer, torch.nn.Linear)]
+    return [layer for layer in layers if layer.out_features != len(PHONEMES)]
+
+
 def scale_dropout(model, config, train_frames, epoch):
-    """Set the rates of all `Dropout` layers for this epoch, a factor times their `rate`, and return the factor.
+    """Set the rates p of all dropout layers for this epoch, a factor times those that they were made with.
 
     It is config["dropout_scale"]; or "auto": with r training frames per parameter and x = (1.8 / r)^0.6 it goes
     over config["epochs"] in equal steps from the smaller one of x and 1 / x to x, within 0.1 ... 2. The course's data
     and network have r = 1.8, so x = 1. Of this factor a layer of n < 1600 units gets n / 1600: in a sum over its units,
     dropout p is noise in proportion to p / ((1 - p) n). tests/benchmarks/accuracy.md has the measurements behind it.
+
+    n is that of the `hidden_layers` before it in the order of their definition; without one, it gets the factor whole.
+    `functional.dropout` is no layer, and is not scaled. Returns the factor. The rate that a layer was made with is kept
+    as its `rate`.
     """
     auto = config["dropout_scale"] == "auto"
     scale, share = config["dropout_scale"], 1  # share: of the scale, for the layer's width
@@ -805,10 +833,12 @@ def scale_dropout(model, config, train_frames, epoch):
         x = (1.8 * sum(map(torch.numel, model.parameters())) / train_frames) ** 0.6
         first, last = (min(max(factor, 0.1), 2) for factor in (min(x, 1 / x), x))
         scale = first + (last - first) * (epoch - 1) / max(config["epochs"] - 1, 1)
+    hidden = {id(layer) for layer in hidden_layers(model)}
     for layer in model.modules():
-        if auto and isinstance(layer, torch.nn.Linear):
+        if auto and id(layer) in hidden:
             share = min(layer.out_features / 1600, 1)  # of the dropout behind it
-        elif isinstance(layer, Dropout):
+        elif isinstance(layer, DROPOUTS):
+            layer.rate = getattr(layer, "rate", layer.p)
             layer.p = min(scale * share * layer.rate, 0.99)
     return scale
 
@@ -823,7 +853,48 @@ def print_layers(model, frames):
         print(f"no table of the layers: {error}\n{model}")
 
 
+# ---- Loss and schedule --------------------------------------------------------------------------------------
+
+def loss_weight(criterion, phonemes):
+    """How much the mean loss of a batch weighs in the mean of an epoch; phonemes: int64 (B,).
+
+    That is the number of frames; or, where torch's cross entropy has weights of the classes or ignores one, the sum of
+    the frames' weights, by which it divides. So the loss of a data set does not depend on the size of its batches.
+    """
+    if not isinstance(criterion, (torch.nn.CrossEntropyLoss, torch.nn.NLLLoss)):
+        return len(phonemes)
+    if criterion.ignore_index >= 0:
+        phonemes = phonemes[phonemes != criterion.ignore_index]
+    return len(phonemes) if criterion.weight is None else criterion.weight[phonemes].sum()
+
+
+def check_schedule(scheduler, step, epochs, steps):
+    """Will one of torch's schedulers be stepped as it was made for? A RunError says what to change.
+
+    step: when it is stepped: after each "epoch", after each "batch", or with each epoch's "val_loss". steps: per epoch.
+    """
+    name = type(scheduler).__name__
+    if step not in ("epoch", "batch", "val_loss"):
+        raise RunError(f"{name} with step={step!r}: expected 'epoch', 'batch' or 'val_loss'")
+    if isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau) and step != "val_loss":
+        raise RunError(f"{name} needs to know the loss: Schedule(..., step='val_loss')")
+    times = epochs * steps if step == "batch" else epochs
+    planned = getattr(scheduler, "total_steps", times)  # OneCycleLR has it
+    if planned != times:
+        raise RunError(f"{name} is made for {planned:,} steps, but with step={step!r} it is stepped {times:,} times: "
+                       f"{epochs:,} epochs of {steps:,} batches")
+
+
+@contextlib.contextmanager
+def ignore_skipped_steps():
+    """Without torch's warning that a schedule is stepped before the optimizer: float16 may have skipped its steps."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")
+        yield
+
+
 # ---- Metrics -----------------------------------------------------------------------------------------------
+
 
 def confusion_matrix(labels, predictions):
     """Counts, int64 (42, 42): row = true phoneme, column = predicted; both arguments integer (n,)."""
@@ -987,7 +1058,6 @@ class Decoder:
 # keys that may change when a run is resumed, because the trained weights do not depend on them
 FREE_KEYS = ("Name", "recipe", "test_warps", "smoothing", "data", "competition", "shorten", "wandb", "artifacts",
              "drive", "kaggle_submit", "ablations")
-UNPLANNED = ("steplr", "exponential", "reducelronplateau")  # schedules that do not know the number of epochs
 
 _RUN_LOCKS = weakref.WeakValueDictionary()  # path -> lock
 
@@ -1016,11 +1086,12 @@ def save_checkpoint(path, state):
         temporary.write_bytes(file.getbuffer())
 
 
-def load_checkpoint(path, config=None):
+def load_checkpoint(path, config=None, planned=True):
     """The dict of `save_checkpoint`, on the CPU; None where there is no such file.
 
     config: if given, it must agree with the checkpoint's own "config" in all keys but FREE_KEYS, and "epochs" where the
-    schedule does not depend on it. Raises a RunError if they differ, or if the file is damaged or of something else.
+    schedule does not depend on it (is not `planned`) and dropout_scale is not "auto".
+    Raises a RunError if they differ, or if the file is damaged or of something else.
     """
     path = Path(path)
     if not path.exists():
@@ -1037,7 +1108,7 @@ def load_checkpoint(path, config=None):
         raise RunError(f"{path}: damaged, or not a checkpoint of this notebook ({type(error).__name__}). Restore a "
                        "copy of it, or choose another config['Name'] for a fresh run.") from None
     if config is not None:
-        planned = config["scheduler"] not in UNPLANNED or config["dropout_scale"] == "auto"
+        planned = planned or config["dropout_scale"] == "auto"
         free = FREE_KEYS if planned else (*FREE_KEYS, "epochs")
         differences = [f"{key}: {saved.get(key)!r} there, {config[key]!r} now" for key in config
                        if key not in free and saved.get(key) != config[key]]
@@ -1050,11 +1121,24 @@ def load_checkpoint(path, config=None):
 
 
 STATEFUL = ("model", "optimizer", "scheduler", "scaler")  # what training changes in a run
+COMPILED = "_orig_mod."  # what torch.compile puts into the names of a module's weights
+
+
+def weights_of(model):
+    """The state dict of a model, with the names that its tensors have without torch.compile."""
+    return {name.replace(COMPILED, ""): tensor for name, tensor in model.state_dict().items()}
+
+
+def load_weights(model, weights):
+    """Load the weights that `weights_of` gave into a model, compiled or not, or in part."""
+    names = {name.replace(COMPILED, ""): name for name in model.state_dict()}
+    model.load_state_dict({names.get(name, name): tensor for name, tensor in weights.items()})
 
 
 def snapshot(run):
     """A dict of the states of a run's model, optimizer, scheduler and scaler, and of torch's random generators."""
-    return {**{name: getattr(run, name).state_dict() for name in STATEFUL}, "random": torch.get_rng_state(),
+    states = {name: getattr(run, name).state_dict() for name in STATEFUL}
+    return {**states, "model": weights_of(run.model), "random": torch.get_rng_state(),
             "random_cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []}
 
 
@@ -1062,7 +1146,9 @@ def restore(state, run):
     """Put a `snapshot` back into a run, on whatever device that is; a RunError if the code has changed since."""
     try:
         for name in STATEFUL:
-            if state[name]:  # the scaler's is empty where it was not needed
+            if name == "model":
+                load_weights(run.model, state["model"])
+            elif state[name]:  # the scaler's is empty where it was not needed
                 getattr(run, name).load_state_dict(state[name])
     except (RuntimeError, ValueError, KeyError) as error:
         raise RunError(f"the checkpoint has another {name} than this code makes ({str(error).splitlines()[0]}) "
@@ -1072,19 +1158,31 @@ def restore(state, run):
         torch.cuda.set_rng_state_all(state["random_cuda"])
 
 
+def check_parts(run):
+    """Raise a RunError where the model or the train_loader that a run has now cannot be trained with, or resumed."""
+    parallel = (torch.nn.DataParallel, torch.nn.parallel.DistributedDataParallel)
+    if any(isinstance(layer, parallel) for layer in run.model.modules()):
+        raise RunError("a run uses one GPU: the copies that DataParallel makes of a network would not compute in the "
+                       f"run's precision, {run.precision}. Train the network itself, its `.module`.")
+    if not isinstance(run.train_loader.sampler, Batches):
+        raise RunError(f"run.train_loader has a {type(run.train_loader.sampler).__name__}; expected a loader of "
+                       "`make_loader`, whose order a resumed run repeats. To let rare phonemes count more, as with a "
+                       "WeightedRandomSampler, take a weighted loss: see the README.")
+
+
 def start_or_resume(run, checkpoint):
     """Write the first checkpoint of a new run, or check that the one there was trained on these data.
 
     It is written before the first epoch, so that a run killed there keeps its precision and its wandb id.
-    run: has `config`, `folder`, `train_loader`, `model.precision`, and what STATEFUL names; gets `history` and
-    `wandb_id`. checkpoint: from `load_checkpoint`, None for a new run.
+    run: has `config`, `folder`, `train_loader`, `precision`, and what STATEFUL names; gets `history` and `wandb_id`.
+    checkpoint: from `load_checkpoint`, None for a new run.
     Returns a line for the user: whether it is a new run, or how many epochs are there.
     """
     data = run.train_loader.dataset
     facts = {"frames": len(data), "sum of labels": int(data.labels.sum())}  # tells other data, wherever they lie
     if checkpoint is None:
         checkpoint = {"config": run.config, "data": facts, "history": [], "wandb_id": secrets.token_hex(4),
-                      "precision": str(run.model.precision).removeprefix("torch."), **snapshot(run)}
+                      "precision": str(run.precision).removeprefix("torch."), **snapshot(run)}
         (run.folder / "best.pt").unlink(missing_ok=True)  # of a run whose checkpoint was deleted
         save_checkpoint(run.folder / "checkpoint.pt", checkpoint)
     elif checkpoint["data"] != facts:
@@ -1198,37 +1296,41 @@ def _init_wandb(mode, run_id, **options):
 
 
 def start_wandb(run, wandb_run=None):
-    """Open the wandb run of a run, or take the one that is open, and send it all rows of the history.
+    """Open the wandb run of a run, or take the one that is open, and send it the config and all rows of the history.
 
     run: has `config`, whose "wandb" is the mode (see `wandb_mode`), `folder`, `wandb_id`, `history`, `model`, `details`
     (a dict: what else to log with the config) and `group` (None, or its name). wandb_run: the one to use, in a sweep.
+    $WANDB_PROJECT and $WANDB_NAME count where they are set.
     The text of the model is kept in the folder and with the run, as model_arch.txt. If the server refuses the id,
     `run.wandb_id` becomes a new one. It never waits for the network. If wandb does not start, that is printed, and the
     returned run does nothing.
     """
     import wandb  # here, because it takes a second, and benchmarks do without
     os.environ.setdefault("WANDB_DATA_DIR", str(cache_folder() / "wandb"))  # where it prepares uploads
-    if wandb_run is not None:
-        log_history(wandb_run, run.history)
-        return wandb_run
     config = {**run.config, **run.details, "python": platform.python_version(), "torch": torch.__version__}
-    wandb_run = wandb.run
-    if wandb_run is not None and (wandb_run.id, wandb_run.config.get("wandb")) == (run.wandb_id, config["wandb"]):
+    run.folder.mkdir(parents=True, exist_ok=True)
+    architecture = run.folder / "model_arch.txt"
+    architecture.write_text(str(run.model), "utf-8")
+    given, opened = wandb_run is not None, wandb.run
+    if given:  # what the sweep has set in it is locked
+        wandb_run.config.update({key: value for key, value in config.items() if wandb_run.config.get(key) != value})
+    elif opened is not None and (opened.id, opened.config.get("wandb")) == (run.wandb_id, config["wandb"]):
+        wandb_run = opened
         wandb_run.config.update(config, allow_val_change=True)
     else:
-        if wandb_run is not None:
-            wandb_run.finish()
-        run.folder.mkdir(parents=True, exist_ok=True)
-        architecture = run.folder / "model_arch.txt"
-        architecture.write_text(str(run.model), "utf-8")
+        if opened is not None:
+            opened.finish()
         limits = {"finish_timeout": 600} if "finish_timeout" in wandb.Settings.model_fields else {}  # s; since 0.28
         settings = wandb.Settings(silent=True, console="off", init_timeout=30, **limits)
-        wandb_run = _init_wandb(wandb_mode(config["wandb"]), run.wandb_id, project="hw1p2", name=config["Name"][:120],
+        wandb_run = _init_wandb(wandb_mode(config["wandb"]), run.wandb_id,
+                                project=os.environ.get("WANDB_PROJECT") or "hw1p2",
+                                name=os.environ.get("WANDB_NAME") or config["Name"][:120],
                                 group=run.group, dir=run.folder, config=config, settings=settings)
-        if wandb_run.settings.mode != "disabled":  # a copy in wandb's own folder is uploaded without a link to it
-            wandb_run.save(shutil.copy(architecture, wandb_run.dir), base_path=wandb_run.dir, policy="now")
         if wandb_run.settings.mode == "online":
             run.wandb_id = wandb_run.id
+    if wandb_run is not opened and wandb_run.settings.mode != "disabled":
+        # a copy in wandb's own folder is uploaded without a link to it
+        wandb_run.save(shutil.copy(architecture, wandb_run.dir), base_path=wandb_run.dir, policy="now")
     log_history(wandb_run, run.history)
     return wandb_run
 

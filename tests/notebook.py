@@ -93,7 +93,7 @@ def definitions():
     What is not installed is left out.
     """
     wanted = {"device", "device_name", "data_device", "config", "ARCHETYPES", "ACTIVATIONS", "INITIALIZATIONS",
-              "OPTIMIZERS", "SCHEDULERS", "OPTIONS", "ORIGINAL", "SHORTER", "criterion", "MADE_IN"}
+              "NETWORKS", "LOSSES", "OPTIMIZERS", "SCHEDULERS", "AUGMENTATIONS", "ORIGINAL", "SHORTER", "MADE_IN"}
     namespace = {"__name__": "notebook"}
 
     def sets(node):

@@ -20,7 +20,8 @@ from notebook import TINY, Session, definitions, run_cells
 import helpers
 from helpers import RunError
 
-CONFIG, OPTIONS = map(definitions().get, ("config", "OPTIONS"))
+BOOK = definitions()
+CONFIG, OPTIONS = BOOK["config"], BOOK["options"]()
 ADAMW, SGD = kills.CONFIGS.values()
 QUICK = {**TINY, "wandb": "disabled", "num_layers": 2, "epochs": 1, "batch_size": 1024, "scheduler": "steplr",
          "dropout_scale": 1}
