@@ -862,12 +862,15 @@ def loss_weight(criterion, phonemes):
 
     That is the number of frames; or, where torch's cross entropy has weights of the classes or ignores one, the sum of
     the frames' weights, by which it divides. So the loss of a data set does not depend on the size of its batches.
+    Other losses, and functions, are taken for means over the frames.
     """
-    if not isinstance(criterion, (torch.nn.CrossEntropyLoss, torch.nn.NLLLoss)):
+    divides = torch.nn.CrossEntropyLoss.forward, torch.nn.NLLLoss.forward
+    if getattr(type(criterion), "forward", None) not in divides:
         return len(phonemes)
-    if criterion.ignore_index >= 0:
-        phonemes = phonemes[phonemes != criterion.ignore_index]
-    return len(phonemes) if criterion.weight is None else criterion.weight[phonemes].sum()
+    if criterion.weight is None and criterion.ignore_index < 0:
+        return len(phonemes)
+    weights = 1.0 if criterion.weight is None else criterion.weight[phonemes]
+    return (weights * (phonemes != criterion.ignore_index)).sum()
 
 
 def check_schedule(scheduler, step, epochs, steps):

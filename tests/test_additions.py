@@ -134,10 +134,23 @@ def weighted(train_data, **options):
     return nn.CrossEntropyLoss(weight=weight, **options)
 
 
+class Focal(nn.CrossEntropyLoss):
+    """Its mean is over the frames, though its class has weights (Lin et al., "Focal Loss", 2017)."""
+
+    def __init__(self):
+        super().__init__(weight=torch.linspace(0.1, 5, 42))
+
+    def forward(self, logits, phonemes):
+        likely = logits.softmax(1).gather(1, phonemes[:, None])[:, 0]
+        loss = nn.functional.cross_entropy(logits, phonemes, self.weight, reduction="none")
+        return ((1 - likely) ** 2 * loss).mean()
+
+
 LOSSES = {"weighted": weighted, "weighted and smoothed": partial(weighted, label_smoothing=0.2),
           "without silence": partial(weighted, ignore_index=0), "plain": lambda data: nn.CrossEntropyLoss(),
           "margin": lambda data: nn.MultiMarginLoss(weight=torch.linspace(0.1, 5, 42)),
-          "a function": lambda data: nn.functional.cross_entropy}
+          "without silence, unweighted": lambda data: nn.CrossEntropyLoss(ignore_index=0),
+          "focal": lambda data: Focal(), "a function": lambda data: nn.functional.cross_entropy}
 
 
 @pytest.mark.parametrize("name", LOSSES)
