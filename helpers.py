@@ -934,8 +934,10 @@ def mask_frames(frames, augmentations="Both", freq_mask_param=4, time_mask_param
     Zero is the mean after normalisation.
 
     frames: float16 or float32 (B, 2c+1, k); changed in place, and returned.
-    augmentations: "FreqMask", "TimeMask", "Both" or None.
+    augmentations: "FreqMask", "TimeMask", "Both" or None; a ValueError for others.
     """
+    if augmentations not in ("FreqMask", "TimeMask", "Both", None):
+        raise ValueError(f"there is no mask {augmentations!r}; expected 'FreqMask', 'TimeMask', 'Both' or None")
     bits = frames.view(torch.int16 if frames.dtype == torch.float16 else torch.int32)
     for name, axis, param in (("FreqMask", 2, freq_mask_param), ("TimeMask", 1, time_mask_param)):
         if augmentations in (name, "Both"):
@@ -1066,8 +1068,8 @@ def print_layers(model, frames):
         install("torchsummaryX==1.1.0")
         from torchsummaryX import summary
         summary(model, frames)
-    except (RunError, ImportError) as error:
-        print(f"no table of the layers: {error}\n{model}")
+    except Exception as error:  # it cannot be installed, or does not know what to make of a module
+        print(f"no table of the layers ({error!r:.200}):\n{model}")
 
 
 # ---- Loss and schedule --------------------------------------------------------------------------------------
@@ -1077,12 +1079,15 @@ def loss_weight(criterion, phonemes):
 
     That is the number of frames; or, where torch's cross entropy has weights of the classes or ignores one, the sum of
     the frames' weights, by which it divides. So the loss of a data set does not depend on the size of its batches.
+    Other losses, and functions, are taken for means over the frames.
     """
-    if not isinstance(criterion, (torch.nn.CrossEntropyLoss, torch.nn.NLLLoss)):
+    divides = torch.nn.CrossEntropyLoss.forward, torch.nn.NLLLoss.forward
+    if getattr(type(criterion), "forward", None) not in divides:
         return len(phonemes)
-    if criterion.ignore_index >= 0:
-        phonemes = phonemes[phonemes != criterion.ignore_index]
-    return len(phonemes) if criterion.weight is None else criterion.weight[phonemes].sum()
+    if criterion.weight is None and criterion.ignore_index < 0:
+        return len(phonemes)
+    weights = 1.0 if criterion.weight is None else criterion.weight[phonemes]
+    return (weights * (phonemes != criterion.ignore_index)).sum()
 
 
 def check_schedule(scheduler, step, epochs, steps):
@@ -1725,7 +1730,7 @@ def start_wandb(run, wandb_run=None):
                                 group=run.group, dir=run.folder, config=config, settings=settings)
         if wandb_run.settings.mode == "online":
             run.wandb_id = wandb_run.id
-    if wandb_run is not opened and wandb_run.settings.mode != "disabled":
+    if (given or wandb_run is not opened) and wandb_run.settings.mode != "disabled":
         # a copy in wandb's own folder is uploaded without a link to it
         wandb_run.save(shutil.copy(architecture, wandb_run.dir), base_path=wandb_run.dir, policy="now")
     log_history(wandb_run, run.history)

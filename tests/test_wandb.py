@@ -186,6 +186,26 @@ def test_disabled_it_does_nothing_and_everything_can_be_called(tmp_path):
     assert not (tmp_path / "wandb").exists() and run.settings.mode == "disabled"
 
 
+def test_project_and_name_are_the_environments_where_they_are_set(tmp_path, monkeypatch):
+    assert (start(tmp_path / "a", []).project, wandb.run.name) == ("hw1p2", CONFIG["Name"])
+    monkeypatch.setenv("WANDB_PROJECT", "mine")
+    monkeypatch.setenv("WANDB_NAME", "a name")
+    run = start(tmp_path / "b", [], "other")
+    assert (run.project, run.name) == ("mine", "a name")
+
+
+def test_a_run_that_a_sweep_has_opened_gets_the_whole_config_and_the_network(tmp_path, capfd):
+    given = wandb.init(mode="offline", dir=tmp_path)
+    given.config.update_locked({"epochs": 3, "x": 1}, user="sweep")
+    assert start_wandb(run_of(tmp_path / "run", ROWS[:2]), given) is given
+    assert given.config["Name"] == CONFIG["Name"] and given.config["device"] == "é" and given.config["x"] == 1
+    assert "locked" not in "".join(capfd.readouterr())  # as wandb says of what is set again
+    given.finish()
+    assert rows_in(tmp_path) == ROWS[:2]
+    [kept] = tmp_path.glob("wandb/offline-run-*/files/model_arch.txt")
+    assert kept.read_text() == (tmp_path / "run" / "model_arch.txt").read_text() == "Network(\n  (0): Linear()\n)"
+
+
 # ---- Online or offline -------------------------------------------------------------------------------------
 
 def test_the_mode_is_the_configs_then_the_environments_then_what_wandb_finds(monkeypatch, capsys):

@@ -52,7 +52,7 @@ def config_of(recipe, epochs):
                 config[key] = ast.literal_eval(value)
             except (ValueError, SyntaxError):
                 config[key] = value
-    return helpers.check_config(config, NOTEBOOK["OPTIONS"])
+    return helpers.check_config(config, NOTEBOOK["options"]())
 
 
 def narrow(width, match_noise):
@@ -76,7 +76,7 @@ def train(config, seed, arguments):
     """What is kept of a run: right or not, bool (n,), for each frame of the validation set by the network alone, by the
     mean over warps and by Viterbi; the history; frames per parameter.
     """
-    changes = [f"{key}={config[key]}" for key in config if key not in helpers.FREE_KEYS
+    changes = [f"{key}={config[key]}" for key in config if key not in (*helpers.FREE_KEYS, "seed")
                and (key == "epochs" or config[key] != {**NOTEBOOK["config"], **NOTEBOOK["ORIGINAL"]}[key])]
     network = [f"width={arguments.width}"] * (arguments.width != WIDTH) + ["match-noise"] * arguments.match_noise
     name = "-".join([arguments.data.name, *network, *changes, f"seed={seed}"])
@@ -84,7 +84,7 @@ def train(config, seed, arguments):
     path = arguments.folder / name / "right.npz"
     if not path.exists():
         print(f"# {name}", flush=True)
-        run = NOTEBOOK["make_run"]({**config, "Name": name}, seed=seed)
+        run = NOTEBOOK["make_run"]({**config, "Name": name, "seed": seed})
         history = NOTEBOOK["fit"](run)
         results = NOTEBOOK["evaluate_best"](run)
         with helpers.atomic_write(path, 4 * len(results.truth)) as temporary, open(temporary, "wb") as file:
