@@ -133,8 +133,9 @@ def test_the_loops_without_backward(dataset, monkeypatch, archetype):
     with rehearsal():
         with torch.device("cuda"):
             model = book["Network"](11 * 28, 42, {**config, "weight_initialization": None})
-        run = SimpleNamespace(config=config, model=model, precision=torch.float32, criterion=torch.nn.CrossEntropyLoss(),
-                              optimizer=optimizer, scaler=torch.amp.GradScaler("cuda", enabled=False),
+        run = SimpleNamespace(config=config, model=model, precision=torch.float32,
+                              criterion=torch.nn.CrossEntropyLoss(), optimizer=optimizer,
+                              scaler=torch.amp.GradScaler("cuda", enabled=False),
                               train_loader=helpers.make_loader(train_data, 256, shuffle=True))
         book["train"](run)
         assert len(steps) == -(-len(train_data) // 256)
