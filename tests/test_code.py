@@ -153,11 +153,11 @@ def again(runs, corpus, old=None, new=None, **changes):
     ("[nn.Linear(input_size, output_size), *[nn.LeakyReLU()] * pencil]",
      "[nn.Linear(input_size, output_size), nn.LeakyReLU(0.5)]", "`Network.__init__` has changed"),
     ("self.model(frames.flatten(1).float())", "2 * self.model(frames.flatten(1).float())", "`Network.forward`"),
-    ('"crossentropy": lambda train_data: nn.CrossEntropyLoss()',
-     '"crossentropy": lambda train_data: nn.CrossEntropyLoss(label_smoothing=0.2)', "label_smoothing: 0.0 there, 0.2"),
+    ('"crossentropy": lambda data: nn.CrossEntropyLoss()',
+     '"crossentropy": lambda data: nn.CrossEntropyLoss(label_smoothing=0.2)', "label_smoothing: 0.0 there, 0.2"),
     ("partial(optim.AdamW, ", "partial(optim.AdamW, betas=(0.8, 0.9), ", "given: nothing there, betas=(0.8, 0.9) now"),
     ("T_max=epochs)", "T_max=2 * epochs)", "SCHEDULERS"),
-    ("2 * (1600 / max(widths)) ** 0.5", "3 * (1600 / max(widths)) ** 0.5", "`learning_rate` has changed")], ids=lambda text: text[:30])
+    ("2 * (1600 / max(widths))", "3 * (1600 / max(widths))", "`learning_rate` has changed")], ids=lambda text: text[:30])
 def test_a_run_of_other_code_is_refused_and_the_difference_named(trained, corpus, old, new, named):
     before = (trained / "pencil" / "checkpoint.pt").read_bytes()
     with pytest.raises(RunError) as error:
@@ -239,7 +239,7 @@ def test_a_helper_that_train_uses_is_part_of_the_run(trained, corpus, monkeypatc
 def test_a_refusal_names_the_switch_that_set_the_key(trained, corpus):
     with pytest.raises(RunError) as error:
         again(trained, corpus, recipe="original")
-    assert "warp: 0.2 there, 0 now (by config['recipe'] = 'original')" in str(error.value)
+    assert "warp: 0.2 there, 0 now (as config['recipe'] = 'original' sets it)" in str(error.value)
 
 
 def test_what_shorten_has_set_is_named(tmp_path):
@@ -249,8 +249,8 @@ def test_what_shorten_has_set_is_named(tmp_path):
     switches = {("shorten", True): {"epochs": 2, "batch_size": 512}}
     with pytest.raises(RunError) as error:
         helpers.load_checkpoint(tmp_path / "checkpoint.pt", now, switches=switches)
-    assert "epochs: 2 there (by config['shorten'] = True), 150 now\n" in str(error.value)
-    assert "batch_size: 512 there (by config['shorten'] = True), 2048 now\n" in str(error.value)
+    assert "epochs: 2 there (as config['shorten'] = True sets it), 150 now\n" in str(error.value)
+    assert "batch_size: 512 there (as config['shorten'] = True sets it), 2048 now\n" in str(error.value)
 
 
 def test_a_key_that_the_run_did_not_know_has_its_off_value(trained, corpus, tmp_path):
