@@ -227,16 +227,28 @@ def _is_one_of(value, allowed):
     return any(type(value) is type(option) and value == option for option in allowed)
 
 
-def check_config(config, options):
+def _spelled(value, allowed):
+    """The one of the allowed values that this text stands for, in upper or lower case; other values as they are."""
+    if not isinstance(value, str) or not isinstance(allowed, (list, tuple)):
+        return value
+    options = allowed if isinstance(allowed, list) else allowed[3:]  # behind (type, lowest, highest)
+    alike = [option for option in options if str(option).casefold() == value.casefold()]
+    return value if value in alike or not alike else alike[0]
+
+
+def check_config(config, options, defaults=None):
     """A checked copy of a config; numpy's numbers and one-element tensors in it become Python's.
 
     options: what each key may be: a list of values; (type, lowest, highest), with other values behind them; or str for
-    the name of a folder.
+    the name of a folder. A text may have other capitals than the option: "GELU" becomes "gelu", "None" None.
+    defaults: the values of keys that are missing; None: they are faults.
     Raises a ValueError that lists every unknown or missing key and every value that is not allowed.
 
     Example: check_config({"epochs": np.int64(3)}, {"epochs": (int, 1, 10)})  # {"epochs": 3}
     """
+    config = {**(defaults or {}), **config}
     config = {key: value.item() if getattr(value, "ndim", None) == 0 else value for key, value in config.items()}
+    config = {key: _spelled(value, options.get(key)) for key, value in config.items()}
     faults = [f"unknown key {key!r}; the keys are {', '.join(options)}" for key in config if key not in options]
     faults += [f"the key {key!r} is missing" for key in options if key not in config]
     for key, allowed in options.items():

@@ -93,7 +93,8 @@ def definitions():
     What is not installed is left out.
     """
     wanted = {"device", "device_name", "data_device", "config", "ARCHETYPES", "ACTIVATIONS", "INITIALIZATIONS",
-              "NETWORKS", "LOSSES", "OPTIMIZERS", "SCHEDULERS", "AUGMENTATIONS", "ORIGINAL", "SHORTER", "MADE_IN"}
+              "NETWORKS", "LOSSES", "OPTIMIZERS", "SCHEDULERS", "AUGMENTATIONS", "ORIGINAL", "DEFAULTS", "SHORTER",
+              "MADE_IN"}
     namespace = {"__name__": "notebook"}
 
     def sets(node):
