@@ -1330,7 +1330,8 @@ def start_wandb(run, wandb_run=None):
     architecture.write_text(str(run.model), "utf-8")
     given, opened = wandb_run is not None, wandb.run
     if given:  # what the sweep has set in it is locked
-        wandb_run.config.update({key: value for key, value in config.items() if wandb_run.config.get(key) != value})
+        new = {key: value for key, value in config.items() if wandb_run.config.get(key) != value}
+        wandb_run.config.update(new, allow_val_change=True)
     elif opened is not None and (opened.id, opened.config.get("wandb")) == (run.wandb_id, config["wandb"]):
         wandb_run = opened
         wandb_run.config.update(config, allow_val_change=True)
