@@ -21,7 +21,7 @@ Sections, and the functions to start with:
     Figures                  draw_frames, draw_phones
     Decoding                 viterbi, Decoder
     Checkpoint               save_checkpoint, load_checkpoint, start_or_resume, restore
-    Folders, wandb, Drive    runs_folder, start_wandb, log_history, copy_to_drive
+    Folders, wandb, Drive    runs_folder, start_wandb, log_history, finish_wandb, copy_to_drive
     Submission               write_submission, read_submission, submit
     Corpora                  make_practice_corpus, make_librispeech_corpus
     Where the data are       get_data
@@ -40,9 +40,12 @@ import os
 import platform
 import re
 import secrets
+import shlex
 import shutil
 import subprocess
 import sys
+import tempfile
+import textwrap
 import threading
 import time
 import timeit
@@ -50,8 +53,9 @@ import warnings
 import weakref
 import zipfile
 from collections import deque
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -90,7 +94,10 @@ class RunError(RuntimeError):
 def path_from_environment(name):
     """The path in an environment variable, ~ and $VARIABLES expanded; None where it is unset or empty."""
     value = os.environ.get(name, "").strip(" \t\r\n'\"")  # %env and .env files keep the quotes
-    return Path(os.path.expanduser(os.path.expandvars(value))) if value else None
+    path = os.path.expanduser(os.path.expandvars(value))
+    if path.startswith("~"):  # left as it is where there is no such user
+        raise RunError(f"{name} is {value}: there is no home directory for {path.split(os.sep)[0]}")
+    return Path(path) if value else None
 
 
 def is_clutter(name):
@@ -102,6 +109,11 @@ def find_files(folder, *patterns):
     """The sorted paths below a folder that match one of these patterns of `Path.glob`, without clutter."""
     return sorted(path for pattern in patterns for path in Path(folder).glob(pattern)
                   if not any(map(is_clutter, path.relative_to(folder).parts)))
+
+
+def shorten(text, width=200):
+    """A foreign text, such as an error's, on one line of at most `width` characters, cut between words."""
+    return textwrap.shorten(str(text), width, placeholder=" ...")
 
 
 def internet_hint():
@@ -122,8 +134,12 @@ def install(*packages):
         command = [sys.executable, "-m", "pip", "install", "--quiet", *wanted]
         pip = subprocess.run(command, capture_output=True, text=True)
         if pip.returncode:
-            raise RunError(f"pip could not install {' '.join(wanted)}: {pip.stderr[-300:]}\nIs there a connection?"
-                           + internet_hint())
+            errors = [line for line in pip.stderr.splitlines() if line.startswith("ERROR")]
+            raise RunError(f"pip could not install {' '.join(wanted)}: {shorten(' '.join(errors) or pip.stderr, 400)}\n"
+                           f"Is there a connection?{internet_hint()}")
+        importlib.invalidate_caches()
+        for name in {each.split("=")[0].replace("-", "_") for each in wanted}:
+            sys.modules.pop(name, None)  # a mere folder of that name, imported before
 
 
 @contextlib.contextmanager
@@ -157,11 +173,23 @@ class _LockFile(io.FileIO):
         self.close()
 
 
-def take_lock(path):
+def check_writable(folder):
+    """Return the folder, made if need be; a RunError where files cannot be written into it."""
+    folder = Path(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise RunError(f"{folder} cannot be written to ({error}). Set the environment variable HW1P2_RUNS to a folder "
+                       "that can, and restart the kernel.") from error
+    return folder
+
+
+def take_lock(path, say=print):
     """Lock the file `path` for this process until the returned file is closed; None if another process holds the lock.
 
     The operating system releases the lock when the process ends, even if it is killed. On a file system without locks
-    a warning is printed and the work goes on. Raises a RunError if the file cannot be created.
+    `say` gets a warning and the work goes on. Raises a RunError if the file cannot be created.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -179,8 +207,8 @@ def take_lock(path):
         file.close()
         return None
     except OSError as error:
-        print(f"{path} cannot be locked on this file system ({error}): going on without a lock. Do not start a second "
-              "notebook that writes there at the same time.")
+        say(f"{path} cannot be locked on this file system ({error}): going on without a lock. Do not start a second "
+            "notebook that writes there at the same time.")
     return file
 
 
@@ -768,6 +796,13 @@ def calibration(confidences, correct, bins=10):
 
 # ---- Figures -----------------------------------------------------------------------------------------------
 
+def show_figures_inline():
+    """Show figures in the notebook, whatever backend of matplotlib the environment names (MPLBACKEND)."""
+    from IPython import get_ipython
+    if shell := get_ipython():
+        shell.run_line_magic("matplotlib", "inline")
+
+
 def draw_frames(axis, frames, **options):
     """Draw MFCCs (T, 28) along time into matplotlib's axis: red above the mean, blue below. options: of `imshow`."""
     axis.imshow(frames.float().cpu().numpy().T, aspect="auto", origin="lower", cmap="RdBu_r", vmin=-3, vmax=3,
@@ -881,15 +916,15 @@ UNPLANNED = ("steplr", "exponential", "reducelronplateau")  # schedules that do 
 _RUN_LOCKS = weakref.WeakValueDictionary()  # path -> lock
 
 
-def lock_run(folder):
+def lock_run(folder, say=print):
     """Lock a run's folder for this process, until the returned file is closed or garbage-collected; again is harmless.
 
-    Raises a RunError if another process holds the lock.
+    Where there are no locks, `say` gets a warning. Raises a RunError if another process holds the lock.
     """
     path = Path(folder).resolve() / ".lock"
     lock = _RUN_LOCKS.get(path)
     if lock is None or lock.closed:
-        lock = take_lock(path)
+        lock = take_lock(path, say)
     if lock is None:
         raise RunError(f"{folder}: another notebook is training in this folder. Stop it (Kernel > Shut Down), or give "
                        "this run another config['Name'].")
@@ -990,15 +1025,34 @@ def start_or_resume(run, checkpoint):
 DRIVE = Path("/content/drive")  # where Colab mounts Google Drive
 DRIVE_SECONDS = 9 * 60  # between two copies to Drive, unless an epoch takes longer: a kill may lose ten minutes
 DRIVE_SLOTS = ("checkpoint-a.zip", "checkpoint-b.zip")  # written in turn
-LOGIN_SECONDS = 25  # how long wandb may take for it
-# logs in as wandb itself does, and asks the server; 3: no key is configured
+LOGIN_SECONDS = 25  # how long wandb's login may take, once wandb is loaded
+WANDB_SECONDS = 60  # how long it may take to start a run, or to take its rows
+UPLOAD_SECONDS = 100  # how long it may take for the last rows and the files
+WANDB_MODES = {"online": "online", "run": "online", "offline": "offline", "dryrun": "offline",
+               "disabled": "disabled"}
+# Logs in as wandb itself does, and asks the server. The exit status 3: no key is configured, 4: no
+# answer, 1: another reason, which is printed. _exit, because wandb's own end may wait for the network.
 WANDB_LOGIN = """
-import sys, wandb
+import os, sys, threading
+status = 1
 try:
-    sys.exit(0 if wandb.login(verify=True) else 3)
-except wandb.errors.UsageError:
-    sys.exit(3)
+    import wandb
+    threading.Timer({seconds}, os._exit, [4]).start()
+    status = 0 if wandb.login(verify=True) else 3
+except Exception as error:
+    faults = error.errors() if hasattr(error, "errors") else [{{"msg": str(error)}}]
+    print(*(fault["msg"] for fault in faults), flush=True)
+    if type(error).__name__ == "UsageError":
+        status = 3
+os._exit(status)
 """
+
+
+def tell(run, line):
+    """Print what the user must know of a run, once, and keep it in `run.message`, which each figure shows again."""
+    if line not in run.message:
+        run.message += line + "\n"
+        print(line)
 
 
 def runs_folder():
@@ -1041,112 +1095,244 @@ def load_secrets(*names, seconds=30):
         thread.join(max(end - time.monotonic(), 0))
 
 
-def wandb_mode(choice):
+def wandb_mode(run):
     """The mode for `wandb.init` that config["wandb"] asks for; online only if wandb can log in, else offline.
 
     "auto": $WANDB_MODE if it is set, else online if a key is configured in any of wandb's ways.
-    The login is tried in a process of its own, because some versions wait for the network for ever, or ask for a key.
+    The login is tried in a process of its own, because some versions wait for the network for ever,
+    or ask for a key.
     """
-    choice = (os.environ.get("WANDB_MODE") or choice) if choice == "auto" else choice
-    if choice not in ("auto", "online", "run"):
+    choice, text = run.config["wandb"], os.environ.pop("WANDB_MODE", "").strip(" \t\r\n'\"")
+    if mode := WANDB_MODES.get(text.lower()):
+        os.environ["WANDB_MODE"] = mode  # wandb refuses any other spelling, whatever mode it is given
+    elif text:
+        tell(run, f"WANDB_MODE={text} is ignored: expected online, offline or disabled")
+    if choice == "auto" and mode:
+        choice = mode
+    if choice in ("offline", "disabled"):
         return choice
     load_secrets("WANDB_API_KEY")
     environment = {**os.environ, **({} if choice == "auto" else {"WANDB_MODE": "online"})}
+    command = [sys.executable, "-c", WANDB_LOGIN.format(seconds=LOGIN_SECONDS)]
     try:
-        login = subprocess.run([sys.executable, "-c", WANDB_LOGIN], env=environment, stdin=subprocess.DEVNULL,
-                               stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, timeout=LOGIN_SECONDS)
-        if login.returncode == 0:
-            return "online"
-        why = "no key" if login.returncode == 3 else (login.stderr.strip() or "?").splitlines()[-1][:200]
+        login = subprocess.run(command, env=environment, stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+                               stdout=subprocess.PIPE, text=True, timeout=LOGIN_SECONDS + 60)
+        status, why = login.returncode, login.stdout
     except subprocess.TimeoutExpired:
-        why = f"no answer in {LOGIN_SECONDS} s"
-    if choice != "auto" or why != "no key":
-        print(f"wandb could not log in ({why}): this run is kept offline")
+        status = 4
+    if status == 0:
+        return "online"
+    if status in (3, 4):
+        why = "no key" if status == 3 else f"no answer in {LOGIN_SECONDS} s"
+    if choice == "online" or status != 3:
+        tell(run, f"wandb could not log in ({shorten(why)}): this run is kept offline")
     return "offline"
 
 
-def _init_wandb(mode, run_id, **options):
-    """`wandb.init`, but a run that the server refuses gets a new id, and a run that cannot start is a disabled one."""
-    import wandb
-    new_id = secrets.token_hex(4)  # offline too: a refused run still holds its id in this process
-    attempts = [(mode, run_id, None)] if mode != "online" else [
-        ("online", run_id, f"perhaps it was deleted there. It goes on as the new run {new_id}"),
-        ("online", new_id, "this run is kept offline"), ("offline", new_id, None)]
-    try:
-        for mode, run_id, otherwise in attempts:
-            try:
-                # offline there is nothing to resume, and some versions warn of it
-                return wandb.init(mode=mode, id=run_id, resume="allow" if mode == "online" else None, **options)
-            except wandb.errors.CommError as error:
-                if otherwise is None:
-                    raise
-                print(f"wandb does not take the run {run_id} ({str(error).splitlines()[0][:200]}): {otherwise}")
-    except Exception as error:  # its service does not start: a dozen reasons, as many kinds
-        print(f"wandb does not start ({type(error).__name__}: {str(error)[:200]}): training goes on without it")
-    return wandb.init(mode="disabled", **options)
+_wandb_lock = threading.Lock()
 
 
-def start_wandb(run, wandb_run=None):
-    """Open the wandb run of a run, or take the one that is open, and send it all rows of the history.
+def within(seconds, function, *arguments):
+    """The result of function(*arguments), which talks to wandb; a TimeoutError where it takes longer.
 
-    run: has `config`, whose "wandb" is the mode (see `wandb_mode`), `folder`, `wandb_id`, `history`, `model`, `details`
-    (a dict: what else to log with the config) and `group` (None, or its name). wandb_run: the one to use, in a sweep.
-    The text of the model is kept in the folder and with the run, as model_arch.txt. If the server refuses the id,
-    `run.wandb_id` becomes a new one. It never waits for the network. If wandb does not start, that is printed, and the
-    returned run does nothing.
+    The call is made in a thread, one at a time. Where the user interrupts the waiting, the call goes
+    on: an import or a start that is cut off would leave wandb half made, until the kernel is restarted.
     """
+    future, lock = Future(), _wandb_lock
+
+    def call():
+        with lock:
+            if future.set_running_or_notify_cancel():
+                try:
+                    future.set_result(function(*arguments))
+                except Exception as error:
+                    future.set_exception(error)
+                except BaseException as error:  # SystemExit is not meant for the notebook
+                    future.set_exception(RuntimeError(repr(error)))
+
+    threading.Thread(target=call, daemon=True).start()
+    if not wait([future], seconds).done:
+        future.cancel()
+        raise TimeoutError(f"no answer in {seconds} s")
+    return future.result()
+
+
+def _stop_wandb():
+    """End wandb's process, whatever it waits for, and let wandb forget it: it can start afresh.
+
+    Else the kernel, too, would wait for it at its end.
+    """
+    global _wandb_lock
+    _wandb_lock = threading.Lock()  # the old one may never be free again
+    with contextlib.suppress(Exception):
+        import psutil  # comes with Jupyter
+        for child in psutil.Process().children():
+            if "wandb" in child.name():
+                child.kill()
+    with contextlib.suppress(Exception):
+        within(10, sys.modules["wandb"].teardown)
+
+
+class NoWandb:
+    """In place of a wandb run: whatever is asked of it or called does nothing, and cannot fail."""
+
+    settings, url = SimpleNamespace(mode="disabled"), None
+
+    def __init__(self):
+        self.summary, self.config = {}, {}
+
+    def __getattr__(self, name):
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return lambda *arguments, **options: None
+
+
+def _init_wandb(run, mode):
+    """Start a wandb run in this mode."""
     import wandb  # here, because it takes a second, and benchmarks do without
     os.environ.setdefault("WANDB_DATA_DIR", str(cache_folder() / "wandb"))  # where it prepares uploads
-    if wandb_run is not None:
-        log_history(wandb_run, run.history)
-        return wandb_run
-    config = {**run.config, **run.details, "python": platform.python_version(), "torch": torch.__version__}
-    wandb_run = wandb.run
-    if wandb_run is not None and (wandb_run.id, wandb_run.config.get("wandb")) == (run.wandb_id, config["wandb"]):
-        wandb_run.config.update(config, allow_val_change=True)
-    else:
-        if wandb_run is not None:
-            wandb_run.finish()
-        run.folder.mkdir(parents=True, exist_ok=True)
-        architecture = run.folder / "model_arch.txt"
-        architecture.write_text(str(run.model), "utf-8")
-        limits = {"finish_timeout": 600} if "finish_timeout" in wandb.Settings.model_fields else {}  # s; since 0.28
-        settings = wandb.Settings(silent=True, console="off", init_timeout=30, **limits)
-        wandb_run = _init_wandb(wandb_mode(config["wandb"]), run.wandb_id, project="hw1p2", name=config["Name"][:120],
-                                group=run.group, dir=run.folder, config=config, settings=settings)
-        if wandb_run.settings.mode != "disabled":  # a copy in wandb's own folder is uploaded without a link to it
-            wandb_run.save(shutil.copy(architecture, wandb_run.dir), base_path=wandb_run.dir, policy="now")
-        if wandb_run.settings.mode == "online":
-            run.wandb_id = wandb_run.id
-    log_history(wandb_run, run.history)
+    wandb_run = wandb.init(
+        mode=mode, id=run.wandb_id, resume="allow" if mode == "online" else None,  # offline it would warn
+        project="hw1p2", name=run.config["Name"][:120], group=run.group, dir=str(run.folder.resolve()),
+        config=_wandb_config(run), settings=wandb.Settings(silent=True, console="off", init_timeout=30))
+    architecture = Path(wandb_run.dir, "model_arch.txt")  # in wandb's own folder: uploaded without a link
+    architecture.write_text(str(run.model), "utf-8")
+    wandb_run.save(str(architecture), base_path=wandb_run.dir, policy="now")
     return wandb_run
 
 
-def log_history(run, history):
-    """Send those rows of a history (dicts with "epoch") that a wandb run does not have yet; epochs are the x axis.
+def _wandb_config(run):
+    return {**run.config, **run.details, "python": platform.python_version(), "torch": torch.__version__}
 
-    Charts are logged in rows of their own, without "epoch" and `step`.
+
+def _open_wandb(run, mode):
+    """Set `run.wandb` to a new wandb run in this mode; where it does not start, offline; else to `NoWandb`."""
+    run.wandb, again = NoWandb(), True
+    while mode != "disabled":
+        try:
+            run.wandb = within(WANDB_SECONDS, _init_wandb, run, mode)
+            return
+        except Exception as error:  # its service does not start, the server refuses: a dozen reasons
+            _stop_wandb()
+            why = shorten(str(error) or type(error).__name__)
+            if mode == "online" and again and re.search("deleted|409", why):
+                run.wandb_id, again = secrets.token_hex(4), False
+                tell(run, f"wandb does not take this run ({why}): it goes on as the new run {run.wandb_id}")
+            elif mode == "online":
+                mode = "offline"
+                tell(run, f"wandb does not start this run ({why}): it is kept offline")
+            else:
+                mode = "disabled"
+                tell(run, f"wandb does not start ({why}): training goes on without it")
+
+
+def _take_open_run(run):
+    """wandb's open run if it is this run's, and None if it is another's, which is finished."""
+    wandb_run = getattr(sys.modules.get("wandb"), "run", None)
+    if wandb_run is None:
+        return None
+    if (wandb_run.id, wandb_run.config.get("wandb")) == (run.wandb_id, run.config["wandb"]):
+        wandb_run.config.update(_wandb_config(run), allow_val_change=True)
+        return wandb_run
+    wandb_run.finish()
+
+
+def start_wandb(run, wandb_run=None):
+    """Set `run.wandb` to the wandb run of a run, new or still open, and send it the rows of the history.
+
+    run: has `config`, whose "wandb" is the mode (see `wandb_mode`), `folder`, `wandb_id`, `history`,
+    `model`, `details` (a dict: what else to log with the config), `group` (None, or its name) and
+    `message` (see `tell`). wandb_run: the one to use, in a sweep.
+    The text of the model is kept in the folder and with the run, as model_arch.txt. If the server
+    refuses the id, `run.wandb_id` becomes a new one.
+
+    Nothing that wandb does stops the training. Each call ends after WANDB_SECONDS or UPLOAD_SECONDS; if
+    it has failed, the run goes on offline, where its rows are written again from the first on, and if
+    that fails too, `run.wandb` becomes an object that does nothing. It is all told in `run.message`.
     """
-    got = run.summary.get("epoch") or 0
-    for name in history[-1] if history else ():
+    run.folder.mkdir(parents=True, exist_ok=True)
+    (run.folder / "model_arch.txt").write_text(str(run.model), "utf-8")
+    run.wandb = wandb_run
+    if wandb_run is None:
+        try:
+            run.wandb = within(UPLOAD_SECONDS, _take_open_run, run)
+        except Exception as error:
+            _stop_wandb()
+            tell(run, f"the wandb run that was open could not be finished ({shorten(str(error))})")
+    if run.wandb is None:
+        _open_wandb(run, wandb_mode(run))
+    mode = run.wandb.settings.mode
+    tell(run, f"wandb is {mode}" + (f": {run.wandb.url}" if mode == "online" else ""))
+    log_history(run)
+
+
+def _tell_wandb(run, seconds, send):
+    """Call send(run), which talks to `run.wandb`. If that fails, again offline; if that fails too, never again."""
+    if isinstance(run.wandb, NoWandb):
+        return
+    try:
+        within(seconds, send, run)
+    except Exception as error:
+        why, mode = shorten(str(error) or type(error).__name__), run.wandb.settings.mode
+        _stop_wandb()
+        if mode == "online":
+            tell(run, f"wandb fails ({why}): what is not uploaded yet is kept offline, and so is all that follows")
+            _open_wandb(run, "offline")
+        else:
+            tell(run, f"wandb fails ({why}): it goes on without it")
+            run.wandb = NoWandb()
+        _tell_wandb(run, seconds, send)
+
+
+def _send_rows(run):
+    """Send the rows that wandb does not have yet, with the epochs as x axis.
+
+    What has been sent stands in the run's summary, as `epochs_sent`: "epoch" may be the user's own.
+    """
+    sent = run.wandb.summary.get("epochs_sent") or 0
+    for name in run.history[-1] if run.history else ():
         if name != "epoch":
-            run.define_metric(name, step_metric="epoch")
-    for row in history:
-        if row["epoch"] > got:
-            run.log(row)
+            run.wandb.define_metric(name, step_metric="epoch")
+    for row in run.history:
+        if row["epoch"] > sent:
+            run.wandb.log(row)
+            run.wandb.summary["epochs_sent"] = row["epoch"]
 
 
-def log_results(run, results, submission):
-    """Send the results of a run to its wandb run: summary, confusion matrix, accuracy of each phoneme, and artifact.
+def log_history(run):
+    """Write `run.history`, dicts with "epoch", to history.csv in the run's folder, and send wandb what is new."""
+    if run.history:
+        with atomic_write(run.folder / "history.csv", 200 * len(run.history)) as temporary:
+            pd.DataFrame(run.history).to_csv(temporary, index=False)
+    _tell_wandb(run, WANDB_SECONDS, _send_rows)
 
-    results: of the notebook's `evaluate_best`, with `test_acc`, None where it is not known. submission: the CSV's path.
-    """
-    import wandb
+
+def _summary(results):
+    """The numbers of a run's results, by name."""
     summary = {f"best_{key}": results.best[key] for key in ("epoch", "val_acc", "val_loss", "train_acc")}
     summary |= {f"val_acc, {name}": float(accuracy) for name, accuracy in results.accuracy.items()}
     if results.test_acc is not None:
         summary["test_acc"] = float(results.test_acc)
-    run.wandb.summary.update(summary)
+    return summary
+
+
+def save_results(run, results):
+    """Write the results of a run to its folder: results.json, confusion.csv, by_phoneme.csv.
+
+    results: of the notebook's `evaluate_best`, with `test_acc`, None where it is not known.
+    """
+    confusion = pd.DataFrame(results.confusion, PHONEMES, PHONEMES)
+    for name, text in (("results.json", json.dumps(_summary(results), indent=1)),
+                       ("confusion.csv", confusion.to_csv(index_label="true")),
+                       ("by_phoneme.csv", results.by_phoneme.to_csv(index=False))):
+        with atomic_write(run.folder / name, len(text)) as temporary:
+            temporary.write_text(text, "utf-8")
+
+
+def _send_results(run, results, submission):
+    """Send the results: summary, confusion matrix, accuracy of each phoneme, and the files as an artifact."""
+    import wandb
+    run.wandb.summary.update(_summary(results))
     table = wandb.Table(columns=["Actual", "Predicted", "nPredictions"], data=[
         [PHONEMES[i], PHONEMES[j], int(results.confusion[i, j])] for i in range(40) for j in range(40)])
     chart = wandb.plot_table("wandb/confusion_matrix/v1", table, {name: name for name in table.columns},
@@ -1155,19 +1341,35 @@ def log_results(run, results, submission):
     if run.config["artifacts"]:  # its name may have 128 letters, digits, dots, dashes and underscores
         name = re.sub(r"[^\w.-]", "-", run.config["Name"], flags=re.ASCII)[:100]
         artifact = wandb.Artifact(f"{name}-{run.wandb_id}", "result")
-        artifact.add_file(submission, policy="immutable")  # no copy of its own
-        artifact.add_file(run.folder / "best.pt", policy="immutable")
+        artifact.add_file(str(submission), policy="immutable")  # no copy of its own
+        artifact.add_file(str(run.folder / "best.pt"), policy="immutable")
         run.wandb.log_artifact(artifact)
 
 
-def open_drive(folder, place):
-    """Mount Google Drive on Colab, fetch the epochs that are only there into a run's `folder`, return its folder there.
+def finish_wandb(run, results=None, submission=None):
+    """Finish the wandb run of a run, after sending it the results, if any, and the CSV at the path `submission`.
 
-    place: the path of the run below the folder for runs. Elsewhere it prints that Drive is ignored, and returns None.
+    Offline, the command that uploads the run later is told.
+    """
+    def send(run):
+        _send_rows(run)
+        if results is not None:
+            _send_results(run, results, submission)
+        run.wandb.finish()
+
+    _tell_wandb(run, UPLOAD_SECONDS, send)
+    if run.wandb.settings.mode == "offline":
+        tell(run, f"To upload the curves later: wandb sync {shlex.quote(str(Path(run.wandb.dir).parent))}")
+
+
+def open_drive(run, place):
+    """Mount Google Drive on Colab, fetch the epochs that are only there into a run's folder, return its folder there.
+
+    place: the path of the run below the folder for runs. Elsewhere it tells that Drive is ignored, and returns None.
     Raises a RunError if Drive cannot be mounted or read.
     """
     if "google.colab" not in sys.modules:
-        print("config['drive'] is for Colab: it is ignored here")
+        tell(run, "config['drive'] is for Colab: it is ignored here")
         return None
     try:
         from google.colab import drive
@@ -1176,7 +1378,8 @@ def open_drive(folder, place):
         raise RunError(f"Google Drive could not be mounted ({type(error).__name__}: {str(error)[:200]}). Run the cell "
                        "again and allow the access that Google asks for, or set config['drive'] = False.") from error
     drive_folder = DRIVE / "MyDrive" / "hw1p2-runs" / place
-    restore_from_drive(folder, drive_folder)
+    if epochs := restore_from_drive(run.folder, drive_folder):
+        tell(run, f"{run.folder}: fetched from Google Drive, {epochs} epoch(s)")
     return drive_folder
 
 
@@ -1234,11 +1437,14 @@ def copy_to_drive(folder, drive_folder, next_in=float("inf")):
 
 
 def restore_from_drive(folder, drive_folder):
-    """Fetch a run's checkpoint and best weights from Google Drive if it has more epochs than `folder`."""
+    """Fetch a run's checkpoint and best weights from Google Drive if it has more epochs than `folder`.
+
+    Returns how many epochs were fetched, 0 where none.
+    """
     try:
         epochs, slot = max((_epochs_in(slot), slot) for slot in map(drive_folder.joinpath, DRIVE_SLOTS))
         if epochs <= _epochs_here(folder):
-            return
+            return 0
         with zipfile.ZipFile(slot) as archive:
             for name in archive.namelist():  # the checkpoint comes last: killed before, the next start fetches it again
                 content = archive.read(name)
@@ -1247,7 +1453,7 @@ def restore_from_drive(folder, drive_folder):
     except OSError as error:
         raise RunError(f"{drive_folder} on Google Drive cannot be read ({error}): restart the session, or set "
                        "config['drive'] = False.") from error
-    print(f"{folder}: fetched from Google Drive, {epochs} epoch(s)")
+    return epochs
 
 
 # ---- Submission --------------------------------------------------------------------------------------------
@@ -1324,7 +1530,7 @@ def submit(path, message, competition):
     result = subprocess.run(command, capture_output=True, text=True)
     output = (result.stdout + result.stderr).strip()
     if result.returncode or re.search(r"\b40[13]\b|Could not submit", output):  # it may print these and exit with 0
-        raise RunError(f"{path} could not be submitted: {output[-300:]}\n{kaggle_causes(competition)}")
+        raise RunError(f"{path} could not be submitted: {' '.join(output.split()[-60:])}\n{kaggle_causes(competition)}")
     return output
 
 
