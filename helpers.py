@@ -12,11 +12,13 @@ Sections, and the functions to start with:
 
     Errors and files         DataError, RunError, atomic_write, one_process_at_a_time
     Config                   check_config
+    Code                     code_of, code_differences
     Device and precision     pick_device, pick_precision
     Reading                  read_partition
     Windows and loaders      AudioDataset, make_loader
     Augmentation             mask_frames, warp_maps, warp_frames
     Network                  Dropout, scale_dropout, print_layers
+    Loss and schedule        loss_weight, check_schedule
     Metrics                  confusion_matrix, boundary_distance, calibration
     Figures                  draw_frames, draw_phones
     Decoding                 viterbi, Decoder
@@ -28,14 +30,19 @@ Sections, and the functions to start with:
 """
 
 import _ctypes
+import ast
 import contextlib
+import copy
 import ctypes
+import difflib
 import functools
 import hashlib
 import importlib.util
+import inspect
 import io
 import itertools
 import json
+import linecache
 import os
 import platform
 import re
@@ -44,11 +51,11 @@ import shlex
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tempfile
 import textwrap
 import threading
 import time
-import timeit
 import warnings
 import weakref
 import zipfile
@@ -254,8 +261,8 @@ def _is_one_of(value, allowed):
 def check_config(config, options):
     """A checked copy of a config; numpy's numbers and one-element tensors in it become Python's.
 
-    options: what each key may be: a list of values; (type, lowest, highest), with other values behind them; or str for
-    the name of a folder.
+    options: what each key may be: a list of values, with str among them for the name of a run; (type, lowest, highest),
+    with other values behind them; or str for the name of a folder.
     Raises a ValueError that lists every unknown or missing key and every value that is not allowed.
 
     Example: check_config({"epochs": np.int64(3)}, {"epochs": (int, 1, 10)})  # {"epochs": 3}
@@ -270,8 +277,9 @@ def check_config(config, options):
             hint = ("1 to 200 characters (bytes in UTF-8) that can name a folder: none of / \\ < > : \" | ? * [ ], no "
                     "dot or blank at the ends; and not 'cache'")
         elif isinstance(allowed, list):
-            good = _is_one_of(value, allowed)
-            hint = ", ".join(map(repr, allowed))
+            named = str in allowed and isinstance(value, str) and all(map(_is_name, value.split("/")))
+            good = named or _is_one_of(value, allowed)
+            hint = ", ".join("the name of a run" if each is str else repr(each) for each in allowed)
         else:
             kind, low, high, *others = allowed
             number = isinstance(value, (int, kind)) and not isinstance(value, bool)
@@ -290,6 +298,197 @@ def variant_name(changes):
     text = ",".join(f"{key}={value}" for key, value in sorted(changes.items())) or "base"
     name = re.sub(r"[^\w.,=+-]", "_", text)
     return name if _is_name(name) else f"{name[:40].strip('.')}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
+
+
+# ---- Code: what a run was made by --------------------------------------------------------------------------
+
+FOR_SPEED = ("fused", "foreach", "capturable")  # options of optimizers that do not change what they compute
+
+
+def _is_ours(thing):
+    """Is this function or class of the notebook, of this file or of another one of the user's, not of a library?"""
+    if inspect.isclass(thing):
+        module = sys.modules.get(thing.__module__)
+        path = getattr(module, "__file__", None) or ""
+        if module is not None and not path and module.__name__ != "__main__":
+            return False  # built in
+    else:
+        path = thing.__code__.co_filename
+    libraries = [sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")]
+    installed = {"site-packages", "dist-packages"} & set(Path(path).parts)
+    return not installed and not path.startswith(tuple(libraries))
+
+
+@functools.lru_cache(100)
+def _sources_in(text):
+    """The sources of all functions and lambdas in a text, by their first line and name.
+
+    Of lambdas that begin in one line it is the source of all.
+    """
+    sources, lines = {}, text.splitlines(keepends=True)
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            first = min(each.lineno for each in [node, *node.decorator_list])
+            sources[first, node.name] = textwrap.dedent("".join(lines[first - 1:node.end_lineno]))
+        elif isinstance(node, ast.Lambda):
+            others = sources.get((node.lineno, "<lambda>"), "")
+            sources[node.lineno, "<lambda>"] = f"{others}({ast.get_source_segment(text, node)})\n"
+    return sources
+
+
+def _source(function):
+    """The source of a function or a lambda; None where it cannot be had, as in a plain Python prompt."""
+    code = function.__code__
+    text = "".join(linecache.getlines(code.co_filename, function.__globals__))
+    try:
+        return _sources_in(text).get((code.co_firstlineno, code.co_name))
+    except SyntaxError:
+        return None
+
+
+def _is_simple(value):
+    """Is it a number, a text, None, or a list or tuple of these?"""
+    parts = value if isinstance(value, (tuple, list)) else [value]
+    return all(isinstance(part, (bool, int, float, str, type(None))) for part in parts)
+
+
+def _used_by(function, source):
+    """{name: value} of the functions, classes and CONSTANTS outside a function that its source uses."""
+    known = dict(function.__globals__)
+    for name, cell in zip(function.__code__.co_freevars, function.__closure__ or ()):
+        with contextlib.suppress(ValueError):  # not assigned yet
+            known[name] = cell.cell_contents
+    used = {}
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Name):
+            name, value = node.id, known.get(node.id)
+        elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+            name, owner = node.attr, known.get(node.value.id)
+            value = getattr(owner, name, None) if inspect.ismodule(owner) else None
+        else:
+            continue
+        value = inspect.unwrap(value) if callable(value) else value
+        constant = _is_simple(value) and (name.isupper() or name in function.__code__.co_freevars)
+        code = (inspect.isfunction(value) or inspect.isclass(value)) and _is_ours(value)
+        if constant or code:
+            used[name] = value
+    return used
+
+
+def _describe(name, value, texts):
+    """Add to `texts` what a value is, under its name, and what makes it up, under names below that."""
+    value = inspect.unwrap(value) if callable(value) else value
+    if isinstance(value, functools.partial):
+        _describe(name, value.func, texts)
+        given = {**dict(enumerate(value.args)), **value.keywords}
+        simple = {key: each for key, each in given.items() if key not in FOR_SPEED and _is_simple(each)}
+        texts[f"{name}, given"] = ", ".join(f"{key}={each!r}" for key, each in simple.items()) or "nothing"
+        for key in given.keys() - simple.keys() - {*FOR_SPEED}:
+            _describe(f"{name}, {key}", given[key], texts)
+    elif inspect.isfunction(value) and _is_ours(value):
+        key = name if value.__name__ == "<lambda>" else value.__qualname__
+        source = None if key in texts else _source(value)
+        if key != name:
+            texts.setdefault(name, key)
+        if source is not None:
+            texts[key] = source
+            for used, each in _used_by(value, source).items():
+                enclosed = used in value.__code__.co_freevars
+                _describe(f"{key}, {used}" if enclosed else used, each, texts)
+    elif inspect.isfunction(value) or inspect.isclass(value) or inspect.isbuiltin(value):
+        texts.setdefault(name, f"{value.__module__}.{value.__qualname__}")
+        members = [each for parent in value.__mro__ if _is_ours(parent) for each in vars(parent).values()
+                   ] if inspect.isclass(value) else []
+        for member in members:
+            member = getattr(member, "__func__", None) or getattr(member, "fget", None) or member
+            if inspect.isfunction(member):
+                _describe(member.__qualname__, member, texts)
+    elif isinstance(value, torch.Tensor):
+        numbers = [f"{each:.4g}" for each in value.flatten()[:1000].tolist()]
+        texts[name] = f"{value.dtype} {tuple(value.shape)}: {' '.join(numbers)}"
+    elif _is_simple(value):
+        texts[name] = repr(value)
+    elif isinstance(value, (dict, list, tuple)):
+        items = value.items() if isinstance(value, dict) else enumerate(value)
+        texts[name] = type(value).__name__
+        for key, each in items:
+            _describe(f"{name}.{key}", each, texts)
+    else:  # an object: its class, and what it holds
+        _describe(name, type(value), texts)
+        held = {key: each for key, each in getattr(value, "__dict__", {}).items() if not key.startswith("_")}
+        if isinstance(value, torch.nn.Module):
+            held.pop("training")
+            held |= {**dict(value.named_parameters()), **dict(value.named_buffers())}
+        for key, each in held.items():
+            if _is_simple(each) or isinstance(each, torch.Tensor) or inspect.isfunction(each):
+                _describe(f"{name}.{key}", each, texts)
+
+
+def code_of(parts):
+    """What these parts do, as text by name: to be kept with a run, and compared by `code_differences`.
+
+    Of functions and classes of the notebook and of this file it is the source, with that of all functions, classes and
+    CONSTANTS that they use; of other things what they are and what they hold. Where there is no source, there is no
+    text. parts: {name: a function, a class, an object or a container of such}.
+    """
+    texts = {}
+    for name, part in parts.items():
+        _describe(name, part, texts)
+    return texts
+
+
+def code_of_network(model):
+    """The same for a network: its layers, and the source of those classes that are the user's."""
+    texts = {}
+    for name, layer in model.named_modules():
+        if name.split(".")[-1] != "_orig_mod":  # the inside of a compiled one
+            layer = getattr(layer, "_orig_mod", layer)
+            name = f"layer {name.replace('_orig_mod.', '')}" if name else "network"
+            # each setting by itself: other versions of torch print more or fewer of them
+            settings = re.split(r", (?=\w+=)", layer.extra_repr())
+            named = [setting.split("=", 1) for setting in settings if re.match(r"\w+=", setting)]
+            texts[name] = f"{type(layer).__name__}({'' if named and len(named) == len(settings) else settings[0]})"
+            texts |= {f"{name}, {key}": value for key, value in named}
+            if _is_ours(type(layer)):
+                _describe(type(layer).__qualname__, type(layer), texts)
+    return texts
+
+
+class _Bare(ast.NodeTransformer):
+    """Take docstrings and `torch.compile` out of a syntax tree."""
+
+    def generic_visit(self, node):
+        super().generic_visit(node)
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+            if ast.get_docstring(node, clean=False) is not None:
+                node.body = node.body[1:] or [ast.Pass()]
+            node.decorator_list = [each for each in node.decorator_list if "torch.compile" not in ast.unparse(each)]
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == "torch.compile" and node.args:
+            return node.args[0]
+        return node
+
+
+def _is_same_code(one, other):
+    """Do two sources differ in nothing but comments, layout, docstrings and `torch.compile`?"""
+    try:  # both by the Python that runs now: its syntax trees differ from version to version
+        return one == other or len({ast.dump(_Bare().visit(ast.parse(each))) for each in (one, other)}) == 1
+    except SyntaxError:
+        return False
+
+
+def code_differences(saved, now):
+    """Lines that say what differs between two results of `code_of`; what only one of them has is no difference."""
+    lines = []
+    for name in saved:
+        if name in now and not _is_same_code(saved[name], now[name]):
+            if "\n" in saved[name].strip() + now[name].strip():
+                changes = difflib.unified_diff(saved[name].splitlines(), now[name].splitlines(), n=0, lineterm="")
+                changes = [line for line in [*changes][2:] if not line.startswith("@@")]  # two lines of a header
+                lines += [f"`{name}` has changed; - there, + now:", *(f"  {line}" for line in changes[:10])]
+                lines += [f"  ... and {len(changes) - 10} more lines"] if len(changes) > 10 else []
+            else:
+                lines.append(f"{name}: {saved[name]} there, {now[name]} now")
+    return lines
 
 
 # ---- Device and precision ----------------------------------------------------------------------------------
@@ -314,25 +513,20 @@ def pick_device():
 def pick_precision(device, saved=None):
     """The dtype of the matrix products: the fastest on this device; a resumed run keeps its own if it can.
 
-    float16 needs a gradient scaler; bfloat16 has the range of float32 and needs none. `saved`: "float32", "bfloat16"
-    or "float16", from a checkpoint of the run.
+    float16 needs a gradient scaler; bfloat16 has the range of float32 and needs none. On a CPU it is bfloat16 where the
+    processor has instructions for its products (AVX-512 BF16 or AMX): elsewhere both are emulated, and slow.
+    saved: "float32", "bfloat16" or "float16", from a checkpoint of the run.
     """
     if device == "mps":
         return torch.float32
     if device == "cuda":
         native = torch.cuda.is_bf16_supported(including_emulation=False)
         supported = [torch.bfloat16, torch.float16] if native else [torch.float16]
-    else:  # float16 is emulated on CPUs, and so is bfloat16 on most
+    else:
         has = getattr(torch.cpu, "get_capabilities", dict)()
-        supported = [torch.float32] + [torch.bfloat16] * bool(has.get("avx512_bf16") or has.get("amx_bf16"))
-        supported.sort(key=_seconds_of_a_product)
+        native = has.get("avx512_bf16") or has.get("amx_bf16")
+        supported = [torch.bfloat16, torch.float32] if native else [torch.float32]
     return next((dtype for dtype in supported if str(dtype) == f"torch.{saved}"), supported[0])
-
-
-def _seconds_of_a_product(dtype):
-    """How long the CPU takes for a matrix product like those of the network, at best."""
-    a, b = torch.ones(256, 1600, dtype=dtype), torch.ones(1600, 1600, dtype=dtype)
-    return min(timeit.repeat(lambda: a @ b, number=1, repeat=4))
 
 
 # ---- Reading: a folder of .npy files -> one packed array ---------------------------------------------------
@@ -488,16 +682,28 @@ def _cache_key(folder, names, kinds, gap):
         with contextlib.suppress(OSError):  # a link to nowhere: reported when it is read
             stats = [os.stat(os.path.join(folder, kind, name)) for kind in kinds]
             return name, *((stat.st_size, stat.st_mtime_ns) for stat in stats)
-    return hashlib.sha256(repr(("packed 4", folder.name, gap, [*map_in_threads(stamp, names)])).encode()).hexdigest()
+    return hashlib.sha256(repr(("packed 5", folder.name, gap, [*map_in_threads(stamp, names)])).encode()).hexdigest()
+
+
+def _as_tensor(text):
+    return torch.tensor([*text.encode()], dtype=torch.uint8)
+
+
+def _as_text(tensor):
+    return tensor.numpy().tobytes().decode()
 
 
 def _open_cache(path, key):
-    """The packed tensors of a cache file, mapped into memory; None where it is missing, partial or not ours."""
+    """The packed tensors of a cache file, mapped into memory; None where it is missing, partial or not ours.
+
+    Not ours is also what other code has made, before an edit of the functions of this section.
+    """
     # the second way is for file systems that cannot map (some network disks): it reads the whole file
     for load in (safetensors.torch.load_file, lambda path: safetensors.torch.load(path.read_bytes())):
         with contextlib.suppress(Exception):  # whatever is wrong with it, it is rebuilt
             packed = load(path)
-            if packed.pop("key").numpy().tobytes().decode() == key:
+            code = json.loads(_as_text(packed.pop("code")))
+            if _as_text(packed.pop("key")) == key and not code_differences(code, code_of({"_pack": _pack})):
                 return packed
 
 
@@ -508,7 +714,8 @@ def read_partition(root, partition, subset=1, gap=GAP, cache=None):
     partition: "train-clean-100", "dev-clean", or "test-clean" (which has no transcripts and is always whole).
     subset: the first int(subset * n) utterances of the n, in sorted order.
     gap: rows of zeros before, between and after the utterances.
-    cache: folder for a packed copy (safetensors), written once and then mapped.
+    cache: folder for a packed copy (safetensors), written once and then mapped; it is made anew where a file has
+    changed, or the code of this section.
 
     Returns a dict of CPU tensors: "frames" float16 (rows, 28), normalised per utterance, in zero rows of `gap`;
     "labels" uint8 (n frames,), empty for test; "offsets" int64 (utterances + 1,), the first frame of each utterance
@@ -530,7 +737,8 @@ def read_partition(root, partition, subset=1, gap=GAP, cache=None):
                 packed = _open_cache(path, key)  # another one may have made it meanwhile
                 if not packed:
                     packed = _pack(folder, names, kinds, gap)
-                    stamped = {**packed, "key": torch.tensor([*key.encode()], dtype=torch.uint8)}
+                    code = json.dumps(code_of({"_pack": _pack}))
+                    stamped = {**packed, "key": _as_tensor(key), "code": _as_tensor(code)}
                     with atomic_write(path, packed["frames"].nbytes) as temporary:
                         safetensors.torch.save_file(stamped, temporary)
         except RunError as error:  # the cache is a convenience
@@ -599,7 +807,7 @@ class AudioDataset(Dataset):
 class Batches(Sampler):
     """Batches of frame indexes: int64 tensors on the device, shuffled by `seed` and the epoch, or in order.
 
-    torch's RandomSampler makes a Python list of all indexes, a gigabyte for 36 million frames.
+    The seed is 0 or more. torch's RandomSampler makes a Python list of all indexes, a gigabyte for 36 million frames.
     """
 
     def __init__(self, length, batch_size, shuffle=False, seed=23, device="cpu"):
@@ -612,7 +820,9 @@ class Batches(Sampler):
 
     def __iter__(self):
         if self.shuffle:
-            generator = torch.Generator(self.device).manual_seed(self.seed + self.epoch)
+            # mixed, so that the second epoch of a seed is not the first one of the next seed
+            [seed] = np.random.SeedSequence([self.seed, self.epoch]).generate_state(1).tolist()
+            generator = torch.Generator(self.device).manual_seed(seed)
             order = torch.randperm(self.length, generator=generator, device=self.device)
         else:
             order = torch.arange(self.length, device=self.device)
@@ -628,7 +838,11 @@ def make_loader(dataset, batch_size, shuffle=False, seed=23):
     """A DataLoader of whole batches: float16 (B, 2c+1, 28) and int64 (B,), or the frames alone for test, on the device.
 
     No workers: a batch is one gather, which is quicker than passing it between processes.
+    dataset: an AudioDataset; a DataError for others, such as torch's Subset.
     """
+    if not isinstance(dataset, AudioDataset):
+        raise DataError(f"make_loader has got a {type(dataset).__name__}; expected an AudioDataset. A part of the "
+                        "utterances, or several partitions as one, is a folder of links to their files: see the README")
     return DataLoader(dataset, sampler=Batches(len(dataset), batch_size, shuffle, seed, dataset.frames.device),
                       batch_size=None)
 
@@ -694,28 +908,55 @@ def warp_frames(frames, maps):
 class Dropout(torch.nn.Dropout):
     """torch's draws a random number for each unit; on a CPU, here four share one (p in steps of 1/65536).
 
-    `rate` is the p that it was made with; see `scale_dropout`.
+    The rate p may change during the training (see `scale_dropout`), compiled or not.
     """
 
-    def __init__(self, p):
-        super().__init__(p)
-        self.rate = p
+    @property
+    def p(self):
+        return self._p
+
+    @p.setter
+    def p(self, p):
+        self._p = p
+        if "rate_now" in self._buffers:
+            self.rate_now.fill_(p)
+        else:  # torch.compile takes numbers for constants, but no tensors
+            self.register_buffer("rate_now", torch.tensor(float(p)), persistent=False)
 
     def forward(self, x):
-        if not self.training or x.device.type != "cpu":
+        if not self.training:
+            return x
+        if torch.compiler.is_compiling():
+            keep = torch.rand(x.shape, device=x.device) >= self.rate_now
+            return x * keep.to(x.dtype) / (1 - self.rate_now).to(x.dtype)
+        if x.device.type != "cpu":
             return super().forward(x)
         bits = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-2**63, None).view(torch.int16)
         keep = bits[:x.numel()].view_as(x) >= round(self.p * 2**16) - 2**15
         return x * keep.to(x.dtype).mul_(1 / (1 - self.p))
 
 
+DROPOUTS = (torch.nn.Dropout, torch.nn.Dropout1d, torch.nn.Dropout2d, torch.nn.Dropout3d, torch.nn.AlphaDropout,
+            torch.nn.FeatureAlphaDropout)
+
+
+def hidden_layers(model):
+    """The Linear layers of a model in the order of their definition, without the output layer, of 42 units."""
+    layers = [layer for layer in model.modules() if isinstance(layer, torch.nn.Linear)]
+    return [layer for layer in layers if layer.out_features != len(PHONEMES)]
+
+
 def scale_dropout(model, config, train_frames, epoch):
-    """Set the rates of all `Dropout` layers for this epoch, a factor times their `rate`, and return the factor.
+    """Set the rates p of all dropout layers for this epoch, a factor times those that they were made with.
 
     It is config["dropout_scale"]; or "auto": with r training frames per parameter and x = (1.8 / r)^0.6 it goes
     over config["epochs"] in equal steps from the smaller one of x and 1 / x to x, within 0.1 ... 2. The course's data
     and network have r = 1.8, so x = 1. Of this factor a layer of n < 1600 units gets n / 1600: in a sum over its units,
     dropout p is noise in proportion to p / ((1 - p) n). tests/benchmarks/accuracy.md has the measurements behind it.
+
+    n is that of the `hidden_layers` before it in the order of their definition; without one, it gets the factor whole.
+    `functional.dropout` is no layer, and is not scaled. Returns the factor. The rate that a layer was made with is kept
+    as its `rate`.
     """
     auto = config["dropout_scale"] == "auto"
     scale, share = config["dropout_scale"], 1  # share: of the scale, for the layer's width
@@ -723,10 +964,12 @@ def scale_dropout(model, config, train_frames, epoch):
         x = (1.8 * sum(map(torch.numel, model.parameters())) / train_frames) ** 0.6
         first, last = (min(max(factor, 0.1), 2) for factor in (min(x, 1 / x), x))
         scale = first + (last - first) * (epoch - 1) / max(config["epochs"] - 1, 1)
+    hidden = {id(layer) for layer in hidden_layers(model)}
     for layer in model.modules():
-        if auto and isinstance(layer, torch.nn.Linear):
+        if auto and id(layer) in hidden:
             share = min(layer.out_features / 1600, 1)  # of the dropout behind it
-        elif isinstance(layer, Dropout):
+        elif isinstance(layer, DROPOUTS):
+            layer.rate = getattr(layer, "rate", layer.p)
             layer.p = min(scale * share * layer.rate, 0.99)
     return scale
 
@@ -741,7 +984,48 @@ def print_layers(model, frames):
         print(f"no table of the layers: {error}\n{model}")
 
 
+# ---- Loss and schedule --------------------------------------------------------------------------------------
+
+def loss_weight(criterion, phonemes):
+    """How much the mean loss of a batch weighs in the mean of an epoch; phonemes: int64 (B,).
+
+    That is the number of frames; or, where torch's cross entropy has weights of the classes or ignores one, the sum of
+    the frames' weights, by which it divides. So the loss of a data set does not depend on the size of its batches.
+    """
+    if not isinstance(criterion, (torch.nn.CrossEntropyLoss, torch.nn.NLLLoss)):
+        return len(phonemes)
+    if criterion.ignore_index >= 0:
+        phonemes = phonemes[phonemes != criterion.ignore_index]
+    return len(phonemes) if criterion.weight is None else criterion.weight[phonemes].sum()
+
+
+def check_schedule(scheduler, step, epochs, steps):
+    """Will one of torch's schedulers be stepped as it was made for? A RunError says what to change.
+
+    step: when it is stepped: after each "epoch", after each "batch", or with each epoch's "val_loss". steps: per epoch.
+    """
+    name = type(scheduler).__name__
+    if step not in ("epoch", "batch", "val_loss"):
+        raise RunError(f"{name} with step={step!r}: expected 'epoch', 'batch' or 'val_loss'")
+    if isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau) and step != "val_loss":
+        raise RunError(f"{name} needs to know the loss: Schedule(..., step='val_loss')")
+    times = epochs * steps if step == "batch" else epochs
+    planned = getattr(scheduler, "total_steps", times)  # OneCycleLR has it
+    if planned != times:
+        raise RunError(f"{name} is made for {planned:,} steps, but with step={step!r} it is stepped {times:,} times: "
+                       f"{epochs:,} epochs of {steps:,} batches")
+
+
+@contextlib.contextmanager
+def ignore_skipped_steps():
+    """Without torch's warning that a schedule is stepped before the optimizer: float16 may have skipped its steps."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")
+        yield
+
+
 # ---- Metrics -----------------------------------------------------------------------------------------------
+
 
 def confusion_matrix(labels, predictions):
     """Counts, int64 (42, 42): row = true phoneme, column = predicted; both arguments integer (n,)."""
@@ -763,6 +1047,14 @@ def top_confusions(confusion, count=10):
     return pd.DataFrame([{"true": PHONEMES[i], "taken for": PHONEMES[j], "frames": wrong[i, j],
                           "% of its frames": 100 * wrong[i, j] / max(confusion[i].sum(), 1),
                           "% of all errors": 100 * wrong[i, j] / max(wrong.sum(), 1)} for i, j in pairs])
+
+
+def share_within_manners(confusion):
+    """The share (0-1) of the errors in a confusion matrix between phonemes of one of the MANNERS; 0 without errors."""
+    manner = np.array([[phoneme in group for phoneme in PHONEMES] for group in MANNERS.values()], int)
+    same = (manner.T @ manner).astype(bool)  # (42, 42); [SOS] and [EOS] are in no group
+    right = confusion.diagonal().sum()
+    return (confusion[same].sum() - right) / max(confusion.sum() - right, 1)
 
 
 def boundary_distance(labels, offsets):
@@ -872,8 +1164,8 @@ class Decoder:
 
     Example:
         decoder = Decoder(train_data.labels, train_data.offsets)
-        decoder.tune(log_posteriors, val_data.labels, val_data.offsets)
-        indexes = decoder(log_posteriors, val_data.offsets)
+        val_indexes = decoder.tune(val_log_posteriors, val_data.labels, val_data.offsets)
+        test_indexes = decoder(test_log_posteriors, test_data.offsets)
     """
 
     def __init__(self, labels, offsets, prior_scale=0.0, transition_weight=1.0):
@@ -886,24 +1178,50 @@ class Decoder:
         scores = log_posteriors[:, :len(prior)] - self.prior_scale * prior
         return viterbi(scores, self.transition_weight * self.transitions.to(scores.device), offsets)
 
-    def tune(self, log_posteriors, labels, offsets, frames=200_000):
-        """Set `prior_scale` and `transition_weight` to the pair that gets the most frames of some utterances right.
+    def save(self, path):
+        """Write it to a file, for `load`: then no training labels are needed."""
+        save_checkpoint(path, {"config": {}, **vars(self)})
 
-        These are every second utterance, or fewer: about `frames` frames at most. log_posteriors: float32 (n, 42).
-        labels: integer (n,). Returns bool (n,): the frames of the other half, on which the result can be judged fairly.
+    @classmethod
+    def load(cls, path):
+        """A decoder from a file of `save`; None where there is none."""
+        if (state := load_checkpoint(path)) is None:
+            return None
+        decoder = cls.__new__(cls)
+        vars(decoder).update({name: each for name, each in state.items() if name != "config"})
+        return decoder
+
+    def tune(self, log_posteriors, labels, offsets, frames=200_000):
+        """Set `prior_scale` and `transition_weight` to the pair that gets the most frames right.
+
+        It is chosen on about `frames` frames at most, of utterances from all over the set. log_posteriors: float32
+        (n, 42). labels: integer (n,). Returns indexes of phonemes, int64 (n,), that can be judged fairly against the
+        labels: each half of the utterances is decoded with the pair that is best on the other half.
         """
-        step = 2 * max(1, round(len(labels) / 2 / frames))
+        step = 2 * max(1, round(len(labels) / frames))
         utterance = torch.repeat_interleave(offsets.diff())  # of each frame
-        chosen = (utterance % step == 0).to(log_posteriors.device)
-        some, truth = log_posteriors[chosen], labels.to(log_posteriors.device)[chosen]
-        some_offsets = torch.cat([offsets[:1], offsets.diff()[::step].cumsum(0)])
-        right = {}
-        for pair in itertools.product((0, 0.15, 0.3, 0.45), (0.25, 0.5, 0.75, 1, 1.5)):
+        labels = labels.to(log_posteriors.device)
+        pairs = [*itertools.product((0, 0.15, 0.3, 0.45), (0.25, 0.5, 0.75, 1, 1.5))]
+
+        def part(first, step):
+            """Every step-th utterance from the first-th on: which frames these are, and their offsets."""
+            inside = (utterance % step == first).to(log_posteriors.device)
+            return inside, torch.cat([offsets[:1], offsets.diff()[first::step].cumsum(0)])
+
+        def count(pair, inside, part_offsets):
             self.prior_scale, self.transition_weight = pair
-            right[pair] = (self(some, some_offsets) == truth).sum().item()
-        self.prior_scale, self.transition_weight = max(right, key=right.get)
-        others = utterance % 2 == 1
-        return others if others.any() else ~others  # a single utterance is all there is
+            return (self(log_posteriors[inside], part_offsets) == labels[inside]).sum().item()
+
+        halves = (0, 1) if len(offsets) > 2 else (0,)  # a single utterance is all there is
+        right = {half: [count(pair, *part(half, step)) for pair in pairs] for half in halves}
+        path = torch.empty_like(labels, dtype=torch.int64)
+        for half in halves:
+            others = right[halves[-1 - half]]
+            self.prior_scale, self.transition_weight = pairs[int(np.argmax(others))]
+            inside, part_offsets = part(half, len(halves))
+            path[inside] = self(log_posteriors[inside], part_offsets)
+        self.prior_scale, self.transition_weight = pairs[int(np.argmax(np.sum([*right.values()], axis=0)))]
+        return path
 
 
 # ---- Checkpoint --------------------------------------------------------------------------------------------
@@ -911,7 +1229,6 @@ class Decoder:
 # keys that may change when a run is resumed, because the trained weights do not depend on them
 FREE_KEYS = ("Name", "recipe", "test_warps", "smoothing", "data", "competition", "shorten", "wandb", "artifacts",
              "drive", "kaggle_submit", "ablations")
-UNPLANNED = ("steplr", "exponential", "reducelronplateau")  # schedules that do not know the number of epochs
 
 _RUN_LOCKS = weakref.WeakValueDictionary()  # path -> lock
 
@@ -932,19 +1249,98 @@ def lock_run(folder, say=print):
     return lock
 
 
+def _with_plain_numbers(value):
+    """The same value, but numpy's numbers in it, at any depth of dicts, lists and tuples, are Python's."""
+    if isinstance(value, np.generic):
+        return value.item()
+    if isinstance(value, dict):
+        plain = copy.copy(value)  # a state dict stays one
+        plain.clear()  # or a key would keep its type
+        plain.update({_with_plain_numbers(key): _with_plain_numbers(each) for key, each in value.items()})
+        return plain
+    if type(value) in (list, tuple):
+        return type(value)(map(_with_plain_numbers, value))
+    return value
+
+
+def _unreadable(value, name):
+    """What in a checkpoint `load_checkpoint` could not read: (its name, the value); None where all of it can be."""
+    parts = {}
+    if isinstance(value, dict):
+        parts = {f"{name}[{key!r}]": each for key, each in value.items()}
+    elif isinstance(value, (list, tuple)):
+        parts = {f"{name}[{i}]": each for i, each in enumerate(value)}
+    for part, each in parts.items():
+        if found := _unreadable(each, part):
+            return found
+    try:
+        file = io.BytesIO()
+        torch.save(value, file)
+        file.seek(0)
+        torch.load(file, weights_only=True)
+    except Exception:  # torch and pickle raise a dozen kinds
+        return name, value
+    return None
+
+
 def save_checkpoint(path, state):
-    """Write a dict of tensors, numbers and text atomically; a RunError if that fails: the old file is untouched."""
+    """Write a dict of tensors, numbers and text atomically; numpy's numbers in it become Python's.
+
+    What was written is read back before it replaces the old file. A RunError, which names the value where it is one
+    that cannot be read back, leaves the old file untouched.
+    """
+    path = Path(path)
+    state = _with_plain_numbers(state)
     file = io.BytesIO()  # torch.save loses the error of a full disk
-    torch.save(state, file)
-    with atomic_write(path, file.tell()) as temporary:
-        temporary.write_bytes(file.getbuffer())
+    try:
+        torch.save(state, file)
+        with atomic_write(path, file.tell()) as temporary:
+            temporary.write_bytes(file.getbuffer())
+            torch.load(temporary, map_location="cpu", weights_only=True)
+    except RunError:
+        raise
+    except Exception as error:  # torch and pickle raise a dozen kinds
+        found = _unreadable(state, path.stem)
+        if found is None:
+            raise RunError(f"{path}: what was written could not be read back ({str(error)[:200]}). What was there "
+                           "before is unchanged. If it happens again, the disk is damaged.") from error
+        name, value = found
+        raise RunError(f"{path} was not written: {name} is {value!r:.100}, a {type(value).__name__}, and could not be "
+                       "read again. Make it a number, a text, a tensor, or a list or a dict of these. What was there "
+                       "before is unchanged.") from error
 
 
-def load_checkpoint(path, config=None):
+def _config_differences(saved, config, free, off, switches):
+    """Lines that say which keys, except `free` ones, have other values in two configs; see `load_checkpoint`."""
+    def value_in(values, key):
+        return values.get(key, off.get(key))
+
+    def by(values, key):
+        """Which switch, if any, has set a key in a config."""
+        for (switch, value), changes in switches.items():
+            if values.get(switch) == value and key in changes and values.get(key) == changes[key]:
+                return f" (by config[{switch!r}] = {value!r})"
+        return ""
+
+    lines = []
+    for key in dict.fromkeys([*config, *saved]):
+        there, now = value_in(saved, key), value_in(config, key)
+        unknown = key not in saved or key not in config
+        if key in free or there == now or unknown and not there and not now:
+            continue
+        there, now = f"{there!r} there{by(saved, key)}", f"{now!r} now{by(config, key)}"
+        lines.append(f"{key}: {there}, {now}" + " (a key that was added since)" * (key not in saved))
+    return lines
+
+
+def load_checkpoint(path, config=None, planned=True, off=None, switches=None):
     """The dict of `save_checkpoint`, on the CPU; None where there is no such file.
 
     config: if given, it must agree with the checkpoint's own "config" in all keys but FREE_KEYS, and "epochs" where the
-    schedule does not depend on it. Raises a RunError if they differ, or if the file is damaged or of something else.
+    schedule does not depend on it (is not `planned`) and dropout_scale is not "auto".
+    off: {key: its value in a run that did not know it yet}; for other keys that is 0, False or None.
+    switches: {(key, value): {key: value}}, which values a key's value sets: for the message.
+    Raises a RunError if they differ, or if the file is damaged or of something else.
     """
     path = Path(path)
     if not path.exists():
@@ -961,10 +1357,9 @@ def load_checkpoint(path, config=None):
         raise RunError(f"{path}: damaged, or not a checkpoint of this notebook ({type(error).__name__}). Restore a "
                        "copy of it, or choose another config['Name'] for a fresh run.") from None
     if config is not None:
-        planned = config["scheduler"] not in UNPLANNED or config["dropout_scale"] == "auto"
+        planned = planned or config["dropout_scale"] == "auto"
         free = FREE_KEYS if planned else (*FREE_KEYS, "epochs")
-        differences = [f"{key}: {saved.get(key)!r} there, {config[key]!r} now" for key in config
-                       if key not in free and saved.get(key) != config[key]]
+        differences = _config_differences(saved, config, free, off or {}, switches or {})
         if differences:
             raise RunError(f"{path}: this run was started with another config:\n  " + "\n  ".join(differences) +
                            "\nSet these back to resume it, or choose another config['Name'] for a fresh run."
@@ -973,12 +1368,54 @@ def load_checkpoint(path, config=None):
     return state
 
 
+# what makes the weights of every run, beside the notebook's functions
+TRAINING_CODE = {"scale_dropout": scale_dropout, "Batches": Batches, "AudioDataset._batch": AudioDataset._batch,
+                 "_pack": _pack}
+
+
+def check_code(folder, state, code):
+    """A RunError that names what differs where the code that has made a checkpoint is not `code`, of `code_of`."""
+    if differences := code_differences(state.get("code", {}), code):
+        raise RunError(f"{folder}: this run was made by other code:\n  " + "\n  ".join(differences) +
+                       "\nUndo the edit to go on with this run, or choose another config['Name'] for a fresh run.")
+
+
+def load_best(folder, model):
+    """Load the weights of the best epoch of the run in this folder into a model.
+
+    Returns what else best.pt holds: that epoch's row of the history, the config, the code and the precision.
+    Raises a RunError where there is none, or where they are of another network.
+    """
+    best = load_checkpoint(Path(folder) / "best.pt")
+    if best is None:
+        raise RunError(f"{folder}: best.pt is not there: no epoch has ended yet, or it was deleted")
+    try:
+        load_weights(model, best.pop("model"))
+    except RuntimeError as error:
+        lines = "\n  ".join(line.strip() for line in str(error).splitlines()[:4])
+        raise RunError(f"{folder}: its best weights are of another network than this one:\n  {lines}") from None
+    return best
+
+
 STATEFUL = ("model", "optimizer", "scheduler", "scaler")  # what training changes in a run
+COMPILED = "_orig_mod."  # what torch.compile puts into the names of a module's weights
+
+
+def weights_of(model):
+    """The state dict of a model, with the names that its tensors have without torch.compile."""
+    return {name.replace(COMPILED, ""): tensor for name, tensor in model.state_dict().items()}
+
+
+def load_weights(model, weights):
+    """Load the weights that `weights_of` gave into a model, compiled or not, or in part."""
+    names = {name.replace(COMPILED, ""): name for name in model.state_dict()}
+    model.load_state_dict({names.get(name, name): tensor for name, tensor in weights.items()})
 
 
 def snapshot(run):
     """A dict of the states of a run's model, optimizer, scheduler and scaler, and of torch's random generators."""
-    return {**{name: getattr(run, name).state_dict() for name in STATEFUL}, "random": torch.get_rng_state(),
+    states = {name: getattr(run, name).state_dict() for name in STATEFUL}
+    return {**states, "model": weights_of(run.model), "random": torch.get_rng_state(),
             "random_cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []}
 
 
@@ -986,7 +1423,9 @@ def restore(state, run):
     """Put a `snapshot` back into a run, on whatever device that is; a RunError if the code has changed since."""
     try:
         for name in STATEFUL:
-            if state[name]:  # the scaler's is empty where it was not needed
+            if name == "model":
+                load_weights(run.model, state["model"])
+            elif state[name]:  # the scaler's is empty where it was not needed
                 getattr(run, name).load_state_dict(state[name])
     except (RuntimeError, ValueError, KeyError) as error:
         raise RunError(f"the checkpoint has another {name} than this code makes ({str(error).splitlines()[0]}) "
@@ -996,28 +1435,49 @@ def restore(state, run):
         torch.cuda.set_rng_state_all(state["random_cuda"])
 
 
+def check_parts(run):
+    """Raise a RunError where the model or the train_loader that a run has now cannot be trained with, or resumed."""
+    parallel = (torch.nn.DataParallel, torch.nn.parallel.DistributedDataParallel)
+    if any(isinstance(layer, parallel) for layer in run.model.modules()):
+        raise RunError("a run uses one GPU: the copies that DataParallel makes of a network would not compute in the "
+                       f"run's precision, {run.precision}. Train the network itself, its `.module`.")
+    if not isinstance(run.train_loader.sampler, Batches):
+        raise RunError(f"run.train_loader has a {type(run.train_loader.sampler).__name__}; expected a loader of "
+                       "`make_loader`, whose order a resumed run repeats. To let rare phonemes count more, as with a "
+                       "WeightedRandomSampler, take a weighted loss: see the README.")
+
+
 def start_or_resume(run, checkpoint):
     """Write the first checkpoint of a new run, or check that the one there was trained on these data.
 
     It is written before the first epoch, so that a run killed there keeps its precision and its wandb id.
-    run: has `config`, `folder`, `train_loader`, `model.precision`, and what STATEFUL names; gets `history` and
-    `wandb_id`. checkpoint: from `load_checkpoint`, None for a new run.
+    run: has `config`, `code` (of `code_of`), `folder`, `train_loader`, `precision`, and what STATEFUL names; gets
+    `history` and `wandb_id`, and if there are epochs, their weights: those of the best one where all are there.
+    checkpoint: from `load_checkpoint`, None for a new run.
     Returns a line for the user: whether it is a new run, or how many epochs are there.
     """
     data = run.train_loader.dataset
     facts = {"frames": len(data), "sum of labels": int(data.labels.sum())}  # tells other data, wherever they lie
     if checkpoint is None:
-        checkpoint = {"config": run.config, "data": facts, "history": [], "wandb_id": secrets.token_hex(4),
-                      "precision": str(run.model.precision).removeprefix("torch."), **snapshot(run)}
+        checkpoint = {"config": run.config, "code": run.code, "data": facts, "history": [],
+                      "wandb_id": secrets.token_hex(4),
+                      "precision": str(run.precision).removeprefix("torch."), **snapshot(run)}
         (run.folder / "best.pt").unlink(missing_ok=True)  # of a run whose checkpoint was deleted
         save_checkpoint(run.folder / "checkpoint.pt", checkpoint)
     elif checkpoint["data"] != facts:
         raise RunError(f"{run.folder} was trained on other data ({checkpoint['data']} there, {facts} now): choose "
                        "another config['Name'] for a fresh run.")
+    check_code(run.folder, checkpoint, run.code)
+    restore(checkpoint, run)
     run.wandb_id, run.history = checkpoint["wandb_id"], checkpoint["history"]
     done, epochs = len(run.history), run.config["epochs"]
-    return f"{run.folder}: " + ("a new run" if done == 0 else f"{done} of {epochs} epochs are there, " + (
-        "resuming" if done < epochs else "nothing left to train"))
+    if done == 0:
+        return f"{run.folder}: a new run"
+    if done < epochs:
+        return f"{run.folder}: {done} of {epochs} epochs are there, resuming"
+    best = load_best(run.folder, run.model)
+    return (f"{run.folder}: {done} of {epochs} epochs are there, nothing left to train; the weights are those of the "
+            f"best one, epoch {best['epoch']}")
 
 
 # ---- Folders, wandb, Drive ---------------------------------------------------------------------------------
@@ -1059,6 +1519,37 @@ def runs_folder():
     """The folder of the runs: $HW1P2_RUNS, else /kaggle/working/runs on Kaggle, else runs/ here."""
     kaggle = KAGGLE / "working"
     return path_from_environment("HW1P2_RUNS") or (kaggle / "runs" if kaggle.is_dir() else Path("runs"))
+
+
+def read_runs(folder=None):
+    """{name: (config, history)} of all runs in a folder of runs, variants too; those that are damaged are printed."""
+    folder, runs = Path(folder or runs_folder()), {}
+    for path in find_files(folder, "*/checkpoint.pt", "*/variants/*/checkpoint.pt"):
+        try:
+            state = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+            runs[path.parent.relative_to(folder).as_posix()] = state["config"], state["history"]
+        except Exception as error:  # torch and pickle raise a dozen kinds
+            print(f"{path}: damaged, or not a checkpoint of this notebook ({type(error).__name__})")
+    return runs
+
+
+def compare_runs(runs):
+    """A table of runs, {name: (config, history)}, with the best first: epochs, accuracy, and what differs.
+
+    The last columns are the keys, but FREE_KEYS, in which their configs differ. The accuracies (0-1) are those of the
+    best epoch; runs without one are left out.
+    """
+    rows = {}
+    for name, (config, history) in runs.items():
+        if history:
+            best = max(history, key=lambda row: row["val_acc"])
+            rows[name] = {"val_acc": best["val_acc"], "train_acc": best["train_acc"], "in epoch": best["epoch"],
+                          "epochs": f"{len(history)} of {config['epochs']}"}
+    configs = pd.DataFrame({name: pd.Series(runs[name][0], dtype=object) for name in rows}).T
+    differ = [key for key in configs if key not in (*FREE_KEYS, "epochs") and configs[key].map(repr).nunique() > 1]
+    table = pd.DataFrame(rows.values(), index=list(rows))
+    table = table.join(configs[differ])
+    return table.sort_values("val_acc", ascending=False, kind="stable") if rows else table
 
 
 def cache_folder(runs=None):
@@ -1191,17 +1682,15 @@ def _init_wandb(run, mode):
     """Start a wandb run in this mode."""
     import wandb  # here, because it takes a second, and benchmarks do without
     os.environ.setdefault("WANDB_DATA_DIR", str(cache_folder() / "wandb"))  # where it prepares uploads
-    wandb_run = wandb.init(
+    return wandb.init(
         mode=mode, id=run.wandb_id, resume="allow" if mode == "online" else None,  # offline it would warn
-        project="hw1p2", name=run.config["Name"][:120], group=run.group, dir=str(run.folder.resolve()),
-        config=_wandb_config(run), settings=wandb.Settings(silent=True, console="off", init_timeout=30))
-    architecture = Path(wandb_run.dir, "model_arch.txt")  # in wandb's own folder: uploaded without a link
-    architecture.write_text(str(run.model), "utf-8")
-    wandb_run.save(str(architecture), base_path=wandb_run.dir, policy="now")
-    return wandb_run
+        project=os.environ.get("WANDB_PROJECT") or "hw1p2", group=run.group, dir=str(run.folder.resolve()),
+        name=os.environ.get("WANDB_NAME") or run.config["Name"][:120], config=_wandb_config(run),
+        settings=wandb.Settings(silent=True, console="off", init_timeout=30))
 
 
 def _wandb_config(run):
+    """The config with what else is to be known of a run."""
     return {**run.config, **run.details, "python": platform.python_version(), "torch": torch.__version__}
 
 
@@ -1232,19 +1721,18 @@ def _take_open_run(run):
     if wandb_run is None:
         return None
     if (wandb_run.id, wandb_run.config.get("wandb")) == (run.wandb_id, run.config["wandb"]):
-        wandb_run.config.update(_wandb_config(run), allow_val_change=True)
         return wandb_run
     wandb_run.finish()
 
 
 def start_wandb(run, wandb_run=None):
-    """Set `run.wandb` to the wandb run of a run, new or still open, and send it the rows of the history.
+    """Set `run.wandb` to the wandb run of a run, new or still open, and send it the config and the history.
 
     run: has `config`, whose "wandb" is the mode (see `wandb_mode`), `folder`, `wandb_id`, `history`,
     `model`, `details` (a dict: what else to log with the config), `group` (None, or its name) and
     `message` (see `tell`). wandb_run: the one to use, in a sweep.
-    The text of the model is kept in the folder and with the run, as model_arch.txt. If the server
-    refuses the id, `run.wandb_id` becomes a new one.
+    $WANDB_PROJECT and $WANDB_NAME count where they are set. The text of the model is kept in the folder
+    and with the run, as model_arch.txt. If the server refuses the id, `run.wandb_id` becomes a new one.
 
     Nothing that wandb does stops the training. Each call ends after WANDB_SECONDS or UPLOAD_SECONDS; if
     it has failed, the run goes on offline, where its rows are written again from the first on, and if
@@ -1263,6 +1751,7 @@ def start_wandb(run, wandb_run=None):
         _open_wandb(run, wandb_mode(run))
     mode = run.wandb.settings.mode
     tell(run, f"wandb is {mode}" + (f": {run.wandb.url}" if mode == "online" else ""))
+    _tell_wandb(run, WANDB_SECONDS, _send_config)
     log_history(run)
 
 
@@ -1284,8 +1773,18 @@ def _tell_wandb(run, seconds, send):
         _tell_wandb(run, seconds, send)
 
 
+def _send_config(run):
+    """Send what is new in the config, and the text of the model."""
+    known = run.wandb.config  # what a sweep has set in it is locked
+    new = {key: value for key, value in _wandb_config(run).items() if known.get(key) != value}
+    known.update(new, allow_val_change=True)
+    architecture = Path(run.wandb.dir, "model_arch.txt")  # in wandb's own folder: uploaded without a link to it
+    architecture.write_text(str(run.model), "utf-8")
+    run.wandb.save(str(architecture), base_path=run.wandb.dir, policy="now")
+
+
 def _send_rows(run):
-    """Send the rows that wandb does not have yet, with the epochs as x axis.
+    """Send the rows that wandb does not have yet, with the epochs as x axis, and the best accuracy so far.
 
     What has been sent stands in the run's summary, as `epochs_sent`: "epoch" may be the user's own.
     """
@@ -1297,6 +1796,8 @@ def _send_rows(run):
         if row["epoch"] > sent:
             run.wandb.log(row)
             run.wandb.summary["epochs_sent"] = row["epoch"]
+    if run.history:
+        run.wandb.summary["best_val_acc"] = max(row.get("val_acc", 0) for row in run.history)
 
 
 def log_history(run):
@@ -1411,7 +1912,7 @@ def _epochs_here(folder):
 
 
 def copy_to_drive(folder, drive_folder, next_in=float("inf")):
-    """Copy a run's checkpoint, best weights and CSV files to its folder on Google Drive.
+    """Copy a run's checkpoint, best weights, decoder and CSV files to its folder on Google Drive.
 
     Nothing is copied if the next call, in about `next_in` seconds, is early enough. Files that are replaced or deleted
     on Drive go to its trash and use up space, so two archives are overwritten in place, in turn: one is always whole.
@@ -1425,7 +1926,7 @@ def copy_to_drive(folder, drive_folder, next_in=float("inf")):
         with open(min(slots, key=_epochs_in), "wb") as file:
             with zipfile.ZipFile(file, "w") as archive:
                 archive.comment = str(_epochs_here(folder)).encode()
-                for name in ("best.pt", "checkpoint.pt"):
+                for name in ("decoder.pt", "best.pt", "checkpoint.pt"):
                     if (folder / name).exists():
                         archive.write(folder / name, name)
             os.fsync(file.fileno())
@@ -1587,7 +2088,11 @@ def _new_corpus(root):
                        "Free some space and run again.") from error
     for name in PARTITIONS:
         if not _npy_files(partial / name / "mfcc")[0]:
-            raise DataError(f"{partial}: no utterances for {name}; expected some in each partition")
+            left_out = partial / "left-out.txt"  # only in a corpus of recordings
+            reasons = left_out.read_text().splitlines() if left_out.exists() else []
+            raise DataError("\n".join([f"{partial}: no utterances for {name}; expected some in each partition",
+                                       *[f"left out: {reason}" for reason in reasons[:10]],
+                                       *[f"... and {len(reasons) - 10:,} more"] * (len(reasons) > 10)]))
     answers = partial / "test-clean" / "transcript"
     if not (partial / "answers.csv").exists():
         write_submission(partial / "answers.csv",

@@ -11,7 +11,7 @@ from notebook import definitions
 import helpers
 
 BOOK = definitions()
-CONFIG, OPTIONS = BOOK["config"], BOOK["OPTIONS"]
+CONFIG, OPTIONS = BOOK["config"], BOOK["options"]()
 
 
 def check_config(config):

@@ -1,6 +1,7 @@
 """The code for CUDA, rehearsed without a GPU: fake tensors know their device and shape, and refuse to mix devices."""
 
 from contextlib import contextmanager
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from torch.utils._pytree import tree_leaves
 
 import helpers
 
-OPTIONS = definitions()["OPTIONS"]
+OPTIONS = definitions()["options"]()
 
 
 class NoWay(TorchDispatchMode):
@@ -128,19 +129,20 @@ def test_the_loops_without_backward(dataset, monkeypatch, archetype):
     steps = []
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))])
     optimizer.step = lambda: steps.append(1)
-    scaler = torch.amp.GradScaler("cuda", enabled=False)
     with rehearsal():
         with torch.device("cuda"):
             model = book["Network"](11 * 28, 42, {**config, "weight_initialization": None})
-        book["train"](model, helpers.make_loader(train_data, 256, shuffle=True), book["criterion"], optimizer, scaler,
-                      config)
+        run = SimpleNamespace(config=config, model=model, precision=torch.float32, criterion=torch.nn.CrossEntropyLoss(),
+                              optimizer=optimizer, scaler=torch.amp.GradScaler("cuda", enabled=False),
+                              train_loader=helpers.make_loader(train_data, 256, shuffle=True))
+        book["train"](run)
         assert len(steps) == -(-len(train_data) // 256)
         assert read.count("cuda") == 2  # the loss and the accuracy
-        book["eval"](model, helpers.make_loader(train_data, 256))
+        book["eval"](run, helpers.make_loader(train_data, 256))
         assert read.count("cuda") == 4
-        for logits, _ in book["infer"](model, helpers.make_loader(test_data, 256)):
+        for logits, _ in book["infer"](run, helpers.make_loader(test_data, 256)):
             assert logits.device.type == "cuda" and logits.dtype == torch.float32
-        check(book["all_log_posteriors"](model, helpers.make_loader(test_data, 256), config), len(test_data), 42,
+        check(book["all_log_posteriors"](run, helpers.make_loader(test_data, 256)), len(test_data), 42,
               dtype=torch.float32)
 
 

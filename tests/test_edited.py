@@ -223,23 +223,19 @@ def test_the_chosen_precision_is_kept_in_the_checkpoint(session, monkeypatch):
                             lambda device, saved=None, fastest=fastest: getattr(torch, saved or fastest))
         session["config"]["epochs"] = epochs
         session.run(TRAINING)
-    assert session["model"].precision == torch.bfloat16
+    assert session["run"].precision == torch.bfloat16
 
 
 # ---- Precision and optimizers ------------------------------------------------------------------------------
 
-def test_the_quicker_of_the_cpus_precisions_is_taken(monkeypatch):
-    quick = {}
-    monkeypatch.setattr(helpers, "_seconds_of_a_product", quick.get)
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True}, raising=False)
-    for bfloat16, expected in ((1, torch.bfloat16), (3, torch.float32)):
-        quick |= {torch.float32: 2, torch.bfloat16: bfloat16}
-        assert helpers.pick_precision("cpu") == expected
-        assert helpers.pick_precision("cpu", "float32") == torch.float32
-        assert helpers.pick_precision("cpu", "float16") == expected  # of a GPU's checkpoint
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {}, raising=False)  # bfloat16 would be emulated
-    quick[torch.bfloat16] = 0
-    assert helpers.pick_precision("cpu", "bfloat16") == torch.float32
+@pytest.mark.parametrize("instructions", ["avx512_bf16", "amx_bf16"])
+def test_a_cpu_computes_in_bfloat16_if_it_has_instructions_for_it(monkeypatch, instructions):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {instructions: True}, raising=False)
+    assert helpers.pick_precision("cpu") == torch.bfloat16
+    assert helpers.pick_precision("cpu", "float32") == torch.float32
+    assert helpers.pick_precision("cpu", "float16") == torch.bfloat16  # of a GPU's checkpoint
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {instructions: False}, raising=False)
+    assert helpers.pick_precision("cpu", "bfloat16") == torch.float32  # it would be emulated
     assert helpers.pick_precision("mps") == torch.float32
 
 
@@ -270,7 +266,7 @@ def test_a_first_step_that_overflows_in_float16_is_skipped_and_the_run_learns(se
     session["config"].update(SMALL, optimizers=optimizer, archetype="diamond", batch_norm=False, learning_rate=rate,
                              weight_initialization="kaiming_normal")
     run = session.call("make_run", session["config"])
-    run.model.precision = torch.float16
+    run.precision = torch.float16
     run.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40, backoff_factor=2.0**-26)
     row = session.call("run_epoch", run, 1)
     assert all(tensor.isfinite().all() for tensor in run.model.state_dict().values())
@@ -280,7 +276,7 @@ def test_a_first_step_that_overflows_in_float16_is_skipped_and_the_run_learns(se
 def test_an_epoch_whose_steps_were_all_skipped_warns_of_nothing(session):
     session["config"].update(SMALL, optimizers="rmsprop")
     run = session.call("make_run", session["config"])
-    run.model.precision = torch.float16
+    run.precision = torch.float16
     run.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**120, backoff_factor=0.99)
     before = {name: tensor.clone() for name, tensor in run.model.named_parameters()}
     with warnings.catch_warnings():

@@ -98,7 +98,7 @@ def test_variants_are_trained_once_compared_and_a_failed_one_is_noted(corpus, tm
     session.namespace["variants"] = [{"activations": "gelu"}, {"activations": "tanh", "num_layers": 3},
                                      {"activations": "sine"}]
     trained, train = [], session["train"]
-    session.namespace["train"] = lambda *arguments: trained.append(arguments[5]["Name"]) or train(*arguments)
+    session.namespace["train"] = lambda run: trained.append(run.config["Name"]) or train(run)
     for _ in range(2):  # the second time everything is there
         session.run("trained, failures, ", 'need("trained"')
     assert trained == ["activations=gelu", "activations=tanh,num_layers=3"]

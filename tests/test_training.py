@@ -17,7 +17,7 @@ import helpers
 from helpers import PHONEMES, RunError
 
 BOOK = definitions()
-OPTIONS = BOOK["OPTIONS"]
+OPTIONS = BOOK["options"]()
 
 PLAIN = {**TINY, "num_layers": 3, "context": 2, "batch_norm": False, "dropout": 0, "augmentations": None,
          "wandb": "disabled", "warp": 0, "dropout_scale": 1, "lr_scale": 1}
@@ -51,12 +51,17 @@ def settings(book, **changes):
     return {**book.config, **PLAIN, **changes}
 
 
-def built(book, config, input_size=INPUT):
-    """Model, optimizer, scheduler and scaler as the notebook makes them, from the same seed."""
+def built(book, config, loaders=(None, None, None), steps=10):
+    """A run with the parts that the notebook makes, from the same seed, and these loaders; on the CPU in float32."""
     torch.manual_seed(23)
-    model = book.Network(input_size, len(PHONEMES), config)
-    optimizer = book.make_optimizer(config, model)
-    return model, optimizer, book.make_scheduler(config, optimizer), torch.amp.GradScaler("cpu", enabled=False)
+    train_data = loaders[0] and loaders[0].dataset
+    run = SimpleNamespace(config=config, model=book.Network(INPUT, len(PHONEMES), config), precision=torch.float32,
+                          criterion=book.make_criterion(config, train_data),
+                          scaler=torch.amp.GradScaler("cpu", enabled=False),
+                          **dict(zip(("train_loader", "val_loader", "test_loader"), loaders)))
+    run.optimizer = book.make_optimizer(config, run.model)
+    run.scheduler = book.make_scheduler(config, run.optimizer, len(loaders[0]) if loaders[0] else steps)
+    return run
 
 
 def layer_names(model):
@@ -145,7 +150,7 @@ def test_the_widths_of_the_archetypes(book, layers):
 @pytest.mark.parametrize("name, layer", {"gelu": nn.GELU, "relu": nn.ReLU, "leakyrelu": nn.LeakyReLU, "tanh": nn.Tanh,
                                          "softplus": nn.Softplus, "sigmoid": nn.Sigmoid}.items())
 def test_activations(book, name, layer):
-    model = built(book, settings(book, activations=name))[0]
+    model = built(book, settings(book, activations=name)).model
     assert layer_names(model) == ["Linear", layer.__name__] * 3 + ["Linear"]
 
 
@@ -161,7 +166,7 @@ def test_every_activation_and_optimizer_is_tested():
     (True, True, 0.3, False, "LBAD LAD LBAD LAD L"), (True, False, 0.3, True, "LBAD LBA LBAD LBA L")])
 def test_where_batch_norm_and_dropout_stand(book, norm, norm_alternate, dropout, dropout_alternate, expected):
     model = built(book, settings(book, num_layers=4, batch_norm=norm, batchnorm_alternate=norm_alternate,
-                                 dropout=dropout, dropout_alternate=dropout_alternate))[0]
+                                 dropout=dropout, dropout_alternate=dropout_alternate)).model
     letters = {"Linear": "L", "BatchNorm1d": "B", "LeakyReLU": "A", "Dropout": "D"}
     assert "".join(map(letters.get, layer_names(model))) == expected.replace(" ", "")
     assert {layer.p for layer in model.model if isinstance(layer, nn.Dropout)} <= {0.3}
@@ -169,7 +174,7 @@ def test_where_batch_norm_and_dropout_stand(book, norm, norm_alternate, dropout,
 
 @pytest.mark.parametrize("scheme", OPTIONS["weight_initialization"])
 def test_weight_initialization(book, scheme):
-    model = built(book, settings(book, weight_initialization=scheme))[0]
+    model = built(book, settings(book, weight_initialization=scheme)).model
     for layer in model.model:
         if not isinstance(layer, nn.Linear):
             continue
@@ -191,11 +196,11 @@ def test_weight_initialization(book, scheme):
     ("nesterov", torch.optim.SGD, {"momentum": 0.9, "nesterov": True}),
     ("adam", torch.optim.Adam, {}), ("adamw", torch.optim.AdamW, {}), ("rmsprop", torch.optim.RMSprop, {})])
 def test_optimizers(book, name, kind, flags):
-    model, optimizer, *_ = built(book, settings(book, optimizers=name, learning_rate=0.005, weight_decay=0.002))
-    [group] = optimizer.param_groups
-    assert type(optimizer) is kind
+    run = built(book, settings(book, optimizers=name, learning_rate=0.005, weight_decay=0.002))
+    [group] = run.optimizer.param_groups
+    assert type(run.optimizer) is kind
     assert {"lr": 0.005, "weight_decay": 0.002, **flags}.items() <= group.items()
-    assert sum(map(torch.numel, group["params"])) == sum(map(torch.numel, model.parameters()))
+    assert sum(map(torch.numel, group["params"])) == sum(map(torch.numel, run.model.parameters()))
 
 
 PLATEAU = {"reducelronplateau": {"losses": [1.0] * 12}}  # the one that wants to know the losses
@@ -204,12 +209,12 @@ PLATEAU = {"reducelronplateau": {"losses": [1.0] * 12}}  # the one that wants to
 def rates(book, epochs, scheduler, losses=None, lr_scale=1):
     """The learning rate in each epoch, stepped as `fit` does."""
     config = settings(book, learning_rate=0.001, scheduler=scheduler, epochs=epochs, lr_scale=lr_scale)
-    _, optimizer, scheduler, _ = built(book, config)
+    run = built(book, config)
     result = []
     for epoch in range(epochs):
-        result.append(optimizer.param_groups[0]["lr"])
-        optimizer.step()
-        scheduler.step(*([losses[epoch]] if losses else []))
+        result.append(run.optimizer.param_groups[0]["lr"])
+        run.optimizer.step()
+        run.scheduler.step(*([losses[epoch]] if losses else []))
     return np.array(result)
 
 
@@ -237,9 +242,9 @@ def test_reducelronplateau_waits_for_the_loss_to_stop_falling(book):
 def test_train_masks_as_the_config_says(book, loaders, augmentations, rows, columns):
     seen = []
     config = settings(book, augmentations=augmentations, freq_mask_param=4, time_mask_param=3)
-    parts = built(book, config)
-    parts[0].register_forward_pre_hook(lambda _, arguments: seen.append(arguments[0].clone()))
-    book.train(parts[0], loaders[0], book.criterion, parts[1], parts[3], config)
+    run = built(book, config, loaders)
+    run.model.register_forward_pre_hook(lambda _, arguments: seen.append(arguments[0].clone()))
+    book.train(run)
     # only windows without padding: zero rows are there already
     windows = torch.cat([frames[(frames != 0).any(2).sum(1) >= frames.shape[1] - 3] for frames in seen])
     inner = windows[(windows[:, 0] != 0).any(1) & (windows[:, -1] != 0).any(1)]
@@ -250,20 +255,20 @@ def test_train_masks_as_the_config_says(book, loaders, augmentations, rows, colu
 
 def test_masks_on_seventy_percent_of_the_train_batches_and_never_in_eval(book, loaders):
     calls = []
-    book.namespace["mask_frames"] = lambda *arguments: calls.append(arguments)
+    book.namespace["mask_frames"] = lambda *arguments: calls.append(arguments) or arguments[0]
     config = settings(book, augmentations="Both", freq_mask_param=5, time_mask_param=7)
-    model, optimizer, _, scaler = built(book, config)
+    run = built(book, config, loaders)
     torch.manual_seed(1)
     batches = 0
     for _ in range(8):
-        book.train(model, loaders[0], book.criterion, optimizer, scaler, config)
+        book.train(run)
         batches += len(loaders[0])
     share, error = len(calls) / batches, math.sqrt(0.7 * 0.3 / batches)
     assert abs(share - 0.7) < 3 * error
     assert all(call[1:] == ("Both", 5, 7) for call in calls)
     calls.clear()
-    book.eval(model, loaders[1])
-    book.test(model, loaders[2], config)
+    book.eval(run, loaders[1])
+    book.test(run, loaders[2])
     assert not calls
 
 
@@ -271,33 +276,34 @@ def test_masks_on_seventy_percent_of_the_train_batches_and_never_in_eval(book, l
 def test_warps_in_the_batches_that_have_masks_if_the_config_says_so(book, loaders, warp):
     calls = []
     book.namespace["warp_frames"] = lambda frames, maps: calls.append(("warp", len(maps)))
-    book.namespace["mask_frames"] = lambda *_: calls.append("mask")
-    config = settings(book, warp=warp)
-    model, optimizer, _, scaler = built(book, config)
-    book.train(model, loaders[0], book.criterion, optimizer, scaler, config)
+    book.namespace["mask_frames"] = lambda frames, *_: calls.append("mask") or frames
+    run = built(book, settings(book, warp=warp), loaders)
+    book.train(run)
     masks = calls.count("mask")
     assert masks and calls == ([("warp", 41), "mask"] if warp else ["mask"]) * masks
     calls.clear()
-    book.eval(model, loaders[1])
+    book.eval(run, loaders[1])
     assert not calls
 
 
 def test_the_prediction_is_the_mean_over_the_warps(book, data):
     loader = helpers.make_loader(data["dev-clean"], 300)
-    config = settings(book, warp=0.2, test_warps=5)
-    model = built(book, config)[0].eval()
+    run = built(book, settings(book, warp=0.2, test_warps=5))
+    model = run.model.eval()
     frames, _ = data["dev-clean"][torch.arange(len(data["dev-clean"]))]
     expected = 0
     for strength, which in ((0.08, 0), (0.04, 0), (0.04, 1), (0.04, 2), (0.08, 2)):  # 0.92, 0.96, 1, 1.04, 1.08
         map = helpers.warp_maps(strength, data["dev-clean"].stds, count=3)[which]
         with torch.no_grad():
             expected = expected + model(frames.float() @ map).log_softmax(1) / 5
-    ours = book.all_log_posteriors(model, loader, config)
+    ours = book.all_log_posteriors(run, loader)
     torch.testing.assert_close(ours, expected.log_softmax(1), rtol=1e-3, atol=1e-3)
-    plain = torch.cat([logits.log_softmax(1) for logits, _ in book.infer(model, loader)])
+    plain = torch.cat([logits.log_softmax(1) for logits, _ in book.infer(run, loader)])
     assert (ours - plain).abs().max() > 0.01
     for off in ({"test_warps": 1}, {"warp": 0}):
-        assert book.all_log_posteriors(model, loader, {**config, **off}).equal(plain)
+        run.config = {**run.config, **off}
+        assert book.all_log_posteriors(run, loader).equal(plain)
+        run.config |= {"warp": 0.2, "test_warps": 5}
 
 
 @pytest.mark.parametrize("archetype, scale, expected", [
@@ -345,14 +351,14 @@ def test_a_layer_wider_than_the_pencils_has_no_higher_rate(book):
 
 def test_dropout_is_scaled_in_every_epoch(book, loaders, tmp_path):
     config, seen = settings(book, dropout=0.2, dropout_scale="auto", epochs=3), {}
-    parts = built(book, config)
+    run = built(book, config, loaders)
     frames, expected = len(loaders[0].dataset), {}
-    [layer, *_] = [layer for layer in parts[0].model if isinstance(layer, nn.Dropout)]
+    [layer, *_] = [layer for layer in run.model.model if isinstance(layer, nn.Dropout)]
     for epoch in (1, 2, 3):
-        helpers.scale_dropout(parts[0], config, frames, epoch)
+        helpers.scale_dropout(run.model, config, frames, epoch)
         expected[epoch] = layer.p
-    parts[0].register_forward_pre_hook(lambda *_: seen.update({loaders[0].sampler.epoch: layer.p}))
-    fit(book, config, parts, loaders, tmp_path)
+    run.model.register_forward_pre_hook(lambda *_: seen.update({loaders[0].sampler.epoch: layer.p}))
+    fit(book, run, tmp_path)
     assert seen == expected and expected[3] > expected[1]
 
 
@@ -379,7 +385,7 @@ def test_every_optimizer_learns_with_every_scheduler(book, data, tmp_path, optim
     config = settings(book, optimizers=optimizer, scheduler=scheduler, epochs=3, learning_rate=rate, num_layers=2,
                       batch_norm=True)
     helpers.check_config(config, OPTIONS)
-    history = fit(book, config, built(book, config), loaders, tmp_path)
+    history = fit(book, built(book, config, loaders), tmp_path)
     losses = [row["train_loss"] for row in history]
     assert np.isfinite(losses).all() and losses[0] > losses[1] > losses[2]
     assert history[0]["learning_rate"] == rate
@@ -405,9 +411,9 @@ def test_eval_is_exact_over_all_frames_with_a_smaller_last_batch(book, data):
     dataset = data["dev-clean"]
     loader = helpers.make_loader(dataset, 500)
     assert len(dataset) % 500
-    model = built(book, settings(book))[0]
-    loss, accuracy, _ = one_by_one(model, dataset, range(len(dataset)))
-    assert book.eval(model, loader) == (pytest.approx(loss, rel=1e-6), accuracy)
+    run = built(book, settings(book))
+    loss, accuracy, _ = one_by_one(run.model, dataset, range(len(dataset)))
+    assert book.eval(run, loader) == (pytest.approx(loss, rel=1e-6), accuracy)
 
 
 def test_train_metrics_are_exact_over_all_frames(book, data):
@@ -415,23 +421,22 @@ def test_train_metrics_are_exact_over_all_frames(book, data):
     size = 3000  # a last batch much smaller than the others
     loader = helpers.make_loader(dataset, size, shuffle=True)
     assert 0 < len(dataset) % size < size
-    config = settings(book, learning_rate=0)
-    model, optimizer, _, scaler = built(book, config)
-    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    loss, accuracy = book.train(model, loader, book.criterion, optimizer, scaler, config)
-    assert all(tensor.equal(before[name]) for name, tensor in model.state_dict().items())
-    expected_loss, expected_accuracy, _ = one_by_one(model, dataset, range(len(dataset)))
+    run = built(book, settings(book, learning_rate=0), [loader])
+    before = {name: tensor.clone() for name, tensor in run.model.state_dict().items()}
+    loss, accuracy = book.train(run)
+    assert all(tensor.equal(before[name]) for name, tensor in run.model.state_dict().items())
+    expected_loss, expected_accuracy, _ = one_by_one(run.model, dataset, range(len(dataset)))
     assert loss == pytest.approx(expected_loss, rel=1e-6) and accuracy == expected_accuracy
 
 
 def test_a_train_step_is_that_of_the_textbook(book, data):
     config = settings(book, optimizers="sgd", learning_rate=0.01, weight_decay=0.01, batch_norm=True)
     loader = helpers.make_loader(data["dev-clean"], 600, shuffle=True)
-    model, optimizer, _, scaler = built(book, config)
-    reference = built(book, config)[0].train()
+    run = built(book, config, [loader])
+    reference = built(book, config).model.train()
     momenta = [torch.zeros_like(parameter) for parameter in reference.parameters()]
     loader.sampler.set_epoch(1)
-    book.train(model, loader, book.criterion, optimizer, scaler, config)
+    book.train(run)
     for frames, phonemes in loader:
         loss = nn.functional.cross_entropy(reference(frames), phonemes)
         gradients = torch.autograd.grad(loss, list(reference.parameters()))
@@ -439,41 +444,40 @@ def test_a_train_step_is_that_of_the_textbook(book, data):
             for parameter, gradient, momentum in zip(reference.parameters(), gradients, momenta):
                 momentum.mul_(0.9).add_(gradient + 0.01 * parameter)
                 parameter -= 0.01 * momentum
-    for (name, ours), theirs in zip(model.state_dict().items(), reference.state_dict().values()):
+    for (name, ours), theirs in zip(run.model.state_dict().items(), reference.state_dict().values()):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5, msg=name)
 
 
 def test_eval_leaves_weights_and_statistics_alone_and_is_repeatable(book, loaders):
-    config = settings(book, batch_norm=True, dropout=0.5, augmentations="Both", warp=0.2)
-    model = built(book, config)[0].train()
+    run = built(book, settings(book, batch_norm=True, dropout=0.5, augmentations="Both", warp=0.2))
+    model = run.model.train()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    assert book.eval(model, loaders[1]) == book.eval(model, loaders[1])
-    book.test(model, loaders[2], config)
+    assert book.eval(run, loaders[1]) == book.eval(run, loaders[1])
+    book.test(run, loaders[2])
     assert all(tensor.equal(before[name]) for name, tensor in model.state_dict().items())
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
 def test_test_gives_the_phonemes_of_infers_logits_in_order(book, data):
     dataset, labelled = data["test-clean"], data["dev-clean"]
-    model = built(book, settings(book))[0]
-    predictions = book.test(model, helpers.make_loader(dataset, 300), settings(book))
+    run = built(book, settings(book))
+    predictions = book.test(run, helpers.make_loader(dataset, 300))
     assert predictions.shape == (len(dataset),)
-    model.eval()
+    model = run.model.eval()
     with torch.no_grad():
         expected = [PHONEMES[model(dataset[i][None]).argmax()] for i in range(len(dataset))]
     assert predictions.tolist() == expected
     # scoring takes the same way
-    logits = torch.cat([logits for logits, _ in book.infer(model, helpers.make_loader(labelled, 300))])
+    logits = torch.cat([logits for logits, _ in book.infer(run, helpers.make_loader(labelled, 300))])
     assert logits.argmax(1).tolist() == one_by_one(model, labelled, range(len(labelled)))[2]
-    assert [phonemes for _, phonemes in book.infer(model, helpers.make_loader(dataset, 300))].count(None) > 1
+    assert [phonemes for _, phonemes in book.infer(run, helpers.make_loader(dataset, 300))].count(None) > 1
 
 
 # ---- fit: what goes wrong in an epoch ----------------------------------------------------------------------
 
-def fit(book, config, parts, loaders, folder):
-    run = SimpleNamespace(**dict(zip(helpers.STATEFUL, parts)), config=config, folder=folder,
-                          wandb=MagicMock(summary={}), drive=None, train_loader=loaders[0], val_loader=loaders[1])
-    run.message = helpers.start_or_resume(run, helpers.load_checkpoint(folder / "checkpoint.pt", config))
+def fit(book, run, folder):
+    run.folder, run.wandb, run.drive = folder, MagicMock(summary={}), None
+    run.message = helpers.start_or_resume(run, helpers.load_checkpoint(folder / "checkpoint.pt", run.config))
     return book.fit(run)
 
 
@@ -493,10 +497,10 @@ def in_epoch(loader, number, action):
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_leaves_the_checkpoint(book, loaders, tmp_path):
     config = settings(book, epochs=3)
-    parts = built(book, config)
-    in_epoch(loaders[0], 2, lambda: parts[0].model[0].weight.data.fill_(float("nan")))
+    run = built(book, config, loaders)
+    in_epoch(loaders[0], 2, lambda: run.model.model[0].weight.data.fill_(float("nan")))
     with pytest.raises(RunError, match="epoch 2 is not finite.* epoch 1 is intact.*learning rate 0.0001,"):
-        fit(book, config, parts, loaders, tmp_path)
+        fit(book, run, tmp_path)
     for name in ("checkpoint.pt", "best.pt"):
         assert torch.load(tmp_path / name)["model"]["model.0.weight"].isfinite().all()
     assert len(helpers.load_checkpoint(tmp_path / "checkpoint.pt", config)["history"]) == 1
@@ -505,19 +509,19 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_leaves_the_checkpoint(book,
 def test_an_absurd_learning_rate_ends_in_a_readable_error(book, loaders, tmp_path):
     config = settings(book, optimizers="sgd", learning_rate=100, epochs=3)
     with pytest.raises(RunError, match="not finite"):
-        fit(book, config, built(book, config), loaders, tmp_path)
+        fit(book, built(book, config, loaders), tmp_path)
 
 
 @pytest.mark.parametrize("place", ["train", "eval"])
 def test_out_of_memory_names_the_batch_size_and_a_smaller_one(book, loaders, tmp_path, place):
     config = settings(book, epochs=2, batch_size=256)
-    parts = built(book, config)
+    run = built(book, config, loaders)
 
     def forward(model, arguments):
         if model.training == (place == "train"):
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
 
-    parts[0].register_forward_pre_hook(forward)
+    run.model.register_forward_pre_hook(forward)
     with pytest.raises(RunError, match="memory.*256.*128"):
-        fit(book, config, parts, loaders, tmp_path)
+        fit(book, run, tmp_path)
     assert helpers.load_checkpoint(tmp_path / "checkpoint.pt", config)["history"] == []

@@ -157,6 +157,8 @@ def in_child(function, *arguments):
 def interrupted(function, delay):
     """Call a function and press Ctrl-C after so many seconds; whether it ended in KeyboardInterrupt, not by itself."""
     sent = threading.Event()
+    # a job in the background, or of nohup, is started with Ctrl-C ignored
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def press():
         sent.set()
@@ -169,6 +171,8 @@ def interrupted(function, delay):
         timer.join()
     except KeyboardInterrupt:
         return True
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert not sent.is_set(), "the interrupt was swallowed"
     return False
 
