@@ -1642,7 +1642,10 @@ def within(seconds, function, *arguments):
                     future.set_exception(RuntimeError(repr(error)))
 
     threading.Thread(target=call, daemon=True).start()
-    if not wait([future], seconds).done:
+    end = time.monotonic() + seconds
+    while not future.done() and time.monotonic() < end:
+        wait([future], min(seconds, 0.5))  # in pieces: on Windows nothing interrupts it
+    if not future.done():
         future.cancel()
         raise TimeoutError(f"no answer in {seconds} s")
     return future.result()
@@ -1686,7 +1689,7 @@ def _init_wandb(run, mode):
         mode=mode, id=run.wandb_id, resume="allow" if mode == "online" else None,  # offline it would warn
         project=os.environ.get("WANDB_PROJECT") or "hw1p2", group=run.group, dir=str(run.folder.resolve()),
         name=os.environ.get("WANDB_NAME") or run.config["Name"][:120], config=_wandb_config(run),
-        settings=wandb.Settings(silent=True, console="off", init_timeout=30))
+        settings=wandb.Settings(silent=True, console="off", init_timeout=WANDB_SECONDS // 2))
 
 
 def _wandb_config(run):

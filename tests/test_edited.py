@@ -117,7 +117,7 @@ def test_what_the_user_must_know_is_still_there_when_the_figure_is_drawn(session
     """The figure replaces what the cell has printed before."""
     printed = []
     session.namespace["clear_output"] = lambda wait: printed.append(capsys.readouterr().out)
-    monkeypatch.setattr(helpers, "open_drive", lambda folder, place: folder)
+    monkeypatch.setattr(helpers, "open_drive", lambda run, place: helpers.tell(run, "fetched"))
     monkeypatch.setattr(helpers, "copy_to_drive", lambda *arguments, **options: print("Drive is full"))
     monkeypatch.setattr(helpers, "session_warning", lambda drive, practice: "nothing outlives the session")
     session["config"]["drive"] = True
