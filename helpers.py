@@ -4,7 +4,7 @@ It reads from top to bottom as the data flow. A folder of .npy files becomes one
 the windows become batches:
 
     data = AudioDataset(root, "train-clean-100", context=50)  # root: a folder in the course's layout
-    maps = warp_maps(0.2, data.stds)
+    maps = warp_maps(0.2, data)
     for frames, phonemes in make_loader(data, 2048, shuffle=True):  # float16 (2048, 101, 28) and int64 (2048,)
         mask_frames(warp_frames(frames, maps), "FreqMask")  # in place
 
@@ -43,12 +43,14 @@ import io
 import itertools
 import json
 import linecache
+import math
 import os
 import platform
 import re
 import secrets
 import shlex
 import shutil
+import statistics
 import subprocess
 import sys
 import sysconfig
@@ -69,6 +71,7 @@ import pandas as pd
 import safetensors.torch
 import torch
 import torchaudio
+import torchaudio.compliance.kaldi
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 # ---- Constants ---------------------------------------------------------------------------------------------
@@ -81,7 +84,8 @@ MANNERS = {  # manner of articulation: its phonemes, in the order of the confusi
     "affricates": "CH JH".split(), "fricatives": "F V TH DH S Z SH ZH HH".split()}
 PARTITIONS = ("train-clean-100", "dev-clean", "test-clean")
 KINDS = ("mfcc", "transcript")  # folders of a partition; test has the first one only
-COEFFICIENTS = 28  # MFCCs per frame; a frame every 10 ms
+OLD_SPELLING = {"SIL": "[SIL]", "<sos>": "[SOS]", "<eos>": "[EOS]"}  # of the editions of 2022
+LIFTER = 22  # HTK's default: coefficient i is multiplied by 1 + 11 sin(pi i / 22)
 LIBRISPEECH = "gilkeyio/librispeech-alignments"  # on the Hugging Face hub: 33,861 utterances, 7 GB; 5.3 GB as MFCCs
 LIBRISPEECH_REVISION = "0daa1eb43dda38ee6ce752e785555380e5628f5c"  # of 2023-11-22
 PRACTICE = "practice-corpus"  # the name of its folder
@@ -533,23 +537,30 @@ def pick_precision(device, saved=None):
 
 GAP = 50  # zero rows between utterances, at least; contexts up to this share one cache file
 _INDEX = {phoneme: i for i, phoneme in enumerate(PHONEMES[:40])}
+MOST_COEFFICIENTS = 100  # more columns are no MFCCs, perhaps frames: a transposed array
 
 
-def _mfccs(array):
-    """Check one utterance's MFCCs and normalise them over time: (x - mean) / (std + 1e-8), and that std (28,)."""
+def _mfccs(array, coefficients):
+    """Check one utterance's MFCCs (T, k) and normalise them over time: (x - mean) / (std + 1e-8).
+
+    Returns them, float64 (T, k), and the mean (k,) and std (k,) that they had.
+    """
     if array.dtype.kind != "f" or array.dtype.itemsize > 8:
         raise ValueError(f"dtype {array.dtype}; expected float32")
-    if array.ndim != 2 or len(array) < 1 or array.shape[1] != COEFFICIENTS:
-        raise ValueError(f"shape {array.shape}; expected (frames, {COEFFICIENTS}) with at least one frame")
+    if array.ndim != 2 or len(array) < 1 or array.shape[1] != coefficients:
+        raise ValueError(f"shape {array.shape}; expected (frames, {coefficients}) with at least one frame")
     with np.errstate(all="ignore"):
-        # less the first row, a constant coefficient is exactly zero; a rounding error over 1e-8 would be anything
-        array = np.subtract(array, array[0], dtype=np.float64)
-        array -= array.mean(axis=0)
+        # less the first row, a constant coefficient is exactly zero;
+        # a rounding error over 1e-8 would be anything
+        first = array[0].astype(np.float64)
+        array = np.subtract(array, first, dtype=np.float64)
+        mean = array.mean(axis=0)
+        array -= mean
         std = np.sqrt(np.square(array).mean(axis=0))
         array /= std + 1e-8
     if not np.isfinite(std).all():  # infinite too where the values are so large that their squares overflow
         raise ValueError("NaN, infinite or absurdly large values; expected finite MFCCs")
-    return array, std
+    return array, first + mean, std
 
 
 def _labels(array):
@@ -558,11 +569,13 @@ def _labels(array):
         raise ValueError(f"dtype {array.dtype}; expected text, <U5")
     if array.ndim != 1 or len(array) < 3:
         raise ValueError(f"shape {array.shape}; expected (frames + 2,) for [SOS], one phoneme per frame, [EOS]")
-    if (array[0], array[-1]) != ("[SOS]", "[EOS]"):
+    ends = [OLD_SPELLING.get(str(end), str(end)) for end in (array[0], array[-1])]
+    if ends != ["[SOS]", "[EOS]"]:
         raise ValueError(f"it starts with {str(array[0])!r} and ends with {str(array[-1])!r}; expected [SOS] and [EOS]")
     array = array[1:-1]
     offsets = np.flatnonzero(np.append(True, array[1:] != array[:-1]))  # a phoneme lasts: one lookup for all its frames
     phonemes = array[offsets].tolist()
+    phonemes = [OLD_SPELLING.get(phoneme, phoneme) for phoneme in phonemes]
     for t, phoneme in zip(offsets, phonemes):
         if phoneme not in _INDEX:
             raise ValueError(f"{phoneme!r} at frame {t} is not a phoneme; expected one of {' '.join(_INDEX)}")
@@ -591,10 +604,22 @@ def _load_npy(content):
         raise ValueError(f"{error}; expected one whole array in an .npy file") from None
 
 
-def _convert(contents, paths):
-    """((MFCCs, stds), labels or None) of an utterance, and a list of what is wrong with its files."""
+def _count_coefficients(paths):
+    """How many MFCCs a frame has: the columns of the first file, or of most of the first five if they differ."""
+    found = []
+    for path in paths[:5]:
+        with contextlib.suppress(Exception):  # whatever is wrong with it is reported when its turn comes
+            frames, coefficients = _load_npy(_read(path)).shape
+            if 1 <= coefficients <= MOST_COEFFICIENTS:
+                found.append(coefficients)
+    return statistics.mode(found) if found else 28  # as in most editions
+
+
+def _convert(contents, paths, coefficients):
+    """((MFCCs, means, stds), labels or None) of an utterance, and a list of what is wrong with its files."""
     arrays, faults = [None, None], []
-    for i, (path, content, convert) in enumerate(zip(paths, contents, (_mfccs, _labels))):
+    converters = functools.partial(_mfccs, coefficients=coefficients), _labels
+    for i, (path, content, convert) in enumerate(zip(paths, contents, converters)):
         try:
             arrays[i] = convert(_load_npy(content))
         except Exception as error:  # whatever a damaged file provokes, it is that file's fault
@@ -618,27 +643,32 @@ def _printable(text):
 def _pack(folder, names, kinds, gap):
     """Read, check, normalise and pack the utterances of these names: what `read_partition` returns."""
     paths = [[folder / kind / name for kind in kinds] for name in names]
-    # room for as many frames as the files can hold; what is not written to takes no memory
-    rows = sum(path.stat().st_size for path, *_ in paths if path.exists()) // (2 * COEFFICIENTS)
-    frames = torch.from_numpy(np.zeros((rows + gap * (len(names) + 1), COEFFICIENTS), np.float16))
-    labels, lengths, stds, faults, row = [np.zeros(0, np.uint8)], [], [], [], gap
-    # reading small files is mostly waiting: threads do it; Python 3.11's parser of their headers is not thread-safe
-    utterances = map(_convert, map_in_threads(lambda files: [_read(path) for path in files], paths), paths)
     print(f"reading {len(names):,} utterances of {folder.name}")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # numpy's and Python's, about what stands in a damaged header
-        for mfccs, phonemes, wrong in utterances:
+        coefficients = _count_coefficients([mfcc for mfcc, *_ in paths])
+        # room for as many frames as the files can hold; what is not written to takes no memory
+        rows = sum(path.stat().st_size for path, *_ in paths if path.exists()) // (2 * coefficients)
+        frames = torch.from_numpy(np.zeros((rows + gap * (len(names) + 1), coefficients), np.float16))
+        labels, lengths, means, stds, faults, row = [np.zeros(0, np.uint8)], [], [], [], [], gap
+        # reading small files is mostly waiting: threads do it;
+        # Python 3.11's parser of their headers is not thread-safe
+        contents = map_in_threads(lambda files: [_read(path) for path in files], paths)
+        for content, files in zip(contents, paths):
+            mfccs, phonemes, wrong = _convert(content, files, coefficients)
             faults += wrong
             if not faults:
-                mfcc, std = mfccs
+                mfcc, mean, std = mfccs
                 frames[row:row + len(mfcc)] = torch.from_numpy(mfcc)
                 row += len(mfcc) + gap
                 lengths.append(len(mfcc))
+                means.append(mean)
                 stds.append(std)
                 labels += [] if phonemes is None else [phonemes]
     _raise_faults(folder, faults)
     return {"frames": frames[:row], "offsets": torch.tensor([0, *itertools.accumulate(lengths)]),
             "labels": torch.from_numpy(np.concatenate(labels)),
+            "means": torch.tensor(np.mean(means, axis=0), dtype=torch.float32),
             "stds": torch.tensor(np.mean(stds, axis=0), dtype=torch.float32)}
 
 
@@ -717,10 +747,11 @@ def read_partition(root, partition, subset=1, gap=GAP, cache=None):
     cache: folder for a packed copy (safetensors), written once and then mapped; it is made anew where a file has
     changed, or the code of this section.
 
-    Returns a dict of CPU tensors: "frames" float16 (rows, 28), normalised per utterance, in zero rows of `gap`;
+    Returns a dict of CPU tensors: "frames" float16 (rows, k), normalised per utterance, in zero rows of `gap`;
     "labels" uint8 (n frames,), empty for test; "offsets" int64 (utterances + 1,), the first frame of each utterance
-    and the number of all, counted without the gaps; "stds" float32 (28,), the mean over the utterances of
-    each coefficient's standard deviation before normalisation.
+    and the number of all, counted without the gaps; "means" and "stds" float32 (k,), of each coefficient
+    before normalisation: the mean over the utterances of its mean and of its standard deviation.
+    k is the number of MFCCs in a frame, the same in all files.
     Raises a DataError that counts all faulty files and names the first ten.
     """
     folder = Path(root) / partition
@@ -746,6 +777,55 @@ def read_partition(root, partition, subset=1, gap=GAP, cache=None):
     return packed or _pack(folder, names, kinds, gap)
 
 
+# The two conventions of MFCCs that we know; the natural order is c0, c1, ..., each with the factor 1.
+CONVENTIONS = ("HTK", "torchaudio")
+
+
+def columns_of(convention, coefficients):
+    """Which coefficient each of the columns is, int64 (k,), and its factor, float32 (k,).
+
+    "HTK": c1, c2, ..., c0; c0 times sqrt 2, c_i times the lifter 1 + 11 sin(pi i / 22), which is
+    negative from c23 on (The HTK Book, sections 5.4 and 5.6). So are the course's features.
+    "torchaudio": c0, c1, c2, ... as the cosine transform gives them (torchaudio.transforms.MFCC).
+    """
+    order = torch.arange(coefficients)
+    if convention == "torchaudio":
+        return order, torch.ones(coefficients)
+    lifter = 1 + LIFTER / 2 * torch.sin(torch.pi * order / LIFTER)
+    lifter[0] = 2 ** 0.5
+    return order.roll(-1), lifter.roll(-1)
+
+
+def find_convention(means, stds):
+    """Whose columns are these? "HTK", "torchaudio", or None where it is neither.
+
+    means, stds: float32 (k,), of the coefficients before normalisation, over a training set.
+    c0, the loudness, has by far the largest mean; it is HTK's last column and torchaudio's first.
+    And c1 varies four times as much as c11 and more, but about as much where there is a lifter.
+    """
+    if len(means) < 13:
+        return None
+    second, first = means.abs().sort().values[-2:]
+    if first < 1.25 * second or first < 1e-3:  # features that were normalised before have no means
+        return None
+    for convention in CONVENTIONS:
+        order, factors = columns_of(convention, len(means))
+        place = order.tolist().index
+        liftered = stds[place(1)] < 2.4 * stds[place(11)]
+        if means.abs().argmax() == place(0) and liftered == (convention == "HTK"):
+            return convention
+    return None
+
+
+def describe_columns(data):
+    """A line for the user: whose columns an `AudioDataset` has, and where c0 is."""
+    if data.convention is None:
+        return ("WARNING: these columns are neither HTK's nor torchaudio's MFCCs, so nobody knows how to stretch their "
+                "frequencies: config['warp'] and config['test_warps'] are not used")
+    place = {"HTK": "the last one", "torchaudio": "the first one"}[data.convention]
+    return f"{data.coefficients} MFCCs per frame in {data.convention}'s order: c0, the loudness, is {place}"
+
+
 # ---- Windows and loaders -----------------------------------------------------------------------------------
 
 class AudioDataset(Dataset):
@@ -764,6 +844,11 @@ class AudioDataset(Dataset):
         root, partition, subset, cache: see `read_partition`, also for the errors.
         context: frames on either side, c.
         device: where the array lies and the batches are made.
+        like: the training set, for the other partitions: its `convention` is theirs, and a DataError says
+            where they have another number of coefficients.
+
+    Attributes, beside the arguments: `coefficients`, the MFCCs per frame; `convention`, whose columns they are
+    (see `find_convention`); `stds`, by which they were divided, float32 (k,); `utterances`, their number.
 
     Example:
         data = AudioDataset(root, "dev-clean", context=50)
@@ -772,14 +857,22 @@ class AudioDataset(Dataset):
         For the partition "test-clean" there are no phonemes: data[0] is the frames alone.
     """
 
-    def __init__(self, root, partition="train-clean-100", context=50, subset=1, device="cpu", cache=None):
+    def __init__(self, root, partition="train-clean-100", context=50, subset=1, device="cpu", cache=None, like=None):
         self.partition, self.context, self.gap = partition, context, max(GAP, context)
         packed = read_partition(root, partition, subset, self.gap, cache)
+        self.coefficients = packed["frames"].shape[1]
+        if like is None:
+            self.convention = find_convention(packed["means"], packed["stds"])
+        else:
+            self.convention = like.convention
+            if like.coefficients != self.coefficients:
+                raise DataError(f"{Path(root) / partition / 'mfcc'}: {self.coefficients} MFCCs per frame; expected "
+                                f"{like.coefficients}, as in {like.partition}")
         self.frames, self.offsets, self.stds = (packed[name].to(device) for name in ("frames", "offsets", "stds"))
         self.labels = packed["labels"].to(device) if len(packed["labels"]) else None
         self.length, self.utterances = int(packed["offsets"][-1]), len(packed["offsets"]) - 1
-        width = 2 * context + 1
-        self.windows = self.frames.as_strided((len(self.frames) - width + 1, width * COEFFICIENTS), (COEFFICIENTS, 1))
+        width, k = 2 * context + 1, self.coefficients
+        self.windows = self.frames.as_strided((len(self.frames) - width + 1, width * k), (k, 1))
 
     def __len__(self):
         return self.length
@@ -794,11 +887,11 @@ class AudioDataset(Dataset):
     def _batch(self, index):
         gaps = torch.searchsorted(self.offsets, index, right=True)  # that lie before the frame: one per utterance
         frames = torch.index_select(self.windows, 0, index + self.gap * gaps - self.context)
-        frames = frames.view(len(index), -1, COEFFICIENTS)
+        frames = frames.view(len(index), -1, self.coefficients)
         return frames if self.labels is None else (frames, self.labels[index].long())
 
     def utterance(self, i):
-        """(MFCCs float16 (T, 28), phoneme indexes uint8 (T,) or None for test) of the i-th utterance."""
+        """(MFCCs float16 (T, k), phoneme indexes uint8 (T,) or None for test) of the i-th utterance."""
         first, last = self.offsets[i].item(), self.offsets[i + 1].item()
         shift = self.gap * (i + 1)
         return self.frames[first + shift:last + shift], None if self.labels is None else self.labels[first:last]
@@ -835,7 +928,7 @@ class Batches(Sampler):
 
 
 def make_loader(dataset, batch_size, shuffle=False, seed=23):
-    """A DataLoader of whole batches: float16 (B, 2c+1, 28) and int64 (B,), or the frames alone for test, on the device.
+    """A DataLoader of whole batches: float16 (B, 2c+1, k) and int64 (B,), or the frames alone for test, on the device.
 
     No workers: a batch is one gather, which is quicker than passing it between processes.
     dataset: an AudioDataset; a DataError for others, such as torch's Subset.
@@ -864,7 +957,7 @@ def mask_frames(frames, augmentations="Both", freq_mask_param=4, time_mask_param
     The width is uniform over 0 ... param and the position over all that fit (Park et al., "SpecAugment", 2019).
     Zero is the mean after normalisation.
 
-    frames: float16 or float32 (B, 2c+1, 28); changed in place, and returned.
+    frames: float16 or float32 (B, 2c+1, k); changed in place, and returned.
     augmentations: "FreqMask", "TimeMask", "Both" or None.
     """
     bits = frames.view(torch.int16 if frames.dtype == torch.float16 else torch.int32)
@@ -875,30 +968,47 @@ def mask_frames(frames, augmentations="Both", freq_mask_param=4, time_mask_param
     return frames
 
 
-def warp_maps(strength, stds, count=41, bands=40):
-    """Maps that stretch or squeeze the frequencies by factors from 1 - strength to 1 + strength, evenly spaced.
+def _natural_maps(factors, coefficients, bands):
+    """Maps of MFCCs in their natural order that read the mel bands at each of the factors times their frequencies.
 
-    stds: (28,), by which the coefficients were divided when they were normalised. bands: of the mel scale (HTK's
-    formula, 0 to 8 kHz). The idea: Jaitly and Hinton, "Vocal Tract Length Perturbation", 2013.
-    Returns float32 (count, 28, 28): normalised frames @ map are the warped ones. Reading between the bands shrinks the
-    high coefficients, so each is scaled to have the standard deviation 1 again, for coefficients that do not correlate.
+    The way goes back to the log energies of the bands, on HTK's mel scale from 0 to 8 kHz, and returns by
+    the cosine transform. Returns float32 (factors, k, k): cepstra (..., k) @ map are the warped ones.
     """
     def mel(hertz):
         return 2595 * torch.log10(1 + hertz / 700)
 
     step = mel(torch.tensor(8000.0)) / (bands + 1)
     centres = 700 * (10 ** (torch.arange(1, bands + 1) * step / 2595) - 1)  # of the bands, in Hz
-    factors = torch.linspace(1 - strength, 1 + strength, count)
-    position = (mel(factors[:, None] * centres) / step - 1).clamp(0, bands - 1)  # (count, bands), in bands
-    read = (1 - (position[:, None] - torch.arange(bands)[:, None]).abs()).clamp(min=0)  # (count, from, to)
-    dct = torchaudio.functional.create_dct(COEFFICIENTS, bands, norm="ortho")  # (bands, 28)
-    stds = stds.clamp(min=stds.max() / 1000)  # a constant coefficient has none
-    maps = stds[:, None] * (dct.T @ read @ dct).to(stds.device) / stds
-    return maps / maps.norm(dim=1, keepdim=True)
+    position = (mel(factors[:, None] * centres) / step - 1).clamp(0, bands - 1)  # (factors, bands), in bands
+    read = (1 - (position[:, None] - torch.arange(bands)[:, None]).abs()).clamp(min=0)  # (factors, from, to)
+    dct = torchaudio.functional.create_dct(coefficients, bands, norm="ortho")  # (bands, k)
+    return dct.T @ read @ dct
+
+
+def warp_maps(strength, data, count=41, dtype=torch.float32):
+    """Maps that stretch or squeeze the frequencies by factors from 1 - strength to 1 + strength, evenly spaced.
+
+    The idea: Jaitly and Hinton, "Vocal Tract Length Perturbation", 2013.
+    data: an `AudioDataset`, whose convention says what its columns are (see `columns_of`).
+    Returns `dtype` (count, k, k), on the device of the data: normalised frames @ map are the warped ones; None where
+    the strength is 0 or the convention is not known: then there are no warps. Reading between the bands shrinks the
+    high coefficients, so each is scaled to have the standard deviation 1 again, for coefficients that do not correlate.
+    """
+    if strength == 0 or data.convention is None:
+        return None
+    bands = max(28 if data.convention == "HTK" else 40, data.coefficients)  # as many as their usual makers take
+    maps = _natural_maps(torch.linspace(1 - strength, 1 + strength, count), data.coefficients, bands)
+    # a column of the data is a natural coefficient times `scale`: in its order, with its factor, over its std
+    order, factors = columns_of(data.convention, data.coefficients)
+    maps = maps[:, order][:, :, order].to(data.stds.device)
+    stds = data.stds.clamp(min=data.stds.max() / 1000)  # a constant coefficient has none
+    scale = factors.to(stds.device) / stds
+    maps = maps / scale[:, None] * scale
+    return (maps / maps.norm(dim=1, keepdim=True)).to(dtype)
 
 
 def warp_frames(frames, maps):
-    """Send each window of frames (B, 2c+1, 28) through one of the maps (n, 28, 28), drawn at random; in place."""
+    """Send each window of frames (B, 2c+1, k) through one of the maps (n, k, k), drawn at random; in place."""
     which = torch.randint(len(maps), (len(frames),), device=frames.device)
     return frames.copy_(frames.to(maps.dtype) @ maps[which])
 
@@ -1095,10 +1205,11 @@ def show_figures_inline():
         shell.run_line_magic("matplotlib", "inline")
 
 
-def draw_frames(axis, frames, **options):
-    """Draw MFCCs (T, 28) along time into matplotlib's axis: red above the mean, blue below. options: of `imshow`."""
-    axis.imshow(frames.float().cpu().numpy().T, aspect="auto", origin="lower", cmap="RdBu_r", vmin=-3, vmax=3,
-                interpolation="nearest", **options)
+def draw_frames(axis, frames):
+    """Draw MFCCs (T, k) along time into matplotlib's axis: red above the mean, blue below."""
+    frames = frames.float().cpu().numpy()
+    axis.imshow(frames.T, aspect="auto", origin="lower", cmap="RdBu_r", vmin=-3, vmax=3,
+                interpolation="nearest", extent=(0, len(frames), -0.5, frames.shape[1] - 0.5))
 
 
 def draw_phones(axis, labels, color="black"):
@@ -2040,18 +2151,27 @@ def submit(path, message, competition):
 
 # ---- Corpora: synthetic and real speech in the course's layout, for those who cannot have the course's data -
 
+SAMPLE_RATE = 16000  # Hz, LibriSpeech's
+WINDOW, HOP = 400, 160  # samples: windows of 25 ms every 10 ms
+
+
 @functools.cache
-def _feature_transform(rate):
-    # LibriSpeech's 16 kHz, windows of 25 ms every 10 ms. Without center, frame t is samples 160 t to
-    # 160 t + 511, and the window lies in their middle, at 160 t + 256. log_mels adds 1e-6: no log of zero.
-    mfcc = torchaudio.transforms.MFCC(16000, n_mfcc=COEFFICIENTS, log_mels=True, melkwargs={
-        "n_fft": 512, "win_length": 400, "hop_length": 160, "n_mels": 40, "center": False})
-    return torch.nn.Sequential(torchaudio.transforms.Resample(rate, 16000), mfcc)
+def _resampler(rate):
+    return torchaudio.transforms.Resample(rate, SAMPLE_RATE)
 
 
 def speech_features(audio, rate):
-    """MFCCs of an utterance, float32 (T, 28), a frame every 10 ms; audio: float32 (samples,), `rate` in Hz."""
-    return np.ascontiguousarray(_feature_transform(rate)(torch.from_numpy(audio)).T.numpy())
+    """MFCCs of an utterance as the course has them, HTK's: float32 (T, 28), a frame every 10 ms.
+
+    audio: float32 (samples,) in -1 ... 1, `rate` in Hz; at least one window of 25 ms. Frame t is samples
+    160 t to 160 t + 399 at 16 kHz. Columns: c1 ... c27, liftered, then c0 (see `columns_of`).
+    As in the course's features, samples count as 16-bit integers, and there is no pre-emphasis.
+    """
+    samples = _resampler(rate)(torch.from_numpy(audio)) * 2**15
+    mfcc = torchaudio.compliance.kaldi.mfcc(
+        samples[None], num_ceps=28, num_mel_bins=28, low_freq=0, high_freq=8000, htk_compat=True, use_energy=False,
+        cepstral_lifter=LIFTER, window_type="hamming", preemphasis_coefficient=0, dither=0)
+    return mfcc.numpy()
 
 
 def label_frames(phones, frames):
@@ -2059,7 +2179,7 @@ def label_frames(phones, frames):
 
     phones: (phoneme, start, end) in seconds, in the order of their starts; where two overlap, the later one counts.
     """
-    centres = (np.arange(frames) * 160 + 256) / 16000
+    centres = (np.arange(frames) * HOP + WINDOW / 2) / SAMPLE_RATE
     labels = np.full(frames, "[SIL]", "<U5")
     for phoneme, start, end in phones:
         labels[np.searchsorted(centres, start):np.searchsorted(centres, end)] = phoneme
@@ -2276,9 +2396,10 @@ def _convert_row(job):
         raise DataError(f"{row['id']}: the audio cannot be decoded ({error}); expected FLAC") from None
     if audio.ndim != 1:
         raise DataError(f"{row['id']}: the audio has {audio.shape[1]} channels; expected one")
-    if len(audio) / rate < 512 / 16000:
+    shortest = math.ceil(WINDOW * rate / SAMPLE_RATE)
+    if len(audio) < shortest:
         raise DataError(f"{row['id']}: the audio has {len(audio)} samples at {rate} Hz, too few for a frame; "
-                        f"expected at least {-(-512 * rate // 16000)}, 32 ms")
+                        f"expected at least {shortest}, 25 ms")
     if not np.isfinite(np.array([(phone["start"], phone["end"]) for phone in phones], float)).all():
         raise DataError(f"{row['id']}: a phone without start or end; expected both, in seconds")
     missing = len(audio) / rate - max(phone["end"] for phone in phones)

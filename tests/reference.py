@@ -100,6 +100,6 @@ def check_windows(dataset, utterances, inside=5):
 
 def labels_at_centres(phones, frames):
     """Frame by frame: the last of the phones (name, start, end) that holds the centre of its window, else silence."""
-    centres = [(160 * t + 256) / 16000 for t in range(frames)]
+    centres = [(160 * t + 200) / 16000 for t in range(frames)]
     return [[phone for phone, start, end in [("[SIL]", 0, 999), *phones] if start <= centre < end][-1]
             for centre in centres]

@@ -107,8 +107,9 @@ def test_masks(augmentations, dtype):
 def test_warps():
     with rehearsal():
         frames = torch.zeros(64, 11, 28, dtype=torch.float16, device="cuda")
+        data = SimpleNamespace(coefficients=28, convention="HTK", stds=torch.ones(28, device="cuda"))
         for dtype in (torch.float16, torch.bfloat16, torch.float32):
-            maps = helpers.warp_maps(0.2, torch.ones(28, device="cuda")).to(dtype)
+            maps = helpers.warp_maps(0.2, data, dtype=dtype)
             check(helpers.warp_frames(frames, maps), 64, 11, 28, dtype=torch.float16)
 
 

@@ -15,7 +15,7 @@ from helpers import RunError
 
 QUICK = {**TINY, "epochs": 2, "batch_size": 1024, "scheduler": "steplr", "dropout_scale": 1}
 TRAINING, RESULTS = "run = make_run(config)\n", "results = evaluate_best(run)"
-SUBMISSION = "predictions = test(run.model"
+SUBMISSION = "predictions = test(run, "
 LAST = "# @title The last entries of the wandb run"
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -155,7 +155,8 @@ def test_a_cell_that_needs_what_is_not_there_says_what_to_run_first(corpus, tmp_
     bodies = r"#[^\n]*|(def|class) \w+\(.*?(?=\n\S|\Z)"
     names = r"\b(results|run|train_data|prepared|frames|submission)\b"
     uses = [source for source in code_cells() if re.search(names, re.sub(bodies, "", source, flags=re.S))]
-    makes = ("run = make_run", "prepared, data_folder =", "MADE_IN", "import platform", "config = {", "def prepare")
+    makes = ("run = make_run", "prepared, data_folder =", "LOSSES = {", "MADE_IN", "import platform", "config = {",
+             "def prepare")
     missing = [source for source in uses if source not in told and not any(text in source for text in makes)]
     assert len(told) > 8 and not missing, missing
 

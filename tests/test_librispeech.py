@@ -109,7 +109,7 @@ def test_a_lone_file_is_dealt_out_and_symbols_gaps_and_stress_are_read(tmp_path,
     names = [sorted(path.stem for path in (tmp_path / "a" / name / "mfcc").iterdir()) for name in helpers.PARTITIONS]
     assert names == [["0-0", "1-0", "2-0", "5-0"], ["3-0"], ["4-0"]]
     labels = np.load(tmp_path / "a" / "dev-clean" / "transcript" / "3-0.npy")[1:-1]
-    assert labels.tolist() == slow_labels(SEVEN, len(labels)) and len(labels) == 137
+    assert labels.tolist() == slow_labels(SEVEN, len(labels)) and len(labels) == 138
     assert set(labels) == {"[SIL]", "AA", "T", "UW", "NG"}
 
 
@@ -163,8 +163,8 @@ BAD = {"an unknown phone": (row("0-0", [("QQ", 0.0, 1.4)]), "0-0: the phone 'QQ'
        "no audio": (row("0-0", audio=b"nothing"), "0-0: the audio cannot be decoded"),
        "stereo": (row("0-0", audio=flac(np.zeros((RATE, 2)))), "0-0: the audio has 2 channels; expected one"),
        "100 samples": (row("0-0", audio=flac(np.zeros(100))),
-                       "0-0: the audio has 100 samples at 16000 Hz, too few for a frame; expected at least 512"),
-       "too short at 8 kHz": (row("0-0", audio=flac(np.zeros(255), 8000)), "for a frame; expected at least 256"),
+                       "0-0: the audio has 100 samples at 16000 Hz, too few for a frame; expected at least 400"),
+       "too short at 8 kHz": (row("0-0", audio=flac(np.zeros(199), 8000)), "for a frame; expected at least 200"),
        "the same id twice": (row("1-0"), "1-0: this id is there twice; expected each once"),
        "no id": (dict(row("0-0"), id=None), "the id None is no name of a file"),
        "a long id": (row("0" * 300), "no name of a file"),
@@ -180,7 +180,7 @@ def test_bad_rows_are_named(tmp_path, bad, words):
 
 
 def test_the_shortest_utterance_has_one_frame(tmp_path):
-    rows = [row(f"{i}-0", [("AA", 0.0, 0.032)], audio=flac(np.ones(512) / 2)) for i in range(5)]
+    rows = [row(f"{i}-0", [("AA", 0.0, 0.025)], audio=flac(np.ones(400) / 2)) for i in range(5)]
     make_librispeech_corpus(tmp_path / "a", write(tmp_path / "x.parquet", rows))
     assert np.load(tmp_path / "a" / "dev-clean" / "transcript" / "3-0.npy").tolist() == ["[SOS]", "AA", "[EOS]"]
 

@@ -22,7 +22,8 @@ OPTIONS = BOOK["options"]()
 PLAIN = {**TINY, "num_layers": 3, "context": 2, "batch_norm": False, "dropout": 0, "augmentations": None,
          "wandb": "disabled", "warp": 0, "dropout_scale": 1, "lr_scale": 1}
 CONTEXT = 2
-INPUT = (2 * CONTEXT + 1) * helpers.COEFFICIENTS
+INPUT = (2 * CONTEXT + 1) * 28
+DATA_28 = SimpleNamespace(coefficients=28)
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -293,7 +294,7 @@ def test_the_prediction_is_the_mean_over_the_warps(book, data):
     frames, _ = data["dev-clean"][torch.arange(len(data["dev-clean"]))]
     expected = 0
     for strength, which in ((0.08, 0), (0.04, 0), (0.04, 1), (0.04, 2), (0.08, 2)):  # 0.92, 0.96, 1, 1.04, 1.08
-        map = helpers.warp_maps(strength, data["dev-clean"].stds, count=3)[which]
+        map = helpers.warp_maps(strength, data["dev-clean"], count=3)[which]
         with torch.no_grad():
             expected = expected + model(frames.float() @ map).log_softmax(1) / 5
     ours = book.all_log_posteriors(run, loader)
@@ -312,7 +313,7 @@ def test_the_prediction_is_the_mean_over_the_warps(book, data):
     ("cylinder", 0.5, [0.2] * 3), ("cylinder", 4, [0.99] * 3)])
 def test_dropout_scale_is_a_factor_of_all_rates(book, archetype, scale, expected):
     config = settings(book, archetype=archetype, dropout=0.4, dropout_alternate=False, dropout_scale=scale)
-    model = book.make_network(config)
+    model = book.make_network(config, DATA_28)
     for epoch in (1, 2):
         assert helpers.scale_dropout(model, config, 1000, epoch) == scale
         rates = [layer.p for layer in model.model if isinstance(layer, nn.Dropout)]
@@ -321,7 +322,7 @@ def test_dropout_scale_is_a_factor_of_all_rates(book, archetype, scale, expected
 
 def test_the_fewer_frames_per_parameter_the_more_dropout_in_the_end(book):
     config = settings(book, dropout=0.2, dropout_alternate=False, dropout_scale="auto", epochs=5)
-    model = book.make_network(config)  # 512, 256, 128 wide
+    model = book.make_network(config, DATA_28)  # 512, 256, 128 wide
     parameters = sum(map(torch.numel, model.parameters()))
     ends = {}
     for ratio in (0.001, 0.01, 0.1, 1, 1.8, 10):
@@ -342,7 +343,7 @@ def test_the_fewer_frames_per_parameter_the_more_dropout_in_the_end(book):
 def test_a_layer_wider_than_the_pencils_has_no_higher_rate(book):
     config = settings(book, archetype="diamond", num_layers=7, dropout=0.2, dropout_alternate=False,
                       dropout_scale="auto", epochs=1)
-    model = book.make_network(config)
+    model = book.make_network(config, DATA_28)
     assert helpers.scale_dropout(model, config, round(1.8 * sum(map(torch.numel, model.parameters()))), 1) == (
         pytest.approx(1, abs=1e-3))
     rates = [layer.p for layer in model.model if isinstance(layer, nn.Dropout)]

@@ -148,11 +148,14 @@ def corpus(arguments):
 def random_corpus(root, utterances, seed=23):
     """Random MFCC files in the course's layout, with labels in runs; as long as the real utterances on average.
 
-    An utterance is a phoneme's mean plus noise in every frame, so that there is something to learn.
+    An utterance is a phoneme's mean plus noise in every frame, so that there is something to learn. The columns are
+    HTK's: liftered, c0 last and large.
     """
     partial = root.with_name(root.name + ".partial")
     names = np.array(helpers.PHONEMES[:-2], "<U5")
-    means = np.random.default_rng(seed).standard_normal((len(names), helpers.COEFFICIENTS), np.float32)
+    means = np.random.default_rng(seed).standard_normal((len(names), 28), np.float32)
+    factors = helpers.columns_of("HTK", 28)[1].numpy()
+    loudness = np.float32([0] * 27 + [118])
     jobs = []
     for p, (partition, n) in enumerate(zip(helpers.PARTITIONS, utterances)):
         for kind in ("mfcc",) if partition == "test-clean" else ("mfcc", "transcript"):
@@ -167,8 +170,8 @@ def random_corpus(root, utterances, seed=23):
         p, partition, i, length = job
         rng = np.random.default_rng((seed, p, i))
         labels = np.repeat(rng.integers(len(names), size=length), rng.integers(3, 15, length))[:length]
-        mfcc = 2 * rng.standard_normal((length, helpers.COEFFICIENTS), np.float32) + means[labels]
-        np.save(partial / partition / "mfcc" / f"{i:06d}.npy", mfcc)
+        mfcc = 2 * rng.standard_normal((length, 28), np.float32) + means[labels]
+        np.save(partial / partition / "mfcc" / f"{i:06d}.npy", factors * mfcc + loudness)
         if partition != "test-clean":
             text = np.concatenate((["[SOS]"], names[labels], ["[EOS]"])).astype("<U5")
             np.save(partial / partition / "transcript" / f"{i:06d}.npy", text)

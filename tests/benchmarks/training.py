@@ -48,7 +48,7 @@ class Trainer:
     def __init__(self, config, usual=False):
         torch.manual_seed(23)
         self.config, self.usual = config, usual
-        self.model = NOTEBOOK["Network"]((2 * config["context"] + 1) * helpers.COEFFICIENTS, len(helpers.PHONEMES),
+        self.model = NOTEBOOK["Network"]((2 * config["context"] + 1) * 28, len(helpers.PHONEMES),
                                          config).to(common.DEVICE)
         # the usual precision on a GPU is float16 with a scaler; on a CPU both sides have the same
         self.dtype = self.model.precision = torch.float16 if usual and common.DEVICE == "cuda" else DTYPE
