@@ -70,8 +70,6 @@ import numpy as np
 import pandas as pd
 import safetensors.torch
 import torch
-import torchaudio
-import torchaudio.compliance.kaldi
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 # ---- Constants ---------------------------------------------------------------------------------------------
@@ -89,6 +87,11 @@ LIFTER = 22  # HTK's default: coefficient i is multiplied by 1 + 11 sin(pi i / 2
 LIBRISPEECH = "gilkeyio/librispeech-alignments"  # on the Hugging Face hub: 33,861 utterances, 7 GB; 5.3 GB as MFCCs
 LIBRISPEECH_REVISION = "0daa1eb43dda38ee6ce752e785555380e5628f5c"  # of 2023-11-22
 PRACTICE = "practice-corpus"  # the name of its folder
+EDITIONS = {  # Kaggle's names of the course's competitions, the default first: the folder of their data
+    "11785-spring-25-hw-1-p-2": "11785-s25-hw1p2", "11785-hw1p2-f24": None,
+    "11785-hw-1-p-2-fall-2025-main": "11785-f25-hw1p2",
+    "hw-1-p-2-spring-2026-student-competition": "11785-spring-2026-hw1p2",
+    "hw-1-p-2-fall-2026-student-competition": None}
 KAGGLE = Path("/kaggle")  # on Kaggle's own notebooks: input/ is what was attached, working/ is kept
 
 
@@ -127,6 +130,12 @@ def shorten(text, width=200):
     return textwrap.shorten(str(text), width, placeholder=" ...")
 
 
+def last_words(text, width=300):
+    """The end of a foreign text, at most `width` characters, beginning with a word."""
+    end = text[-width:]
+    return end if len(text) <= width else re.sub(r"^\S+\s+", "", end)
+
+
 def internet_hint():
     """A hint for messages about failed downloads: on Kaggle the Internet is a switch. Elsewhere it is empty."""
     return " On Kaggle, Settings > Internet must be on." if KAGGLE.is_dir() else ""
@@ -145,9 +154,8 @@ def install(*packages):
         command = [sys.executable, "-m", "pip", "install", "--quiet", *wanted]
         pip = subprocess.run(command, capture_output=True, text=True)
         if pip.returncode:
-            errors = [line for line in pip.stderr.splitlines() if line.startswith("ERROR")]
-            raise RunError(f"pip could not install {' '.join(wanted)}: {shorten(' '.join(errors) or pip.stderr, 400)}\n"
-                           f"Is there a connection?{internet_hint()}")
+            raise RunError(f"pip could not install {' '.join(wanted)}: {last_words(pip.stderr)}\nIs there a connection?"
+                           + internet_hint())
         importlib.invalidate_caches()
         for name in {each.split("=")[0].replace("-", "_") for each in wanted}:
             sys.modules.pop(name, None)  # a mere folder of that name, imported before
@@ -981,7 +989,10 @@ def _natural_maps(factors, coefficients, bands):
     centres = 700 * (10 ** (torch.arange(1, bands + 1) * step / 2595) - 1)  # of the bands, in Hz
     position = (mel(factors[:, None] * centres) / step - 1).clamp(0, bands - 1)  # (factors, bands), in bands
     read = (1 - (position[:, None] - torch.arange(bands)[:, None]).abs()).clamp(min=0)  # (factors, from, to)
-    dct = torchaudio.functional.create_dct(coefficients, bands, norm="ortho")  # (bands, k)
+    # the orthonormal one, (bands, k); torchaudio's `create_dct` gives the same, but training does not need torchaudio
+    dct = torch.cos(math.pi / bands * (torch.arange(bands) + 0.5)[:, None] * torch.arange(coefficients))
+    dct[:, 0] *= 0.5 ** 0.5
+    dct *= (2 / bands) ** 0.5
     return dct.T @ read @ dct
 
 
@@ -2079,15 +2090,21 @@ def write_submission(path, predictions):
         pd.DataFrame({"label": predictions}).to_csv(temporary, index_label="id", lineterminator="\n")
 
 
-def _read_table(path):
-    """A CSV of the columns id and label, both as text; a DataError where it is something else."""
+def _read_table(path, any_case=False):
+    """A CSV of the columns id and label, both as text; a DataError where it is something else.
+
+    any_case: the names of the columns may have capital letters, too.
+    """
     try:
         table = pd.read_csv(path, dtype=str, keep_default_na=False)
-    except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as error:
+    except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError, OSError) as error:
         raise DataError(f"{path}: not a CSV file ({error}); expected lines of id,label") from None
+    if any_case:
+        table.columns = [name.lower() for name in table]
     if list(table) != ["id", "label"]:
         raise DataError(f"{path}: the header is {','.join(table)[:200]!r}; expected id,label")
-    if not isinstance(table.index, pd.RangeIndex):  # pandas takes the first of three values for an index
+    # pandas takes the first of three values for an index; pandas 1 has another kind of index where there are no rows
+    if len(table) and not isinstance(table.index, pd.RangeIndex):
         raise DataError(f"{path}: rows with more than two values; expected id,label")
     return table
 
@@ -2111,14 +2128,32 @@ def read_submission(path, frames=None):
 def check_sample_submission(data_folder, frames):
     """Compare the ids of the sample submission that lies with the data, if any, with our CSV's, 0 ... frames - 1.
 
+    It lies in the data folder, in a folder of that one, or, as on Kaggle, beside it.
     Raises a DataError that names it where they differ: it, or the test partition, belongs to something else.
     """
-    for path in find_files(data_folder, "*sample_submission.csv", "*/*sample_submission.csv"):
-        ids = _read_table(path)["id"]
+    data_folder = Path(data_folder)
+    samples = find_files(data_folder, "*sample_submission.csv", "*/*sample_submission.csv")
+    if not (data_folder / "answers.csv").exists():  # a corpus made here needs none
+        samples += find_files(data_folder.parent, "sample_submission.csv")
+    for path in filter(Path.is_file, samples):  # no folder, no link to nowhere
+        ids = _read_table(path, any_case=True)["id"]
         if not np.array_equal(np.sort(pd.to_numeric(ids, errors="coerce")), np.arange(frames)):
             raise DataError(f"{path}: the sample submission has {len(ids):,} rows, ids {', '.join(ids[:3])} ...; "
-                            f"expected {frames:,}, one for each frame of {Path(data_folder) / 'test-clean'}, ids from "
+                            f"expected {frames:,}, one for each frame of {data_folder / 'test-clean'}, ids from "
                             "0. If it belongs to something else, move it away.")
+
+
+def competition_of(data_folder, competition):
+    """Kaggle's name of the edition that is to be submitted to: `competition`, the config's.
+
+    Where that is the default, and the data were attached or downloaded from another edition, it is theirs.
+    """
+    parts = Path(data_folder).parts
+    if competition != next(iter(EDITIONS)):
+        return competition
+    if "competitions" in parts[:-1]:  # a folder of Kaggle's, and of kagglehub's
+        return parts[parts.index("competitions") + 1]
+    return next((name for name, folder in EDITIONS.items() if {name, folder} & {*parts}), competition)
 
 
 def kaggle_causes(competition):
@@ -2145,7 +2180,7 @@ def submit(path, message, competition):
     result = subprocess.run(command, capture_output=True, text=True)
     output = (result.stdout + result.stderr).strip()
     if result.returncode or re.search(r"\b40[13]\b|Could not submit", output):  # it may print these and exit with 0
-        raise RunError(f"{path} could not be submitted: {' '.join(output.split()[-60:])}\n{kaggle_causes(competition)}")
+        raise RunError(f"{path} could not be submitted: {last_words(output)}\n{kaggle_causes(competition)}")
     return output
 
 
@@ -2155,9 +2190,21 @@ SAMPLE_RATE = 16000  # Hz, LibriSpeech's
 WINDOW, HOP = 400, 160  # samples: windows of 25 ms every 10 ms
 
 
+def import_torchaudio():
+    """torchaudio; a RunError that says what to install where it is missing or is made for another torch."""
+    try:
+        import torchaudio.compliance.kaldi
+    except (ImportError, OSError) as error:  # "undefined symbol", where it is made for another torch
+        minor = min(int(torch.__version__.split(".")[1]), 11)  # 2.11 is the last, and fits torch up to 2.14
+        raise RunError(f"torchaudio, which makes the MFCCs of a corpus, cannot be imported beside torch "
+                       f"{torch.__version__} ({shorten(error)}): pip install \"torchaudio==2.{minor}.*\", and restart "
+                       f"the kernel.{internet_hint()}") from error
+    return torchaudio
+
+
 @functools.cache
 def _resampler(rate):
-    return torchaudio.transforms.Resample(rate, SAMPLE_RATE)
+    return import_torchaudio().transforms.Resample(rate, SAMPLE_RATE)
 
 
 def speech_features(audio, rate):
@@ -2168,7 +2215,7 @@ def speech_features(audio, rate):
     As in the course's features, samples count as 16-bit integers, and there is no pre-emphasis.
     """
     samples = _resampler(rate)(torch.from_numpy(audio)) * 2**15
-    mfcc = torchaudio.compliance.kaldi.mfcc(
+    mfcc = import_torchaudio().compliance.kaldi.mfcc(
         samples[None], num_ceps=28, num_mel_bins=28, low_freq=0, high_freq=8000, htk_compat=True, use_energy=False,
         cepstral_lifter=LIFTER, window_type="hamming", preemphasis_coefficient=0, dither=0)
     return mfcc.numpy()
@@ -2350,6 +2397,7 @@ def make_practice_corpus(root, utterances=(370, 52, 52), seed=23):
     """
     if len(utterances) != 3 or min(utterances) < 1:
         raise DataError(f"utterances {utterances}: expected three numbers >= 1")
+    import_torchaudio()
     shutil.rmtree(f"{root}.partial", ignore_errors=True)
     with _new_corpus(Path(root)) as partial:
         for p, i in ((p, i) for p, count in enumerate(utterances) for i in range(count)):
@@ -2365,12 +2413,21 @@ def make_practice_corpus(root, utterances=(370, 52, 52), seed=23):
             raise RunError(f"{partial} was changed by another process while it was made. Run again.")
 
 
+def _has_rows(path):
+    """Has this parquet file rows? True where it cannot be read: that is reported later."""
+    import pyarrow.parquet  # comes with datasets
+    with contextlib.suppress(OSError, pyarrow.ArrowException):
+        return pyarrow.parquet.read_metadata(path).num_rows > 0
+    return True
+
+
 def _sources(source, revision):
     """(name, arguments of `load_dataset`, partitions that the rows go to in turn) of each split or local file."""
     if Path(source).exists():
         files = find_files(source, "**/*.parquet") if Path(source).is_dir() else [Path(source)]
+        files = [file for file in files if _has_rows(file)]
         if not files:
-            raise DataError(f"{source}: there are no .parquet files in it")
+            raise DataError(f"{source}: there are no .parquet files in it, or none that has rows")
         named = [[name for name in PARTITIONS if file.name.replace("_", "-").startswith(name)] for file in files]
         return [(str(file), {"path": "parquet", "data_files": str(file), "split": "train"},
                  partitions or 3 * PARTITIONS[:1] + PARTITIONS[1:]) for file, partitions in zip(files, named)]
@@ -2440,6 +2497,7 @@ def make_librispeech_corpus(root, source=LIBRISPEECH, revision=None):
     revision: a commit, tag or branch of the hub's dataset; None: LIBRISPEECH_REVISION, of other datasets the newest.
     Raises FileExistsError where `root` exists, DataError for bad files or rows, RunError for the network or the disk.
     """
+    import_torchaudio()
     from datasets import Audio, load_dataset
     sources, records = _sources(source, revision), []
     # what was begun from other files, or another revision of them, is made from the start

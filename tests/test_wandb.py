@@ -254,7 +254,8 @@ def test_what_a_run_gave_is_in_its_own_folder_with_wandb_or_without(tmp_path, mo
     finish_wandb(run, results, tmp_path / "submission.csv")
     assert pd.read_csv(tmp_path / "history.csv").to_dict("records") == ROWS[:2]
     confusion = pd.read_csv(tmp_path / "confusion.csv", index_col="true")
-    assert list(confusion) == list(confusion.index) == helpers.PHONEMES and (confusion.to_numpy() == results.confusion).all()
+    assert list(confusion) == list(confusion.index) == helpers.PHONEMES
+    assert (confusion.to_numpy() == results.confusion).all()
     assert pd.read_csv(tmp_path / "by_phoneme.csv", keep_default_na=False)["phoneme"].tolist() == [
         *results.by_phoneme["phoneme"]]
     numbers = json.loads((tmp_path / "results.json").read_text())
