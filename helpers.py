@@ -1209,11 +1209,12 @@ def calibration(confidences, correct, bins=10):
 
 # ---- Figures -----------------------------------------------------------------------------------------------
 
-def show_figures_inline():
-    """Show figures in the notebook, whatever backend of matplotlib the environment names (MPLBACKEND)."""
+def set_up_notebook():
+    """Let figures appear in the notebook, whatever MPLBACKEND says, and tqdm not warn of missing widgets."""
     from IPython import get_ipython
     if shell := get_ipython():
         shell.run_line_magic("matplotlib", "inline")
+    warnings.filterwarnings("ignore", "IProgress not found")  # its bar is of text then
 
 
 def draw_frames(axis, frames):
