@@ -12,6 +12,7 @@ Sections, and the functions to start with:
 
     Errors and files         DataError, RunError, atomic_write, one_process_at_a_time
     Config                   check_config
+    Code                     code_of, code_differences
     Device and precision     pick_device, pick_precision
     Reading                  read_partition
     Windows and loaders      AudioDataset, make_loader
@@ -22,45 +23,53 @@ Sections, and the functions to start with:
     Figures                  draw_frames, draw_phones
     Decoding                 viterbi, Decoder
     Checkpoint               save_checkpoint, load_checkpoint, start_or_resume, restore
-    Folders, wandb, Drive    runs_folder, start_wandb, log_history, copy_to_drive
+    Folders, wandb, Drive    runs_folder, start_wandb, log_history, finish_wandb, copy_to_drive
     Submission               write_submission, read_submission, submit
     Corpora                  make_practice_corpus, make_librispeech_corpus
     Where the data are       get_data
 """
 
 import _ctypes
+import ast
 import contextlib
+import copy
 import ctypes
+import difflib
 import functools
 import hashlib
 import importlib.util
+import inspect
 import io
 import itertools
 import json
+import linecache
 import math
 import os
 import platform
 import re
 import secrets
+import shlex
 import shutil
 import statistics
 import subprocess
 import sys
+import sysconfig
+import tempfile
+import textwrap
 import threading
 import time
 import warnings
 import weakref
 import zipfile
 from collections import deque
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
 import safetensors.torch
 import torch
-import torchaudio
-import torchaudio.compliance.kaldi
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 # ---- Constants ---------------------------------------------------------------------------------------------
@@ -78,6 +87,11 @@ LIFTER = 22  # HTK's default: coefficient i is multiplied by 1 + 11 sin(pi i / 2
 LIBRISPEECH = "gilkeyio/librispeech-alignments"  # on the Hugging Face hub: 33,861 utterances, 7 GB; 5.3 GB as MFCCs
 LIBRISPEECH_REVISION = "0daa1eb43dda38ee6ce752e785555380e5628f5c"  # of 2023-11-22
 PRACTICE = "practice-corpus"  # the name of its folder
+EDITIONS = {  # Kaggle's names of the course's competitions, the default first: the folder of their data
+    "11785-spring-25-hw-1-p-2": "11785-s25-hw1p2", "11785-hw1p2-f24": None,
+    "11785-hw-1-p-2-fall-2025-main": "11785-f25-hw1p2",
+    "hw-1-p-2-spring-2026-student-competition": "11785-spring-2026-hw1p2",
+    "hw-1-p-2-fall-2026-student-competition": None}
 KAGGLE = Path("/kaggle")  # on Kaggle's own notebooks: input/ is what was attached, working/ is kept
 
 
@@ -94,7 +108,10 @@ class RunError(RuntimeError):
 def path_from_environment(name):
     """The path in an environment variable, ~ and $VARIABLES expanded; None where it is unset or empty."""
     value = os.environ.get(name, "").strip(" \t\r\n'\"")  # %env and .env files keep the quotes
-    return Path(os.path.expanduser(os.path.expandvars(value))) if value else None
+    path = os.path.expanduser(os.path.expandvars(value))
+    if path.startswith("~"):  # left as it is where there is no such user
+        raise RunError(f"{name} is {value}: there is no home directory for {path.split(os.sep)[0]}")
+    return Path(path) if value else None
 
 
 def is_clutter(name):
@@ -106,6 +123,17 @@ def find_files(folder, *patterns):
     """The sorted paths below a folder that match one of these patterns of `Path.glob`, without clutter."""
     return sorted(path for pattern in patterns for path in Path(folder).glob(pattern)
                   if not any(map(is_clutter, path.relative_to(folder).parts)))
+
+
+def shorten(text, width=200):
+    """A foreign text, such as an error's, on one line of at most `width` characters, cut between words."""
+    return textwrap.shorten(str(text), width, placeholder=" ...")
+
+
+def last_words(text, width=300):
+    """The end of a foreign text, at most `width` characters, beginning with a word."""
+    end = text[-width:]
+    return end if len(text) <= width else re.sub(r"^\S+\s+", "", end)
 
 
 def internet_hint():
@@ -126,8 +154,11 @@ def install(*packages):
         command = [sys.executable, "-m", "pip", "install", "--quiet", *wanted]
         pip = subprocess.run(command, capture_output=True, text=True)
         if pip.returncode:
-            raise RunError(f"pip could not install {' '.join(wanted)}: {pip.stderr[-300:]}\nIs there a connection?"
+            raise RunError(f"pip could not install {' '.join(wanted)}: {last_words(pip.stderr)}\nIs there a connection?"
                            + internet_hint())
+        importlib.invalidate_caches()
+        for name in {each.split("=")[0].replace("-", "_") for each in wanted}:
+            sys.modules.pop(name, None)  # a mere folder of that name, imported before
 
 
 @contextlib.contextmanager
@@ -161,11 +192,23 @@ class _LockFile(io.FileIO):
         self.close()
 
 
-def take_lock(path):
+def check_writable(folder):
+    """Return the folder, made if need be; a RunError where files cannot be written into it."""
+    folder = Path(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise RunError(f"{folder} cannot be written to ({error}). Set the environment variable HW1P2_RUNS to a folder "
+                       "that can, and restart the kernel.") from error
+    return folder
+
+
+def take_lock(path, say=print):
     """Lock the file `path` for this process until the returned file is closed; None if another process holds the lock.
 
     The operating system releases the lock when the process ends, even if it is killed. On a file system without locks
-    a warning is printed and the work goes on. Raises a RunError if the file cannot be created.
+    `say` gets a warning and the work goes on. Raises a RunError if the file cannot be created.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -183,8 +226,8 @@ def take_lock(path):
         file.close()
         return None
     except OSError as error:
-        print(f"{path} cannot be locked on this file system ({error}): going on without a lock. Do not start a second "
-              "notebook that writes there at the same time.")
+        say(f"{path} cannot be locked on this file system ({error}): going on without a lock. Do not start a second "
+            "notebook that writes there at the same time.")
     return file
 
 
@@ -239,8 +282,9 @@ def _spelled(value, allowed):
 def check_config(config, options, defaults=None):
     """A checked copy of a config; numpy's numbers and one-element tensors in it become Python's.
 
-    options: what each key may be: a list of values; (type, lowest, highest), with other values behind them; or str for
-    the name of a folder. A text may have other capitals than the option: "GELU" becomes "gelu", "None" None.
+    options: what each key may be: a list of values, with str among them for the name of a run; (type, lowest, highest),
+    with other values behind them; or str for the name of a folder. A text may have other capitals than the option:
+    "GELU" becomes "gelu", "None" None.
     defaults: the values of keys that are missing; None: they are faults.
     Raises a ValueError that lists every unknown or missing key and every value that is not allowed.
 
@@ -258,8 +302,9 @@ def check_config(config, options, defaults=None):
             hint = ("1 to 200 characters (bytes in UTF-8) that can name a folder: none of / \\ < > : \" | ? * [ ], no "
                     "dot or blank at the ends; and not 'cache'")
         elif isinstance(allowed, list):
-            good = _is_one_of(value, allowed)
-            hint = ", ".join(map(repr, allowed))
+            named = str in allowed and isinstance(value, str) and all(map(_is_name, value.split("/")))
+            good = named or _is_one_of(value, allowed)
+            hint = ", ".join("the name of a run" if each is str else repr(each) for each in allowed)
         else:
             kind, low, high, *others = allowed
             number = isinstance(value, (int, kind)) and not isinstance(value, bool)
@@ -278,6 +323,197 @@ def variant_name(changes):
     text = ",".join(f"{key}={value}" for key, value in sorted(changes.items())) or "base"
     name = re.sub(r"[^\w.,=+-]", "_", text)
     return name if _is_name(name) else f"{name[:40].strip('.')}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
+
+
+# ---- Code: what a run was made by --------------------------------------------------------------------------
+
+FOR_SPEED = ("fused", "foreach", "capturable")  # options of optimizers that do not change what they compute
+
+
+def _is_ours(thing):
+    """Is this function or class of the notebook, of this file or of another one of the user's, not of a library?"""
+    if inspect.isclass(thing):
+        module = sys.modules.get(thing.__module__)
+        path = getattr(module, "__file__", None) or ""
+        if module is not None and not path and module.__name__ != "__main__":
+            return False  # built in
+    else:
+        path = thing.__code__.co_filename
+    libraries = [sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")]
+    installed = {"site-packages", "dist-packages"} & set(Path(path).parts)
+    return not installed and not path.startswith(tuple(libraries))
+
+
+@functools.lru_cache(100)
+def _sources_in(text):
+    """The sources of all functions and lambdas in a text, by their first line and name.
+
+    Of lambdas that begin in one line it is the source of all.
+    """
+    sources, lines = {}, text.splitlines(keepends=True)
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            first = min(each.lineno for each in [node, *node.decorator_list])
+            sources[first, node.name] = textwrap.dedent("".join(lines[first - 1:node.end_lineno]))
+        elif isinstance(node, ast.Lambda):
+            others = sources.get((node.lineno, "<lambda>"), "")
+            sources[node.lineno, "<lambda>"] = f"{others}({ast.get_source_segment(text, node)})\n"
+    return sources
+
+
+def _source(function):
+    """The source of a function or a lambda; None where it cannot be had, as in a plain Python prompt."""
+    code = function.__code__
+    text = "".join(linecache.getlines(code.co_filename, function.__globals__))
+    try:
+        return _sources_in(text).get((code.co_firstlineno, code.co_name))
+    except SyntaxError:
+        return None
+
+
+def _is_simple(value):
+    """Is it a number, a text, None, or a list or tuple of these?"""
+    parts = value if isinstance(value, (tuple, list)) else [value]
+    return all(isinstance(part, (bool, int, float, str, type(None))) for part in parts)
+
+
+def _used_by(function, source):
+    """{name: value} of the functions, classes and CONSTANTS outside a function that its source uses."""
+    known = dict(function.__globals__)
+    for name, cell in zip(function.__code__.co_freevars, function.__closure__ or ()):
+        with contextlib.suppress(ValueError):  # not assigned yet
+            known[name] = cell.cell_contents
+    used = {}
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Name):
+            name, value = node.id, known.get(node.id)
+        elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+            name, owner = node.attr, known.get(node.value.id)
+            value = getattr(owner, name, None) if inspect.ismodule(owner) else None
+        else:
+            continue
+        value = inspect.unwrap(value) if callable(value) else value
+        constant = _is_simple(value) and (name.isupper() or name in function.__code__.co_freevars)
+        code = (inspect.isfunction(value) or inspect.isclass(value)) and _is_ours(value)
+        if constant or code:
+            used[name] = value
+    return used
+
+
+def _describe(name, value, texts):
+    """Add to `texts` what a value is, under its name, and what makes it up, under names below that."""
+    value = inspect.unwrap(value) if callable(value) else value
+    if isinstance(value, functools.partial):
+        _describe(name, value.func, texts)
+        given = {**dict(enumerate(value.args)), **value.keywords}
+        simple = {key: each for key, each in given.items() if key not in FOR_SPEED and _is_simple(each)}
+        texts[f"{name}, given"] = ", ".join(f"{key}={each!r}" for key, each in simple.items()) or "nothing"
+        for key in given.keys() - simple.keys() - {*FOR_SPEED}:
+            _describe(f"{name}, {key}", given[key], texts)
+    elif inspect.isfunction(value) and _is_ours(value):
+        key = name if value.__name__ == "<lambda>" else value.__qualname__
+        source = None if key in texts else _source(value)
+        if key != name:
+            texts.setdefault(name, key)
+        if source is not None:
+            texts[key] = source
+            for used, each in _used_by(value, source).items():
+                enclosed = used in value.__code__.co_freevars
+                _describe(f"{key}, {used}" if enclosed else used, each, texts)
+    elif inspect.isfunction(value) or inspect.isclass(value) or inspect.isbuiltin(value):
+        texts.setdefault(name, f"{value.__module__}.{value.__qualname__}")
+        members = [each for parent in value.__mro__ if _is_ours(parent) for each in vars(parent).values()
+                   ] if inspect.isclass(value) else []
+        for member in members:
+            member = getattr(member, "__func__", None) or getattr(member, "fget", None) or member
+            if inspect.isfunction(member):
+                _describe(member.__qualname__, member, texts)
+    elif isinstance(value, torch.Tensor):
+        numbers = [f"{each:.4g}" for each in value.flatten()[:1000].tolist()]
+        texts[name] = f"{value.dtype} {tuple(value.shape)}: {' '.join(numbers)}"
+    elif _is_simple(value):
+        texts[name] = repr(value)
+    elif isinstance(value, (dict, list, tuple)):
+        items = value.items() if isinstance(value, dict) else enumerate(value)
+        texts[name] = type(value).__name__
+        for key, each in items:
+            _describe(f"{name}.{key}", each, texts)
+    else:  # an object: its class, and what it holds
+        _describe(name, type(value), texts)
+        held = {key: each for key, each in getattr(value, "__dict__", {}).items() if not key.startswith("_")}
+        if isinstance(value, torch.nn.Module):
+            held.pop("training")
+            held |= {**dict(value.named_parameters()), **dict(value.named_buffers())}
+        for key, each in held.items():
+            if _is_simple(each) or isinstance(each, torch.Tensor) or inspect.isfunction(each):
+                _describe(f"{name}.{key}", each, texts)
+
+
+def code_of(parts):
+    """What these parts do, as text by name: to be kept with a run, and compared by `code_differences`.
+
+    Of functions and classes of the notebook and of this file it is the source, with that of all functions, classes and
+    CONSTANTS that they use; of other things what they are and what they hold. Where there is no source, there is no
+    text. parts: {name: a function, a class, an object or a container of such}.
+    """
+    texts = {}
+    for name, part in parts.items():
+        _describe(name, part, texts)
+    return texts
+
+
+def code_of_network(model):
+    """The same for a network: its layers, and the source of those classes that are the user's."""
+    texts = {}
+    for name, layer in model.named_modules():
+        if name.split(".")[-1] != "_orig_mod":  # the inside of a compiled one
+            layer = getattr(layer, "_orig_mod", layer)
+            name = f"layer {name.replace('_orig_mod.', '')}" if name else "network"
+            # each setting by itself: other versions of torch print more or fewer of them
+            settings = re.split(r", (?=\w+=)", layer.extra_repr())
+            named = [setting.split("=", 1) for setting in settings if re.match(r"\w+=", setting)]
+            texts[name] = f"{type(layer).__name__}({'' if named and len(named) == len(settings) else settings[0]})"
+            texts |= {f"{name}, {key}": value for key, value in named}
+            if _is_ours(type(layer)):
+                _describe(type(layer).__qualname__, type(layer), texts)
+    return texts
+
+
+class _Bare(ast.NodeTransformer):
+    """Take docstrings and `torch.compile` out of a syntax tree."""
+
+    def generic_visit(self, node):
+        super().generic_visit(node)
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+            if ast.get_docstring(node, clean=False) is not None:
+                node.body = node.body[1:] or [ast.Pass()]
+            node.decorator_list = [each for each in node.decorator_list if "torch.compile" not in ast.unparse(each)]
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == "torch.compile" and node.args:
+            return node.args[0]
+        return node
+
+
+def _is_same_code(one, other):
+    """Do two sources differ in nothing but comments, layout, docstrings and `torch.compile`?"""
+    try:  # both by the Python that runs now: its syntax trees differ from version to version
+        return one == other or len({ast.dump(_Bare().visit(ast.parse(each))) for each in (one, other)}) == 1
+    except SyntaxError:
+        return False
+
+
+def code_differences(saved, now):
+    """Lines that say what differs between two results of `code_of`; what only one of them has is no difference."""
+    lines = []
+    for name in saved:
+        if name in now and not _is_same_code(saved[name], now[name]):
+            if "\n" in saved[name].strip() + now[name].strip():
+                changes = difflib.unified_diff(saved[name].splitlines(), now[name].splitlines(), n=0, lineterm="")
+                changes = [line for line in [*changes][2:] if not line.startswith("@@")]  # two lines of a header
+                lines += [f"`{name}` has changed; - there, + now:", *(f"  {line}" for line in changes[:10])]
+                lines += [f"  ... and {len(changes) - 10} more lines"] if len(changes) > 10 else []
+            else:
+                lines.append(f"{name}: {saved[name]} there, {now[name]} now")
+    return lines
 
 
 # ---- Device and precision ----------------------------------------------------------------------------------
@@ -500,13 +736,25 @@ def _cache_key(folder, names, kinds, gap):
     return hashlib.sha256(repr(("packed 5", folder.name, gap, [*map_in_threads(stamp, names)])).encode()).hexdigest()
 
 
+def _as_tensor(text):
+    return torch.tensor([*text.encode()], dtype=torch.uint8)
+
+
+def _as_text(tensor):
+    return tensor.numpy().tobytes().decode()
+
+
 def _open_cache(path, key):
-    """The packed tensors of a cache file, mapped into memory; None where it is missing, partial or not ours."""
+    """The packed tensors of a cache file, mapped into memory; None where it is missing, partial or not ours.
+
+    Not ours is also what other code has made, before an edit of the functions of this section.
+    """
     # the second way is for file systems that cannot map (some network disks): it reads the whole file
     for load in (safetensors.torch.load_file, lambda path: safetensors.torch.load(path.read_bytes())):
         with contextlib.suppress(Exception):  # whatever is wrong with it, it is rebuilt
             packed = load(path)
-            if packed.pop("key").numpy().tobytes().decode() == key:
+            code = json.loads(_as_text(packed.pop("code")))
+            if _as_text(packed.pop("key")) == key and not code_differences(code, code_of({"_pack": _pack})):
                 return packed
 
 
@@ -517,7 +765,8 @@ def read_partition(root, partition, subset=1, gap=GAP, cache=None):
     partition: "train-clean-100", "dev-clean", or "test-clean" (which has no transcripts and is always whole).
     subset: the first int(subset * n) utterances of the n, in sorted order.
     gap: rows of zeros before, between and after the utterances.
-    cache: folder for a packed copy (safetensors), written once and then mapped.
+    cache: folder for a packed copy (safetensors), written once and then mapped; it is made anew where a file has
+    changed, or the code of this section.
 
     Returns a dict of CPU tensors: "frames" float16 (rows, k), normalised per utterance, in zero rows of `gap`;
     "labels" uint8 (n frames,), empty for test; "offsets" int64 (utterances + 1,), the first frame of each utterance
@@ -540,7 +789,8 @@ def read_partition(root, partition, subset=1, gap=GAP, cache=None):
                 packed = _open_cache(path, key)  # another one may have made it meanwhile
                 if not packed:
                     packed = _pack(folder, names, kinds, gap)
-                    stamped = {**packed, "key": torch.tensor([*key.encode()], dtype=torch.uint8)}
+                    code = json.dumps(code_of({"_pack": _pack}))
+                    stamped = {**packed, "key": _as_tensor(key), "code": _as_tensor(code)}
                     with atomic_write(path, packed["frames"].nbytes) as temporary:
                         safetensors.torch.save_file(stamped, temporary)
         except RunError as error:  # the cache is a convenience
@@ -754,7 +1004,10 @@ def _natural_maps(factors, coefficients, bands):
     centres = 700 * (10 ** (torch.arange(1, bands + 1) * step / 2595) - 1)  # of the bands, in Hz
     position = (mel(factors[:, None] * centres) / step - 1).clamp(0, bands - 1)  # (factors, bands), in bands
     read = (1 - (position[:, None] - torch.arange(bands)[:, None]).abs()).clamp(min=0)  # (factors, from, to)
-    dct = torchaudio.functional.create_dct(coefficients, bands, norm="ortho")  # (bands, k)
+    # the orthonormal one, (bands, k); torchaudio's `create_dct` gives the same, but training does not need torchaudio
+    dct = torch.cos(math.pi / bands * (torch.arange(bands) + 0.5)[:, None] * torch.arange(coefficients))
+    dct[:, 0] *= 0.5 ** 0.5
+    dct *= (2 / bands) ** 0.5
     return dct.T @ read @ dct
 
 
@@ -935,6 +1188,14 @@ def top_confusions(confusion, count=10):
                           "% of all errors": 100 * wrong[i, j] / max(wrong.sum(), 1)} for i, j in pairs])
 
 
+def share_within_manners(confusion):
+    """The share (0-1) of the errors in a confusion matrix between phonemes of one of the MANNERS; 0 without errors."""
+    manner = np.array([[phoneme in group for phoneme in PHONEMES] for group in MANNERS.values()], int)
+    same = (manner.T @ manner).astype(bool)  # (42, 42); [SOS] and [EOS] are in no group
+    right = confusion.diagonal().sum()
+    return (confusion[same].sum() - right) / max(confusion.sum() - right, 1)
+
+
 def boundary_distance(labels, offsets):
     """Frames from each frame to the nearest phone boundary of its utterance, int64 (n,); 0 beside the boundary.
 
@@ -965,6 +1226,14 @@ def calibration(confidences, correct, bins=10):
 
 
 # ---- Figures -----------------------------------------------------------------------------------------------
+
+def set_up_notebook():
+    """Let figures appear in the notebook, whatever MPLBACKEND says, and tqdm not warn of missing widgets."""
+    from IPython import get_ipython
+    if shell := get_ipython():
+        shell.run_line_magic("matplotlib", "inline")
+    warnings.filterwarnings("ignore", "IProgress not found")  # its bar is of text then
+
 
 def draw_frames(axis, frames):
     """Draw MFCCs (T, k) along time into matplotlib's axis: red above the mean, blue below."""
@@ -1036,8 +1305,8 @@ class Decoder:
 
     Example:
         decoder = Decoder(train_data.labels, train_data.offsets)
-        decoder.tune(log_posteriors, val_data.labels, val_data.offsets)
-        indexes = decoder(log_posteriors, val_data.offsets)
+        val_indexes = decoder.tune(val_log_posteriors, val_data.labels, val_data.offsets)
+        test_indexes = decoder(test_log_posteriors, test_data.offsets)
     """
 
     def __init__(self, labels, offsets, prior_scale=0.0, transition_weight=1.0):
@@ -1050,24 +1319,50 @@ class Decoder:
         scores = log_posteriors[:, :len(prior)] - self.prior_scale * prior
         return viterbi(scores, self.transition_weight * self.transitions.to(scores.device), offsets)
 
-    def tune(self, log_posteriors, labels, offsets, frames=200_000):
-        """Set `prior_scale` and `transition_weight` to the pair that gets the most frames of some utterances right.
+    def save(self, path):
+        """Write it to a file, for `load`: then no training labels are needed."""
+        save_checkpoint(path, {"config": {}, **vars(self)})
 
-        These are every second utterance, or fewer: about `frames` frames at most. log_posteriors: float32 (n, 42).
-        labels: integer (n,). Returns bool (n,): the frames of the other half, on which the result can be judged fairly.
+    @classmethod
+    def load(cls, path):
+        """A decoder from a file of `save`; None where there is none."""
+        if (state := load_checkpoint(path)) is None:
+            return None
+        decoder = cls.__new__(cls)
+        vars(decoder).update({name: each for name, each in state.items() if name != "config"})
+        return decoder
+
+    def tune(self, log_posteriors, labels, offsets, frames=200_000):
+        """Set `prior_scale` and `transition_weight` to the pair that gets the most frames right.
+
+        It is chosen on about `frames` frames at most, of utterances from all over the set. log_posteriors: float32
+        (n, 42). labels: integer (n,). Returns indexes of phonemes, int64 (n,), that can be judged fairly against the
+        labels: each half of the utterances is decoded with the pair that is best on the other half.
         """
-        step = 2 * max(1, round(len(labels) / 2 / frames))
+        step = 2 * max(1, round(len(labels) / frames))
         utterance = torch.repeat_interleave(offsets.diff())  # of each frame
-        chosen = (utterance % step == 0).to(log_posteriors.device)
-        some, truth = log_posteriors[chosen], labels.to(log_posteriors.device)[chosen]
-        some_offsets = torch.cat([offsets[:1], offsets.diff()[::step].cumsum(0)])
-        right = {}
-        for pair in itertools.product((0, 0.15, 0.3, 0.45), (0.25, 0.5, 0.75, 1, 1.5)):
+        labels = labels.to(log_posteriors.device)
+        pairs = [*itertools.product((0, 0.15, 0.3, 0.45), (0.25, 0.5, 0.75, 1, 1.5))]
+
+        def part(first, step):
+            """Every step-th utterance from the first-th on: which frames these are, and their offsets."""
+            inside = (utterance % step == first).to(log_posteriors.device)
+            return inside, torch.cat([offsets[:1], offsets.diff()[first::step].cumsum(0)])
+
+        def count(pair, inside, part_offsets):
             self.prior_scale, self.transition_weight = pair
-            right[pair] = (self(some, some_offsets) == truth).sum().item()
-        self.prior_scale, self.transition_weight = max(right, key=right.get)
-        others = utterance % 2 == 1
-        return others if others.any() else ~others  # a single utterance is all there is
+            return (self(log_posteriors[inside], part_offsets) == labels[inside]).sum().item()
+
+        halves = (0, 1) if len(offsets) > 2 else (0,)  # a single utterance is all there is
+        right = {half: [count(pair, *part(half, step)) for pair in pairs] for half in halves}
+        path = torch.empty_like(labels, dtype=torch.int64)
+        for half in halves:
+            others = right[halves[-1 - half]]
+            self.prior_scale, self.transition_weight = pairs[int(np.argmax(others))]
+            inside, part_offsets = part(half, len(halves))
+            path[inside] = self(log_posteriors[inside], part_offsets)
+        self.prior_scale, self.transition_weight = pairs[int(np.argmax(np.sum([*right.values()], axis=0)))]
+        return path
 
 
 # ---- Checkpoint --------------------------------------------------------------------------------------------
@@ -1079,15 +1374,15 @@ FREE_KEYS = ("Name", "recipe", "test_warps", "smoothing", "data", "competition",
 _RUN_LOCKS = weakref.WeakValueDictionary()  # path -> lock
 
 
-def lock_run(folder):
+def lock_run(folder, say=print):
     """Lock a run's folder for this process, until the returned file is closed or garbage-collected; again is harmless.
 
-    Raises a RunError if another process holds the lock.
+    Where there are no locks, `say` gets a warning. Raises a RunError if another process holds the lock.
     """
     path = Path(folder).resolve() / ".lock"
     lock = _RUN_LOCKS.get(path)
     if lock is None or lock.closed:
-        lock = take_lock(path)
+        lock = take_lock(path, say)
     if lock is None:
         raise RunError(f"{folder}: another notebook is training in this folder. Stop it (Kernel > Shut Down), or give "
                        "this run another config['Name'].")
@@ -1095,19 +1390,97 @@ def lock_run(folder):
     return lock
 
 
+def _with_plain_numbers(value):
+    """The same value, but numpy's numbers in it, at any depth of dicts, lists and tuples, are Python's."""
+    if isinstance(value, np.generic):
+        return value.item()
+    if isinstance(value, dict):
+        plain = copy.copy(value)  # a state dict stays one
+        plain.clear()  # or a key would keep its type
+        plain.update({_with_plain_numbers(key): _with_plain_numbers(each) for key, each in value.items()})
+        return plain
+    if type(value) in (list, tuple):
+        return type(value)(map(_with_plain_numbers, value))
+    return value
+
+
+def _unreadable(value, name):
+    """What in a checkpoint `load_checkpoint` could not read: (its name, the value); None where all of it can be."""
+    parts = {}
+    if isinstance(value, dict):
+        parts = {f"{name}[{key!r}]": each for key, each in value.items()}
+    elif isinstance(value, (list, tuple)):
+        parts = {f"{name}[{i}]": each for i, each in enumerate(value)}
+    for part, each in parts.items():
+        if found := _unreadable(each, part):
+            return found
+    try:
+        file = io.BytesIO()
+        torch.save(value, file)
+        file.seek(0)
+        torch.load(file, weights_only=True)
+    except Exception:  # torch and pickle raise a dozen kinds
+        return name, value
+    return None
+
+
 def save_checkpoint(path, state):
-    """Write a dict of tensors, numbers and text atomically; a RunError if that fails: the old file is untouched."""
+    """Write a dict of tensors, numbers and text atomically; numpy's numbers in it become Python's.
+
+    What was written is read back before it replaces the old file. A RunError, which names the value where it is one
+    that cannot be read back, leaves the old file untouched.
+    """
+    path = Path(path)
+    state = _with_plain_numbers(state)
     file = io.BytesIO()  # torch.save loses the error of a full disk
-    torch.save(state, file)
-    with atomic_write(path, file.tell()) as temporary:
-        temporary.write_bytes(file.getbuffer())
+    try:
+        torch.save(state, file)
+        with atomic_write(path, file.tell()) as temporary:
+            temporary.write_bytes(file.getbuffer())
+            torch.load(temporary, map_location="cpu", weights_only=True)
+    except RunError:
+        raise
+    except Exception as error:  # torch and pickle raise a dozen kinds
+        found = _unreadable(state, path.stem)
+        if found is None:
+            raise RunError(f"{path}: what was written could not be read back ({str(error)[:200]}). What was there "
+                           "before is unchanged. If it happens again, the disk is damaged.") from error
+        name, value = found
+        raise RunError(f"{path} was not written: {name} is {value!r:.100}, a {type(value).__name__}, and could not be "
+                       "read again. Make it a number, a text, a tensor, or a list or a dict of these. What was there "
+                       "before is unchanged.") from error
 
 
-def load_checkpoint(path, config=None, planned=True):
+def _config_differences(saved, config, free, off, switches):
+    """Lines that say which keys, except `free` ones, have other values in two configs; see `load_checkpoint`."""
+    def value_in(values, key):
+        return values.get(key, off.get(key))
+
+    def by(values, key):
+        """Which switch, if any, has set a key in a config."""
+        for (switch, value), changes in switches.items():
+            if values.get(switch) == value and key in changes and values.get(key) == changes[key]:
+                return f" (by config[{switch!r}] = {value!r})"
+        return ""
+
+    lines = []
+    for key in dict.fromkeys([*config, *saved]):
+        there, now = value_in(saved, key), value_in(config, key)
+        unknown = key not in saved or key not in config
+        if key in free or there == now or unknown and not there and not now:
+            continue
+        there, now = f"{there!r} there{by(saved, key)}", f"{now!r} now{by(config, key)}"
+        lines.append(f"{key}: {there}, {now}" + " (a key that was added since)" * (key not in saved))
+    return lines
+
+
+def load_checkpoint(path, config=None, planned=True, off=None, switches=None):
     """The dict of `save_checkpoint`, on the CPU; None where there is no such file.
 
     config: if given, it must agree with the checkpoint's own "config" in all keys but FREE_KEYS, and "epochs" where the
     schedule does not depend on it (is not `planned`) and dropout_scale is not "auto".
+    off: {key: its value in a run that did not know it yet}; for other keys that is 0, False or None.
+    switches: {(key, value): {key: value}}, which values a key's value sets: for the message.
     Raises a RunError if they differ, or if the file is damaged or of something else.
     """
     path = Path(path)
@@ -1127,14 +1500,42 @@ def load_checkpoint(path, config=None, planned=True):
     if config is not None:
         planned = planned or config["dropout_scale"] == "auto"
         free = FREE_KEYS if planned else (*FREE_KEYS, "epochs")
-        differences = [f"{key}: {saved.get(key)!r} there, {config[key]!r} now" for key in config
-                       if key not in free and saved.get(key) != config[key]]
+        differences = _config_differences(saved, config, free, off or {}, switches or {})
         if differences:
             raise RunError(f"{path}: this run was started with another config:\n  " + "\n  ".join(differences) +
                            "\nSet these back to resume it, or choose another config['Name'] for a fresh run."
                            + (" (The schedule or dropout_scale 'auto' is planned for a fixed number of epochs.)"
                               if any(line.startswith("epochs") for line in differences) else ""))
     return state
+
+
+# what makes the weights of every run, beside the notebook's functions
+TRAINING_CODE = {"scale_dropout": scale_dropout, "Batches": Batches, "AudioDataset._batch": AudioDataset._batch,
+                 "_pack": _pack}
+
+
+def check_code(folder, state, code):
+    """A RunError that names what differs where the code that has made a checkpoint is not `code`, of `code_of`."""
+    if differences := code_differences(state.get("code", {}), code):
+        raise RunError(f"{folder}: this run was made by other code:\n  " + "\n  ".join(differences) +
+                       "\nUndo the edit to go on with this run, or choose another config['Name'] for a fresh run.")
+
+
+def load_best(folder, model):
+    """Load the weights of the best epoch of the run in this folder into a model.
+
+    Returns what else best.pt holds: that epoch's row of the history, the config, the code and the precision.
+    Raises a RunError where there is none, or where they are of another network.
+    """
+    best = load_checkpoint(Path(folder) / "best.pt")
+    if best is None:
+        raise RunError(f"{folder}: best.pt is not there: no epoch has ended yet, or it was deleted")
+    try:
+        load_weights(model, best.pop("model"))
+    except RuntimeError as error:
+        lines = "\n  ".join(line.strip() for line in str(error).splitlines()[:4])
+        raise RunError(f"{folder}: its best weights are of another network than this one:\n  {lines}") from None
+    return best
 
 
 STATEFUL = ("model", "optimizer", "scheduler", "scaler")  # what training changes in a run
@@ -1191,24 +1592,33 @@ def start_or_resume(run, checkpoint):
     """Write the first checkpoint of a new run, or check that the one there was trained on these data.
 
     It is written before the first epoch, so that a run killed there keeps its precision and its wandb id.
-    run: has `config`, `folder`, `train_loader`, `precision`, and what STATEFUL names; gets `history` and `wandb_id`.
+    run: has `config`, `code` (of `code_of`), `folder`, `train_loader`, `precision`, and what STATEFUL names; gets
+    `history` and `wandb_id`, and if there are epochs, their weights: those of the best one where all are there.
     checkpoint: from `load_checkpoint`, None for a new run.
     Returns a line for the user: whether it is a new run, or how many epochs are there.
     """
     data = run.train_loader.dataset
     facts = {"frames": len(data), "sum of labels": int(data.labels.sum())}  # tells other data, wherever they lie
     if checkpoint is None:
-        checkpoint = {"config": run.config, "data": facts, "history": [], "wandb_id": secrets.token_hex(4),
+        checkpoint = {"config": run.config, "code": run.code, "data": facts, "history": [],
+                      "wandb_id": secrets.token_hex(4),
                       "precision": str(run.precision).removeprefix("torch."), **snapshot(run)}
         (run.folder / "best.pt").unlink(missing_ok=True)  # of a run whose checkpoint was deleted
         save_checkpoint(run.folder / "checkpoint.pt", checkpoint)
     elif checkpoint["data"] != facts:
         raise RunError(f"{run.folder} was trained on other data ({checkpoint['data']} there, {facts} now): choose "
                        "another config['Name'] for a fresh run.")
+    check_code(run.folder, checkpoint, run.code)
+    restore(checkpoint, run)
     run.wandb_id, run.history = checkpoint["wandb_id"], checkpoint["history"]
     done, epochs = len(run.history), run.config["epochs"]
-    return f"{run.folder}: " + ("a new run" if done == 0 else f"{done} of {epochs} epochs are there, " + (
-        "resuming" if done < epochs else "nothing left to train"))
+    if done == 0:
+        return f"{run.folder}: a new run"
+    if done < epochs:
+        return f"{run.folder}: {done} of {epochs} epochs are there, resuming"
+    best = load_best(run.folder, run.model)
+    return (f"{run.folder}: {done} of {epochs} epochs are there, nothing left to train; the weights are those of the "
+            f"best one, epoch {best['epoch']}")
 
 
 # ---- Folders, wandb, Drive ---------------------------------------------------------------------------------
@@ -1216,21 +1626,71 @@ def start_or_resume(run, checkpoint):
 DRIVE = Path("/content/drive")  # where Colab mounts Google Drive
 DRIVE_SECONDS = 9 * 60  # between two copies to Drive, unless an epoch takes longer: a kill may lose ten minutes
 DRIVE_SLOTS = ("checkpoint-a.zip", "checkpoint-b.zip")  # written in turn
-LOGIN_SECONDS = 25  # how long wandb may take for it
-# logs in as wandb itself does, and asks the server; 3: no key is configured
+LOGIN_SECONDS = 25  # how long wandb's login may take, once wandb is loaded
+WANDB_SECONDS = 60  # how long it may take to start a run, or to take its rows
+UPLOAD_SECONDS = 100  # how long it may take for the last rows and the files
+WANDB_MODES = {"online": "online", "run": "online", "offline": "offline", "dryrun": "offline",
+               "disabled": "disabled"}
+# Logs in as wandb itself does, and asks the server. The exit status 3: no key is configured, 4: no
+# answer, 1: another reason, which is printed. _exit, because wandb's own end may wait for the network.
 WANDB_LOGIN = """
-import sys, wandb
+import os, sys, threading
+status = 1
 try:
-    sys.exit(0 if wandb.login(verify=True) else 3)
-except wandb.errors.UsageError:
-    sys.exit(3)
+    import wandb
+    threading.Timer({seconds}, os._exit, [4]).start()
+    status = 0 if wandb.login(verify=True) else 3
+except Exception as error:
+    faults = error.errors() if hasattr(error, "errors") else [{{"msg": str(error)}}]
+    print(*(fault["msg"] for fault in faults), flush=True)
+    if type(error).__name__ == "UsageError":
+        status = 3
+os._exit(status)
 """
+
+
+def tell(run, line):
+    """Print what the user must know of a run, once, and keep it in `run.message`, which each figure shows again."""
+    if line not in run.message:
+        run.message += line + "\n"
+        print(line)
 
 
 def runs_folder():
     """The folder of the runs: $HW1P2_RUNS, else /kaggle/working/runs on Kaggle, else runs/ here."""
     kaggle = KAGGLE / "working"
     return path_from_environment("HW1P2_RUNS") or (kaggle / "runs" if kaggle.is_dir() else Path("runs"))
+
+
+def read_runs(folder=None):
+    """{name: (config, history)} of all runs in a folder of runs, variants too; those that are damaged are printed."""
+    folder, runs = Path(folder or runs_folder()), {}
+    for path in find_files(folder, "*/checkpoint.pt", "*/variants/*/checkpoint.pt"):
+        try:
+            state = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+            runs[path.parent.relative_to(folder).as_posix()] = state["config"], state["history"]
+        except Exception as error:  # torch and pickle raise a dozen kinds
+            print(f"{path}: damaged, or not a checkpoint of this notebook ({type(error).__name__})")
+    return runs
+
+
+def compare_runs(runs):
+    """A table of runs, {name: (config, history)}, with the best first: epochs, accuracy, and what differs.
+
+    The last columns are the keys, but FREE_KEYS, in which their configs differ. The accuracies (0-1) are those of the
+    best epoch; runs without one are left out.
+    """
+    rows = {}
+    for name, (config, history) in runs.items():
+        if history:
+            best = max(history, key=lambda row: row["val_acc"])
+            rows[name] = {"val_acc": best["val_acc"], "train_acc": best["train_acc"], "in epoch": best["epoch"],
+                          "epochs": f"{len(history)} of {config['epochs']}"}
+    configs = pd.DataFrame({name: pd.Series(runs[name][0], dtype=object) for name in rows}).T
+    differ = [key for key in configs if key not in (*FREE_KEYS, "epochs") and configs[key].map(repr).nunique() > 1]
+    table = pd.DataFrame(rows.values(), index=list(rows))
+    table = table.join(configs[differ])
+    return table.sort_values("val_acc", ascending=False, kind="stable") if rows else table
 
 
 def cache_folder(runs=None):
@@ -1267,117 +1727,257 @@ def load_secrets(*names, seconds=30):
         thread.join(max(end - time.monotonic(), 0))
 
 
-def wandb_mode(choice):
+def wandb_mode(run):
     """The mode for `wandb.init` that config["wandb"] asks for; online only if wandb can log in, else offline.
 
     "auto": $WANDB_MODE if it is set, else online if a key is configured in any of wandb's ways.
-    The login is tried in a process of its own, because some versions wait for the network for ever, or ask for a key.
+    The login is tried in a process of its own, because some versions wait for the network for ever,
+    or ask for a key.
     """
-    choice = (os.environ.get("WANDB_MODE") or choice) if choice == "auto" else choice
-    if choice not in ("auto", "online", "run"):
+    choice, text = run.config["wandb"], os.environ.pop("WANDB_MODE", "").strip(" \t\r\n'\"")
+    if mode := WANDB_MODES.get(text.lower()):
+        os.environ["WANDB_MODE"] = mode  # wandb refuses any other spelling, whatever mode it is given
+    elif text:
+        tell(run, f"WANDB_MODE={text} is ignored: expected online, offline or disabled")
+    if choice == "auto" and mode:
+        choice = mode
+    if choice in ("offline", "disabled"):
         return choice
     load_secrets("WANDB_API_KEY")
     environment = {**os.environ, **({} if choice == "auto" else {"WANDB_MODE": "online"})}
+    command = [sys.executable, "-c", WANDB_LOGIN.format(seconds=LOGIN_SECONDS)]
     try:
-        login = subprocess.run([sys.executable, "-c", WANDB_LOGIN], env=environment, stdin=subprocess.DEVNULL,
-                               stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, timeout=LOGIN_SECONDS)
-        if login.returncode == 0:
-            return "online"
-        why = "no key" if login.returncode == 3 else (login.stderr.strip() or "?").splitlines()[-1][:200]
+        login = subprocess.run(command, env=environment, stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+                               stdout=subprocess.PIPE, text=True, timeout=LOGIN_SECONDS + 60)
+        status, why = login.returncode, login.stdout
     except subprocess.TimeoutExpired:
-        why = f"no answer in {LOGIN_SECONDS} s"
-    if choice != "auto" or why != "no key":
-        print(f"wandb could not log in ({why}): this run is kept offline")
+        status = 4
+    if status == 0:
+        return "online"
+    if status in (3, 4):
+        why = "no key" if status == 3 else f"no answer in {LOGIN_SECONDS} s"
+    if choice == "online" or status != 3:
+        tell(run, f"wandb could not log in ({shorten(why)}): this run is kept offline")
     return "offline"
 
 
-def _init_wandb(mode, run_id, **options):
-    """`wandb.init`, but a run that the server refuses gets a new id, and a run that cannot start is a disabled one."""
-    import wandb
-    new_id = secrets.token_hex(4)  # offline too: a refused run still holds its id in this process
-    attempts = [(mode, run_id, None)] if mode != "online" else [
-        ("online", run_id, f"perhaps it was deleted there. It goes on as the new run {new_id}"),
-        ("online", new_id, "this run is kept offline"), ("offline", new_id, None)]
-    try:
-        for mode, run_id, otherwise in attempts:
-            try:
-                # offline there is nothing to resume, and some versions warn of it
-                return wandb.init(mode=mode, id=run_id, resume="allow" if mode == "online" else None, **options)
-            except wandb.errors.CommError as error:
-                if otherwise is None:
-                    raise
-                print(f"wandb does not take the run {run_id} ({str(error).splitlines()[0][:200]}): {otherwise}")
-    except Exception as error:  # its service does not start: a dozen reasons, as many kinds
-        print(f"wandb does not start ({type(error).__name__}: {str(error)[:200]}): training goes on without it")
-    return wandb.init(mode="disabled", **options)
+_wandb_lock = threading.Lock()
+
+
+def within(seconds, function, *arguments):
+    """The result of function(*arguments), which talks to wandb; a TimeoutError where it takes longer.
+
+    The call is made in a thread, one at a time. Where the user interrupts the waiting, the call goes
+    on: an import or a start that is cut off would leave wandb half made, until the kernel is restarted.
+    """
+    future, lock = Future(), _wandb_lock
+
+    def call():
+        with lock:
+            if future.set_running_or_notify_cancel():
+                try:
+                    future.set_result(function(*arguments))
+                except Exception as error:
+                    future.set_exception(error)
+                except BaseException as error:  # SystemExit is not meant for the notebook
+                    future.set_exception(RuntimeError(repr(error)))
+
+    threading.Thread(target=call, daemon=True).start()
+    end = time.monotonic() + seconds
+    while not future.done() and time.monotonic() < end:
+        wait([future], min(seconds, 0.5))  # in pieces: on Windows nothing interrupts it
+    if not future.done():
+        future.cancel()
+        raise TimeoutError(f"no answer in {seconds} s")
+    return future.result()
+
+
+def _stop_wandb():
+    """End wandb's process, whatever it waits for, and let wandb forget it: it can start afresh.
+
+    Else the kernel, too, would wait for it at its end.
+    """
+    global _wandb_lock
+    _wandb_lock = threading.Lock()  # the old one may never be free again
+    with contextlib.suppress(Exception):
+        import psutil  # comes with Jupyter
+        for child in psutil.Process().children():
+            if "wandb" in child.name():
+                child.kill()
+    with contextlib.suppress(Exception):
+        within(10, sys.modules["wandb"].teardown)
+
+
+class NoWandb:
+    """In place of a wandb run: whatever is asked of it or called does nothing, and cannot fail."""
+
+    settings, url = SimpleNamespace(mode="disabled"), None
+
+    def __init__(self):
+        self.summary, self.config = {}, {}
+
+    def __getattr__(self, name):
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return lambda *arguments, **options: None
+
+
+def _init_wandb(run, mode):
+    """Start a wandb run in this mode."""
+    import wandb  # here, because it takes a second, and benchmarks do without
+    os.environ.setdefault("WANDB_DATA_DIR", str(cache_folder() / "wandb"))  # where it prepares uploads
+    return wandb.init(
+        mode=mode, id=run.wandb_id, resume="allow" if mode == "online" else None,  # offline it would warn
+        project=os.environ.get("WANDB_PROJECT") or "hw1p2", group=run.group, dir=str(run.folder.resolve()),
+        name=os.environ.get("WANDB_NAME") or run.config["Name"][:120], config=_wandb_config(run),
+        settings=wandb.Settings(silent=True, console="off", init_timeout=WANDB_SECONDS // 2))
+
+
+def _wandb_config(run):
+    """The config with what else is to be known of a run."""
+    return {**run.config, **run.details, "python": platform.python_version(), "torch": torch.__version__}
+
+
+def _open_wandb(run, mode):
+    """Set `run.wandb` to a new wandb run in this mode; where it does not start, offline; else to `NoWandb`."""
+    run.wandb, again = NoWandb(), True
+    while mode != "disabled":
+        try:
+            run.wandb = within(WANDB_SECONDS, _init_wandb, run, mode)
+            return
+        except Exception as error:  # its service does not start, the server refuses: a dozen reasons
+            _stop_wandb()
+            why = shorten(str(error) or type(error).__name__)
+            if mode == "online" and again and re.search("deleted|409", why):
+                run.wandb_id, again = secrets.token_hex(4), False
+                tell(run, f"wandb does not take this run ({why}): it goes on as the new run {run.wandb_id}")
+            elif mode == "online":
+                mode = "offline"
+                tell(run, f"wandb does not start this run ({why}): it is kept offline")
+            else:
+                mode = "disabled"
+                tell(run, f"wandb does not start ({why}): training goes on without it")
+
+
+def _take_open_run(run):
+    """wandb's open run if it is this run's, and None if it is another's, which is finished."""
+    wandb_run = getattr(sys.modules.get("wandb"), "run", None)
+    if wandb_run is None:
+        return None
+    if (wandb_run.id, wandb_run.config.get("wandb")) == (run.wandb_id, run.config["wandb"]):
+        return wandb_run
+    wandb_run.finish()
 
 
 def start_wandb(run, wandb_run=None):
-    """Open the wandb run of a run, or take the one that is open, and send it the config and all rows of the history.
+    """Set `run.wandb` to the wandb run of a run, new or still open, and send it the config and the history.
 
-    run: has `config`, whose "wandb" is the mode (see `wandb_mode`), `folder`, `wandb_id`, `history`, `model`, `details`
-    (a dict: what else to log with the config) and `group` (None, or its name). wandb_run: the one to use, in a sweep.
-    $WANDB_PROJECT and $WANDB_NAME count where they are set.
-    The text of the model is kept in the folder and with the run, as model_arch.txt. If the server refuses the id,
-    `run.wandb_id` becomes a new one. It never waits for the network. If wandb does not start, that is printed, and the
-    returned run does nothing.
+    run: has `config`, whose "wandb" is the mode (see `wandb_mode`), `folder`, `wandb_id`, `history`,
+    `model`, `details` (a dict: what else to log with the config), `group` (None, or its name) and
+    `message` (see `tell`). wandb_run: the one to use, in a sweep.
+    $WANDB_PROJECT and $WANDB_NAME count where they are set. The text of the model is kept in the folder
+    and with the run, as model_arch.txt. If the server refuses the id, `run.wandb_id` becomes a new one.
+
+    Nothing that wandb does stops the training. Each call ends after WANDB_SECONDS or UPLOAD_SECONDS; if
+    it has failed, the run goes on offline, where its rows are written again from the first on, and if
+    that fails too, `run.wandb` becomes an object that does nothing. It is all told in `run.message`.
     """
-    import wandb  # here, because it takes a second, and benchmarks do without
-    os.environ.setdefault("WANDB_DATA_DIR", str(cache_folder() / "wandb"))  # where it prepares uploads
-    config = {**run.config, **run.details, "python": platform.python_version(), "torch": torch.__version__}
     run.folder.mkdir(parents=True, exist_ok=True)
-    architecture = run.folder / "model_arch.txt"
+    (run.folder / "model_arch.txt").write_text(str(run.model), "utf-8")
+    run.wandb = wandb_run
+    if wandb_run is None:
+        try:
+            run.wandb = within(UPLOAD_SECONDS, _take_open_run, run)
+        except Exception as error:
+            _stop_wandb()
+            tell(run, f"the wandb run that was open could not be finished ({shorten(str(error))})")
+    if run.wandb is None:
+        _open_wandb(run, wandb_mode(run))
+    mode = run.wandb.settings.mode
+    tell(run, f"wandb is {mode}" + (f": {run.wandb.url}" if mode == "online" else ""))
+    _tell_wandb(run, WANDB_SECONDS, _send_config)
+    log_history(run)
+
+
+def _tell_wandb(run, seconds, send):
+    """Call send(run), which talks to `run.wandb`. If that fails, again offline; if that fails too, never again."""
+    if isinstance(run.wandb, NoWandb):
+        return
+    try:
+        within(seconds, send, run)
+    except Exception as error:
+        why, mode = shorten(str(error) or type(error).__name__), run.wandb.settings.mode
+        _stop_wandb()
+        if mode == "online":
+            tell(run, f"wandb fails ({why}): what is not uploaded yet is kept offline, and so is all that follows")
+            _open_wandb(run, "offline")
+        else:
+            tell(run, f"wandb fails ({why}): it goes on without it")
+            run.wandb = NoWandb()
+        _tell_wandb(run, seconds, send)
+
+
+def _send_config(run):
+    """Send what is new in the config, and the text of the model."""
+    known = run.wandb.config  # what a sweep has set in it is locked
+    new = {key: value for key, value in _wandb_config(run).items() if known.get(key) != value}
+    known.update(new, allow_val_change=True)
+    architecture = Path(run.wandb.dir, "model_arch.txt")  # in wandb's own folder: uploaded without a link to it
     architecture.write_text(str(run.model), "utf-8")
-    given, opened = wandb_run is not None, wandb.run
-    if given:  # what the sweep has set in it is locked
-        new = {key: value for key, value in config.items() if wandb_run.config.get(key) != value}
-        wandb_run.config.update(new, allow_val_change=True)
-    elif opened is not None and (opened.id, opened.config.get("wandb")) == (run.wandb_id, config["wandb"]):
-        wandb_run = opened
-        wandb_run.config.update(config, allow_val_change=True)
-    else:
-        if opened is not None:
-            opened.finish()
-        limits = {"finish_timeout": 600} if "finish_timeout" in wandb.Settings.model_fields else {}  # s; since 0.28
-        settings = wandb.Settings(silent=True, console="off", init_timeout=30, **limits)
-        wandb_run = _init_wandb(wandb_mode(config["wandb"]), run.wandb_id,
-                                project=os.environ.get("WANDB_PROJECT") or "hw1p2",
-                                name=os.environ.get("WANDB_NAME") or config["Name"][:120],
-                                group=run.group, dir=run.folder, config=config, settings=settings)
-        if wandb_run.settings.mode == "online":
-            run.wandb_id = wandb_run.id
-    if (given or wandb_run is not opened) and wandb_run.settings.mode != "disabled":
-        # a copy in wandb's own folder is uploaded without a link to it
-        wandb_run.save(shutil.copy(architecture, wandb_run.dir), base_path=wandb_run.dir, policy="now")
-    log_history(wandb_run, run.history)
-    return wandb_run
+    run.wandb.save(str(architecture), base_path=run.wandb.dir, policy="now")
 
 
-def log_history(run, history):
-    """Send those rows of a history (dicts with "epoch") that a wandb run does not have yet; epochs are the x axis.
+def _send_rows(run):
+    """Send the rows that wandb does not have yet, with the epochs as x axis, and the best accuracy so far.
 
-    Charts are logged in rows of their own, without "epoch" and `step`.
+    What has been sent stands in the run's summary, as `epochs_sent`: "epoch" may be the user's own.
     """
-    got = run.summary.get("epoch") or 0
-    for name in history[-1] if history else ():
+    sent = run.wandb.summary.get("epochs_sent") or 0
+    for name in run.history[-1] if run.history else ():
         if name != "epoch":
-            run.define_metric(name, step_metric="epoch")
-    for row in history:
-        if row["epoch"] > got:
-            run.log(row)
+            run.wandb.define_metric(name, step_metric="epoch")
+    for row in run.history:
+        if row["epoch"] > sent:
+            run.wandb.log(row)
+            run.wandb.summary["epochs_sent"] = row["epoch"]
+    if run.history:
+        run.wandb.summary["best_val_acc"] = max(row.get("val_acc", 0) for row in run.history)
 
 
-def log_results(run, results, submission):
-    """Send the results of a run to its wandb run: summary, confusion matrix, accuracy of each phoneme, and artifact.
+def log_history(run):
+    """Write `run.history`, dicts with "epoch", to history.csv in the run's folder, and send wandb what is new."""
+    if run.history:
+        with atomic_write(run.folder / "history.csv", 200 * len(run.history)) as temporary:
+            pd.DataFrame(run.history).to_csv(temporary, index=False)
+    _tell_wandb(run, WANDB_SECONDS, _send_rows)
 
-    results: of the notebook's `evaluate_best`, with `test_acc`, None where it is not known. submission: the CSV's path.
-    """
-    import wandb
+
+def _summary(results):
+    """The numbers of a run's results, by name."""
     summary = {f"best_{key}": results.best[key] for key in ("epoch", "val_acc", "val_loss", "train_acc")}
     summary |= {f"val_acc, {name}": float(accuracy) for name, accuracy in results.accuracy.items()}
     if results.test_acc is not None:
         summary["test_acc"] = float(results.test_acc)
-    run.wandb.summary.update(summary)
+    return summary
+
+
+def save_results(run, results):
+    """Write the results of a run to its folder: results.json, confusion.csv, by_phoneme.csv.
+
+    results: of the notebook's `evaluate_best`, with `test_acc`, None where it is not known.
+    """
+    confusion = pd.DataFrame(results.confusion, PHONEMES, PHONEMES)
+    for name, text in (("results.json", json.dumps(_summary(results), indent=1)),
+                       ("confusion.csv", confusion.to_csv(index_label="true")),
+                       ("by_phoneme.csv", results.by_phoneme.to_csv(index=False))):
+        with atomic_write(run.folder / name, len(text)) as temporary:
+            temporary.write_text(text, "utf-8")
+
+
+def _send_results(run, results, submission):
+    """Send the results: summary, confusion matrix, accuracy of each phoneme, and the files as an artifact."""
+    import wandb
+    run.wandb.summary.update(_summary(results))
     table = wandb.Table(columns=["Actual", "Predicted", "nPredictions"], data=[
         [PHONEMES[i], PHONEMES[j], int(results.confusion[i, j])] for i in range(40) for j in range(40)])
     chart = wandb.plot_table("wandb/confusion_matrix/v1", table, {name: name for name in table.columns},
@@ -1386,19 +1986,35 @@ def log_results(run, results, submission):
     if run.config["artifacts"]:  # its name may have 128 letters, digits, dots, dashes and underscores
         name = re.sub(r"[^\w.-]", "-", run.config["Name"], flags=re.ASCII)[:100]
         artifact = wandb.Artifact(f"{name}-{run.wandb_id}", "result")
-        artifact.add_file(submission, policy="immutable")  # no copy of its own
-        artifact.add_file(run.folder / "best.pt", policy="immutable")
+        artifact.add_file(str(submission), policy="immutable")  # no copy of its own
+        artifact.add_file(str(run.folder / "best.pt"), policy="immutable")
         run.wandb.log_artifact(artifact)
 
 
-def open_drive(folder, place):
-    """Mount Google Drive on Colab, fetch the epochs that are only there into a run's `folder`, return its folder there.
+def finish_wandb(run, results=None, submission=None):
+    """Finish the wandb run of a run, after sending it the results, if any, and the CSV at the path `submission`.
 
-    place: the path of the run below the folder for runs. Elsewhere it prints that Drive is ignored, and returns None.
+    Offline, the command that uploads the run later is told.
+    """
+    def send(run):
+        _send_rows(run)
+        if results is not None:
+            _send_results(run, results, submission)
+        run.wandb.finish()
+
+    _tell_wandb(run, UPLOAD_SECONDS, send)
+    if run.wandb.settings.mode == "offline":
+        tell(run, f"To upload the curves later: wandb sync {shlex.quote(str(Path(run.wandb.dir).parent))}")
+
+
+def open_drive(run, place):
+    """Mount Google Drive on Colab, fetch the epochs that are only there into a run's folder, return its folder there.
+
+    place: the path of the run below the folder for runs. Elsewhere it tells that Drive is ignored, and returns None.
     Raises a RunError if Drive cannot be mounted or read.
     """
     if "google.colab" not in sys.modules:
-        print("config['drive'] is for Colab: it is ignored here")
+        tell(run, "config['drive'] is for Colab: it is ignored here")
         return None
     try:
         from google.colab import drive
@@ -1407,7 +2023,8 @@ def open_drive(folder, place):
         raise RunError(f"Google Drive could not be mounted ({type(error).__name__}: {str(error)[:200]}). Run the cell "
                        "again and allow the access that Google asks for, or set config['drive'] = False.") from error
     drive_folder = DRIVE / "MyDrive" / "hw1p2-runs" / place
-    restore_from_drive(folder, drive_folder)
+    if epochs := restore_from_drive(run.folder, drive_folder):
+        tell(run, f"{run.folder}: fetched from Google Drive, {epochs} epoch(s)")
     return drive_folder
 
 
@@ -1439,7 +2056,7 @@ def _epochs_here(folder):
 
 
 def copy_to_drive(folder, drive_folder, next_in=float("inf")):
-    """Copy a run's checkpoint, best weights and CSV files to its folder on Google Drive.
+    """Copy a run's checkpoint, best weights, decoder and CSV files to its folder on Google Drive.
 
     Nothing is copied if the next call, in about `next_in` seconds, is early enough. Files that are replaced or deleted
     on Drive go to its trash and use up space, so two archives are overwritten in place, in turn: one is always whole.
@@ -1453,7 +2070,7 @@ def copy_to_drive(folder, drive_folder, next_in=float("inf")):
         with open(min(slots, key=_epochs_in), "wb") as file:
             with zipfile.ZipFile(file, "w") as archive:
                 archive.comment = str(_epochs_here(folder)).encode()
-                for name in ("best.pt", "checkpoint.pt"):
+                for name in ("decoder.pt", "best.pt", "checkpoint.pt"):
                     if (folder / name).exists():
                         archive.write(folder / name, name)
             os.fsync(file.fileno())
@@ -1465,11 +2082,14 @@ def copy_to_drive(folder, drive_folder, next_in=float("inf")):
 
 
 def restore_from_drive(folder, drive_folder):
-    """Fetch a run's checkpoint and best weights from Google Drive if it has more epochs than `folder`."""
+    """Fetch a run's checkpoint and best weights from Google Drive if it has more epochs than `folder`.
+
+    Returns how many epochs were fetched, 0 where none.
+    """
     try:
         epochs, slot = max((_epochs_in(slot), slot) for slot in map(drive_folder.joinpath, DRIVE_SLOTS))
         if epochs <= _epochs_here(folder):
-            return
+            return 0
         with zipfile.ZipFile(slot) as archive:
             for name in archive.namelist():  # the checkpoint comes last: killed before, the next start fetches it again
                 content = archive.read(name)
@@ -1478,7 +2098,7 @@ def restore_from_drive(folder, drive_folder):
     except OSError as error:
         raise RunError(f"{drive_folder} on Google Drive cannot be read ({error}): restart the session, or set "
                        "config['drive'] = False.") from error
-    print(f"{folder}: fetched from Google Drive, {epochs} epoch(s)")
+    return epochs
 
 
 # ---- Submission --------------------------------------------------------------------------------------------
@@ -1489,15 +2109,21 @@ def write_submission(path, predictions):
         pd.DataFrame({"label": predictions}).to_csv(temporary, index_label="id", lineterminator="\n")
 
 
-def _read_table(path):
-    """A CSV of the columns id and label, both as text; a DataError where it is something else."""
+def _read_table(path, any_case=False):
+    """A CSV of the columns id and label, both as text; a DataError where it is something else.
+
+    any_case: the names of the columns may have capital letters, too.
+    """
     try:
         table = pd.read_csv(path, dtype=str, keep_default_na=False)
-    except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as error:
+    except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError, OSError) as error:
         raise DataError(f"{path}: not a CSV file ({error}); expected lines of id,label") from None
+    if any_case:
+        table.columns = [name.lower() for name in table]
     if list(table) != ["id", "label"]:
         raise DataError(f"{path}: the header is {','.join(table)[:200]!r}; expected id,label")
-    if not isinstance(table.index, pd.RangeIndex):  # pandas takes the first of three values for an index
+    # pandas takes the first of three values for an index; pandas 1 has another kind of index where there are no rows
+    if len(table) and not isinstance(table.index, pd.RangeIndex):
         raise DataError(f"{path}: rows with more than two values; expected id,label")
     return table
 
@@ -1521,14 +2147,32 @@ def read_submission(path, frames=None):
 def check_sample_submission(data_folder, frames):
     """Compare the ids of the sample submission that lies with the data, if any, with our CSV's, 0 ... frames - 1.
 
+    It lies in the data folder, in a folder of that one, or, as on Kaggle, beside it.
     Raises a DataError that names it where they differ: it, or the test partition, belongs to something else.
     """
-    for path in find_files(data_folder, "*sample_submission.csv", "*/*sample_submission.csv"):
-        ids = _read_table(path)["id"]
+    data_folder = Path(data_folder)
+    samples = find_files(data_folder, "*sample_submission.csv", "*/*sample_submission.csv")
+    if not (data_folder / "answers.csv").exists():  # a corpus made here needs none
+        samples += find_files(data_folder.parent, "sample_submission.csv")
+    for path in filter(Path.is_file, samples):  # no folder, no link to nowhere
+        ids = _read_table(path, any_case=True)["id"]
         if not np.array_equal(np.sort(pd.to_numeric(ids, errors="coerce")), np.arange(frames)):
             raise DataError(f"{path}: the sample submission has {len(ids):,} rows, ids {', '.join(ids[:3])} ...; "
-                            f"expected {frames:,}, one for each frame of {Path(data_folder) / 'test-clean'}, ids from "
+                            f"expected {frames:,}, one for each frame of {data_folder / 'test-clean'}, ids from "
                             "0. If it belongs to something else, move it away.")
+
+
+def competition_of(data_folder, competition):
+    """Kaggle's name of the edition that is to be submitted to: `competition`, the config's.
+
+    Where that is the default, and the data were attached or downloaded from another edition, it is theirs.
+    """
+    parts = Path(data_folder).parts
+    if competition != next(iter(EDITIONS)):
+        return competition
+    if "competitions" in parts[:-1]:  # a folder of Kaggle's, and of kagglehub's
+        return parts[parts.index("competitions") + 1]
+    return next((name for name, folder in EDITIONS.items() if {name, folder} & {*parts}), competition)
 
 
 def kaggle_causes(competition):
@@ -1555,7 +2199,7 @@ def submit(path, message, competition):
     result = subprocess.run(command, capture_output=True, text=True)
     output = (result.stdout + result.stderr).strip()
     if result.returncode or re.search(r"\b40[13]\b|Could not submit", output):  # it may print these and exit with 0
-        raise RunError(f"{path} could not be submitted: {output[-300:]}\n{kaggle_causes(competition)}")
+        raise RunError(f"{path} could not be submitted: {last_words(output)}\n{kaggle_causes(competition)}")
     return output
 
 
@@ -1565,9 +2209,21 @@ SAMPLE_RATE = 16000  # Hz, LibriSpeech's
 WINDOW, HOP = 400, 160  # samples: windows of 25 ms every 10 ms
 
 
+def import_torchaudio():
+    """torchaudio; a RunError that says what to install where it is missing or is made for another torch."""
+    try:
+        import torchaudio.compliance.kaldi
+    except (ImportError, OSError) as error:  # "undefined symbol", where it is made for another torch
+        minor = min(int(torch.__version__.split(".")[1]), 11)  # 2.11 is the last, and fits torch up to 2.14
+        raise RunError(f"torchaudio, which makes the MFCCs of a corpus, cannot be imported beside torch "
+                       f"{torch.__version__} ({shorten(error)}): pip install \"torchaudio==2.{minor}.*\", and restart "
+                       f"the kernel.{internet_hint()}") from error
+    return torchaudio
+
+
 @functools.cache
 def _resampler(rate):
-    return torchaudio.transforms.Resample(rate, SAMPLE_RATE)
+    return import_torchaudio().transforms.Resample(rate, SAMPLE_RATE)
 
 
 def speech_features(audio, rate):
@@ -1578,7 +2234,7 @@ def speech_features(audio, rate):
     As in the course's features, samples count as 16-bit integers, and there is no pre-emphasis.
     """
     samples = _resampler(rate)(torch.from_numpy(audio)) * 2**15
-    mfcc = torchaudio.compliance.kaldi.mfcc(
+    mfcc = import_torchaudio().compliance.kaldi.mfcc(
         samples[None], num_ceps=28, num_mel_bins=28, low_freq=0, high_freq=8000, htk_compat=True, use_energy=False,
         cepstral_lifter=LIFTER, window_type="hamming", preemphasis_coefficient=0, dither=0)
     return mfcc.numpy()
@@ -1621,7 +2277,11 @@ def _new_corpus(root):
                        "Free some space and run again.") from error
     for name in PARTITIONS:
         if not _npy_files(partial / name / "mfcc")[0]:
-            raise DataError(f"{partial}: no utterances for {name}; expected some in each partition")
+            left_out = partial / "left-out.txt"  # only in a corpus of recordings
+            reasons = left_out.read_text().splitlines() if left_out.exists() else []
+            raise DataError("\n".join([f"{partial}: no utterances for {name}; expected some in each partition",
+                                       *[f"left out: {reason}" for reason in reasons[:10]],
+                                       *[f"... and {len(reasons) - 10:,} more"] * (len(reasons) > 10)]))
     answers = partial / "test-clean" / "transcript"
     if not (partial / "answers.csv").exists():
         write_submission(partial / "answers.csv",
@@ -1756,6 +2416,7 @@ def make_practice_corpus(root, utterances=(370, 52, 52), seed=23):
     """
     if len(utterances) != 3 or min(utterances) < 1:
         raise DataError(f"utterances {utterances}: expected three numbers >= 1")
+    import_torchaudio()
     shutil.rmtree(f"{root}.partial", ignore_errors=True)
     with _new_corpus(Path(root)) as partial:
         for p, i in ((p, i) for p, count in enumerate(utterances) for i in range(count)):
@@ -1771,12 +2432,21 @@ def make_practice_corpus(root, utterances=(370, 52, 52), seed=23):
             raise RunError(f"{partial} was changed by another process while it was made. Run again.")
 
 
+def _has_rows(path):
+    """Has this parquet file rows? True where it cannot be read: that is reported later."""
+    import pyarrow.parquet  # comes with datasets
+    with contextlib.suppress(OSError, pyarrow.ArrowException):
+        return pyarrow.parquet.read_metadata(path).num_rows > 0
+    return True
+
+
 def _sources(source, revision):
     """(name, arguments of `load_dataset`, partitions that the rows go to in turn) of each split or local file."""
     if Path(source).exists():
         files = find_files(source, "**/*.parquet") if Path(source).is_dir() else [Path(source)]
+        files = [file for file in files if _has_rows(file)]
         if not files:
-            raise DataError(f"{source}: there are no .parquet files in it")
+            raise DataError(f"{source}: there are no .parquet files in it, or none that has rows")
         named = [[name for name in PARTITIONS if file.name.replace("_", "-").startswith(name)] for file in files]
         return [(str(file), {"path": "parquet", "data_files": str(file), "split": "train"},
                  partitions or 3 * PARTITIONS[:1] + PARTITIONS[1:]) for file, partitions in zip(files, named)]
@@ -1846,6 +2516,7 @@ def make_librispeech_corpus(root, source=LIBRISPEECH, revision=None):
     revision: a commit, tag or branch of the hub's dataset; None: LIBRISPEECH_REVISION, of other datasets the newest.
     Raises FileExistsError where `root` exists, DataError for bad files or rows, RunError for the network or the disk.
     """
+    import_torchaudio()
     from datasets import Audio, load_dataset
     sources, records = _sources(source, revision), []
     # what was begun from other files, or another revision of them, is made from the start

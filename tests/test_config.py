@@ -30,7 +30,8 @@ def test_the_notebooks_own_config_passes():
         "freq_mask_param": 4, "time_mask_param": 8}.items())
 
 
-@pytest.mark.parametrize("key", [key for key, allowed in OPTIONS.items() if isinstance(allowed, list)])
+@pytest.mark.parametrize("key", [key for key, allowed in OPTIONS.items()
+                                 if isinstance(allowed, list) and str not in allowed])
 def test_every_option_passes_and_others_are_refused_with_the_options(key):
     for option in OPTIONS[key]:
         check_config({**CONFIG, key: option})

@@ -78,15 +78,22 @@ def noisy():
     return logits.log_softmax(1), labels.to(torch.uint8), torch.tensor([0, 200, 230, 600])
 
 
+PAIRS = [*itertools.product((0, 0.15, 0.3, 0.45), (0.25, 0.5, 0.75, 1, 1.5))]
+
+
+def right(log_posteriors, labels, offsets, pair, which=...):
+    """How many of these frames a decoder with this pair of weights gets right."""
+    path = Decoder(labels, offsets, *pair)(log_posteriors, offsets)
+    return (path == labels)[which].sum().item()
+
+
 def test_decoding_repairs_flickering_and_the_choice_is_the_best_pair(noisy):
     log_posteriors, labels, offsets = noisy
     decoder = Decoder(labels, offsets)
-    others = decoder.tune(log_posteriors, labels, offsets)
-    accuracy = (decoder(log_posteriors, offsets) == labels)[~others].float().mean()
-    assert accuracy > (log_posteriors.argmax(1) == labels)[~others].float().mean() + 0.2
-    for scale, weight in ((0, 0.25), (0.3, 1), (0.45, 1.5)):
-        other = Decoder(labels, offsets, scale, weight)
-        assert (other(log_posteriors, offsets) == labels)[~others].float().mean() <= accuracy
+    path = decoder.tune(log_posteriors, labels, offsets)
+    assert (path == labels).float().mean() > (log_posteriors.argmax(1) == labels).float().mean() + 0.2
+    chosen = right(log_posteriors, labels, offsets, (decoder.prior_scale, decoder.transition_weight))
+    assert chosen == max(right(log_posteriors, labels, offsets, pair) for pair in PAIRS)
 
 
 def test_without_transitions_it_is_frame_by_frame(noisy):
@@ -102,19 +109,30 @@ def test_scale_takes_the_prior_out(noisy):
     assert not torch.equal(decoder(log_posteriors, offsets), log_posteriors.argmax(1))
 
 
-def test_the_choice_is_made_on_every_second_utterance_and_judged_on_the_others():
+def test_each_half_is_decoded_by_what_is_best_on_the_other():
     torch.manual_seed(4)
     offsets = offsets_of([30, 20, 50, 40, 10])
     labels = torch.randint(0, 40, (15,)).repeat_interleave(10)
-    log_posteriors = (2.0 * torch.nn.functional.one_hot(labels, 42) + torch.randn(150, 42)).log_softmax(1)
-    decoder, same = Decoder(labels, offsets), Decoder(labels, offsets)
-    others = decoder.tune(log_posteriors, labels, offsets)
+    logits = 2.0 * torch.nn.functional.one_hot(labels, 42)
     odd = torch.zeros(150, dtype=torch.bool)
     odd[30:50] = odd[100:140] = True
-    assert torch.equal(others, odd)
-    spoilt = torch.where(odd[:, None], torch.randn(150, 42), log_posteriors)  # what is judged on has no say
-    same.tune(spoilt, torch.where(odd, 0, labels), offsets)
-    assert (same.prior_scale, same.transition_weight) == (decoder.prior_scale, decoder.transition_weight)
+    log_posteriors = (logits + torch.randn(150, 42) * torch.where(odd, 0.5, 1.5)[:, None]).log_softmax(1)
+    path = Decoder(labels, offsets).tune(log_posteriors, labels, offsets)
+    best = {}
+    for half, inside in ((0, ~odd), (1, odd)):
+        best[half] = max(PAIRS, key=lambda pair: right(log_posteriors, labels, offsets, pair, inside))
+    assert best[0] != best[1]
+    for pair, inside in ((best[1], ~odd), (best[0], odd)):
+        assert torch.equal(path[inside], Decoder(labels, offsets, *pair)(log_posteriors, offsets)[inside])
+
+
+def test_the_labels_of_a_half_have_no_say_in_how_it_is_decoded(noisy):
+    log_posteriors, labels, offsets = noisy
+    odd = torch.zeros(600, dtype=torch.bool)
+    odd[200:230] = True
+    path, same = (Decoder(labels, offsets).tune(log_posteriors, truth, offsets)
+                  for truth in (labels, torch.where(odd, 0, labels)))
+    assert torch.equal(path[odd], same[odd])
 
 
 def test_of_many_frames_some_are_enough_for_the_choice_from_all_over_the_set():
@@ -126,13 +144,17 @@ def test_of_many_frames_some_are_enough_for_the_choice_from_all_over_the_set():
             return super().__call__(log_posteriors, offsets)
 
     labels = torch.randint(0, 40, (400,))
-    others = Counting(labels, offsets).tune(torch.randn(400, 42).log_softmax(1), labels, offsets, frames=50)
-    assert seen[0] == (50, [0, 10, 20, 30, 40, 50]) and others.sum() == 200
+    path = Counting(labels, offsets).tune(torch.randn(400, 42).log_softmax(1), labels, offsets, frames=100)
+    assert seen[:40] == 40 * [(50, [0, 10, 20, 30, 40, 50])]
+    assert [frames for frames, _ in seen[40:]] == [200, 200] and len(path) == 400
 
 
-def test_a_single_utterance_is_chosen_and_judged_on():
-    labels, offsets = torch.randint(0, 40, (60,)), torch.tensor([0, 60])
-    assert Decoder(labels, offsets).tune(torch.randn(60, 42).log_softmax(1), labels, offsets).all()
+def test_a_single_utterance_is_chosen_and_judged_on(noisy):
+    log_posteriors, labels, _ = noisy
+    offsets = torch.tensor([0, 600])
+    decoder = Decoder(labels, offsets)
+    path = decoder.tune(log_posteriors, labels, offsets)
+    assert torch.equal(path, decoder(log_posteriors, offsets))
 
 
 def test_only_the_forty_phonemes_come_out(noisy):

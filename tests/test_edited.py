@@ -117,7 +117,7 @@ def test_what_the_user_must_know_is_still_there_when_the_figure_is_drawn(session
     """The figure replaces what the cell has printed before."""
     printed = []
     session.namespace["clear_output"] = lambda wait: printed.append(capsys.readouterr().out)
-    monkeypatch.setattr(helpers, "open_drive", lambda folder, place: folder)
+    monkeypatch.setattr(helpers, "open_drive", lambda run, place: helpers.tell(run, "fetched"))
     monkeypatch.setattr(helpers, "copy_to_drive", lambda *arguments, **options: print("Drive is full"))
     monkeypatch.setattr(helpers, "session_warning", lambda drive, practice: "nothing outlives the session")
     session["config"]["drive"] = True
@@ -155,7 +155,8 @@ def test_a_cell_that_needs_what_is_not_there_says_what_to_run_first(corpus, tmp_
     bodies = r"#[^\n]*|(def|class) \w+\(.*?(?=\n\S|\Z)"
     names = r"\b(results|run|train_data|prepared|frames|submission)\b"
     uses = [source for source in code_cells() if re.search(names, re.sub(bodies, "", source, flags=re.S))]
-    makes = ("run = make_run", "prepared, data_folder =", "MADE_IN", "import platform", "config = {", "def prepare")
+    makes = ("run = make_run", "prepared, data_folder =", "LOSSES = {", "MADE_IN", "import platform", "config = {",
+             "def prepare")
     missing = [source for source in uses if source not in told and not any(text in source for text in makes)]
     assert len(told) > 8 and not missing, missing
 

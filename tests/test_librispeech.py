@@ -133,6 +133,16 @@ def test_what_is_left_out_and_unknown_words_are_counted(tmp_path, capsys):
     assert not list((tmp_path / "a").rglob("short-0.npy"))
 
 
+def test_where_all_utterances_are_left_out_the_reasons_are_named(tmp_path):
+    silent_end = [row(f"{i}-0", seconds=2.25) for i in range(12)]
+    with pytest.raises(DataError) as error:
+        make_librispeech_corpus(tmp_path / "a", write(tmp_path / "x.parquet", silent_end))
+    lines = str(error.value).splitlines()
+    assert "no utterances for train-clean-100" in lines[0]
+    assert lines[1] == "left out: 0-0: its phones end 0.85 s before the audio"
+    assert len(lines) == 12 and lines[-1] == "... and 2 more"
+
+
 def test_other_rates_and_the_lists_that_older_versions_write(tmp_path):
     rows = [row(f"{i}-0", rate=8000 if i == 1 else RATE) for i in range(5)]
     make_librispeech_corpus(tmp_path / "new", write(tmp_path / "new.parquet", rows))

@@ -29,6 +29,17 @@ def test_confusion_matrix(pairs, label_dtype, prediction_dtype):
     assert matrix.tolist() == expected and len(PHONEMES) == 42
 
 
+@repeatable
+@given(st.lists(st.tuples(st.integers(0, 39), st.integers(0, 39)), max_size=60))
+def test_share_of_the_errors_within_a_manner_of_articulation(pairs):
+    manner = {phoneme: name for name, group in helpers.MANNERS.items() for phoneme in group}
+    assert sorted(manner) == sorted(PHONEMES[:40])
+    wrong = [(true, predicted) for true, predicted in pairs if true != predicted]
+    within = [pair for pair in wrong if manner[PHONEMES[pair[0]]] == manner[PHONEMES[pair[1]]]]
+    matrix = confusion_matrix(*np.array(pairs, int).reshape(-1, 2).T)
+    assert helpers.share_within_manners(matrix) == pytest.approx(len(within) / max(len(wrong), 1))
+
+
 def slow_boundary_distance(utterances):
     distances = []
     for labels in utterances:

@@ -1,5 +1,6 @@
 """Checkpoints: a killed run ends as one that was never killed, and what cannot be resumed is refused in plain words."""
 
+import contextlib
 import errno
 import gc
 import os
@@ -13,6 +14,7 @@ import warnings
 from unittest.mock import Mock
 
 import kills
+import numpy as np
 import pytest
 import torch
 from notebook import TINY, Session, definitions, run_cells
@@ -249,6 +251,67 @@ def test_code_in_a_pickle_is_not_executed(tmp_path, zipped):
         path.write_bytes(pickle.dumps({"config": {}, "history": Intruder(folder)}))
     refused(path)
     assert not folder.exists()
+
+
+# ---- What can be read again --------------------------------------------------------------------------------
+
+def test_numpys_numbers_become_pythons_at_any_depth(tmp_path):
+    path = tmp_path / "checkpoint.pt"
+    weights = torch.nn.Linear(2, 2).state_dict()  # an OrderedDict with attributes
+    history = [{"epoch": np.int64(1), "kappa": np.float32(0.25), "good": np.bool_(True), "by": {np.str_("a"): (1.5,)}}]
+    helpers.save_checkpoint(path, {"config": {}, "model": weights, "history": history})
+    state = helpers.load_checkpoint(path)
+    assert state["history"] == [{"epoch": 1, "kappa": 0.25, "good": True, "by": {"a": (1.5,)}}]
+    assert [type(value) for value in state["history"][0].values()] == [int, float, bool, dict]
+    assert type(state["model"]) is type(weights) and state["model"]._metadata == weights._metadata
+    assert isinstance(history[0]["kappa"], np.float32)  # the dict that was given is as it was
+
+
+class Thing:
+    """What weights_only does not load."""
+
+
+@pytest.mark.parametrize("value, name", [(np.zeros(3), "ndarray"), (Thing(), "Thing"), (print, "builtin"),
+                                         (lambda: 0, "function")], ids=str)
+def test_what_could_not_be_read_again_is_named_and_the_old_checkpoint_stays(tmp_path, value, name):
+    path = tmp_path / "checkpoint.pt"
+    helpers.save_checkpoint(path, {"config": {}, "history": [{"epoch": 1}]})
+    before = path.read_bytes()
+    with pytest.raises(RunError, match=rf"history'\]\[1\]\['mine'\] is .*, a {name}.*before is unchanged"):
+        helpers.save_checkpoint(path, {"config": {}, "history": [{"epoch": 1}, {"epoch": 2, "mine": value}]})
+    assert path.read_bytes() == before and [entry.name for entry in tmp_path.iterdir()] == ["checkpoint.pt"]
+
+
+def test_what_was_written_is_read_back_before_it_replaces_the_old_checkpoint(tmp_path, monkeypatch):
+    path = tmp_path / "checkpoint.pt"
+    helpers.save_checkpoint(path, {"config": {}, "epoch": 1})
+    before, write = path.read_bytes(), helpers.Path.write_bytes
+    monkeypatch.setattr(helpers.Path, "write_bytes", lambda path, data: write(path, bytes(data)[:-100]))
+    with pytest.raises(RunError, match="could not be read back"):
+        helpers.save_checkpoint(path, {"config": {}, "epoch": 2})
+    assert path.read_bytes() == before
+
+
+def test_a_schedule_with_numpys_numbers_is_resumed(corpus, tmp_path):
+    def train(runs, epochs):
+        session = Session(runs, corpus, {**QUICK, "epochs": 3})
+        session.run_all(until=kills.TRAINING)
+        session.namespace["SCHEDULERS"]["steplr"] = lambda optimizer, epochs: torch.optim.lr_scheduler.LambdaLR(
+            optimizer, lambda epoch: np.cos(epoch / 3))
+        run_epoch = session["run_epoch"]
+
+        def stop_later(run, epoch):
+            if epoch > epochs:
+                raise KeyboardInterrupt
+            return {**run_epoch(run, epoch), "mine": np.float32(0.5)}
+
+        session.namespace["run_epoch"] = stop_later
+        with contextlib.suppress(KeyboardInterrupt):
+            session.run(kills.TRAINING)
+        return kills.frozen(helpers.load_checkpoint(runs / "pencil" / "checkpoint.pt"))
+
+    train(tmp_path / "a", 1)
+    assert train(tmp_path / "a", 3) == train(tmp_path / "b", 3)
 
 
 # ---- Full disks --------------------------------------------------------------------------------------------
