@@ -23,7 +23,7 @@ Sections, and the functions to start with:
     Figures                  draw_frames, draw_phones
     Decoding                 viterbi, Decoder
     Checkpoint               save_checkpoint, load_checkpoint, start_or_resume, restore
-    Folders, wandb, Drive    runs_folder, start_wandb, log_history, copy_to_drive
+    Folders, wandb, Drive    runs_folder, start_wandb, log_history, finish_wandb, copy_to_drive
     Submission               write_submission, read_submission, submit
     Corpora                  make_practice_corpus, make_librispeech_corpus
     Where the data are       get_data
@@ -48,11 +48,13 @@ import os
 import platform
 import re
 import secrets
+import shlex
 import shutil
 import statistics
 import subprocess
 import sys
 import sysconfig
+import tempfile
 import textwrap
 import threading
 import time
@@ -60,15 +62,14 @@ import warnings
 import weakref
 import zipfile
 from collections import deque
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
 import safetensors.torch
 import torch
-import torchaudio
-import torchaudio.compliance.kaldi
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 # ---- Constants ---------------------------------------------------------------------------------------------
@@ -86,6 +87,11 @@ LIFTER = 22  # HTK's default: coefficient i is multiplied by 1 + 11 sin(pi i / 2
 LIBRISPEECH = "gilkeyio/librispeech-alignments"  # on the Hugging Face hub: 33,861 utterances, 7 GB; 5.3 GB as MFCCs
 LIBRISPEECH_REVISION = "0daa1eb43dda38ee6ce752e785555380e5628f5c"  # of 2023-11-22
 PRACTICE = "practice-corpus"  # the name of its folder
+EDITIONS = {  # Kaggle's names of the course's competitions, the default first: the folder of their data
+    "11785-spring-25-hw-1-p-2": "11785-s25-hw1p2", "11785-hw1p2-f24": None,
+    "11785-hw-1-p-2-fall-2025-main": "11785-f25-hw1p2",
+    "hw-1-p-2-spring-2026-student-competition": "11785-spring-2026-hw1p2",
+    "hw-1-p-2-fall-2026-student-competition": None}
 KAGGLE = Path("/kaggle")  # on Kaggle's own notebooks: input/ is what was attached, working/ is kept
 
 
@@ -102,7 +108,10 @@ class RunError(RuntimeError):
 def path_from_environment(name):
     """The path in an environment variable, ~ and $VARIABLES expanded; None where it is unset or empty."""
     value = os.environ.get(name, "").strip(" \t\r\n'\"")  # %env and .env files keep the quotes
-    return Path(os.path.expanduser(os.path.expandvars(value))) if value else None
+    path = os.path.expanduser(os.path.expandvars(value))
+    if path.startswith("~"):  # left as it is where there is no such user
+        raise RunError(f"{name} is {value}: there is no home directory for {path.split(os.sep)[0]}")
+    return Path(path) if value else None
 
 
 def is_clutter(name):
@@ -114,6 +123,17 @@ def find_files(folder, *patterns):
     """The sorted paths below a folder that match one of these patterns of `Path.glob`, without clutter."""
     return sorted(path for pattern in patterns for path in Path(folder).glob(pattern)
                   if not any(map(is_clutter, path.relative_to(folder).parts)))
+
+
+def shorten(text, width=200):
+    """A foreign text, such as an error's, on one line of at most `width` characters, cut between words."""
+    return textwrap.shorten(str(text), width, placeholder=" ...")
+
+
+def last_words(text, width=300):
+    """The end of a foreign text, at most `width` characters, beginning with a word."""
+    end = text[-width:]
+    return end if len(text) <= width else re.sub(r"^\S+\s+", "", end)
 
 
 def internet_hint():
@@ -134,8 +154,11 @@ def install(*packages):
         command = [sys.executable, "-m", "pip", "install", "--quiet", *wanted]
         pip = subprocess.run(command, capture_output=True, text=True)
         if pip.returncode:
-            raise RunError(f"pip could not install {' '.join(wanted)}: {pip.stderr[-300:]}\nIs there a connection?"
+            raise RunError(f"pip could not install {' '.join(wanted)}: {last_words(pip.stderr)}\nIs there a connection?"
                            + internet_hint())
+        importlib.invalidate_caches()
+        for name in {each.split("=")[0].replace("-", "_") for each in wanted}:
+            sys.modules.pop(name, None)  # a mere folder of that name, imported before
 
 
 @contextlib.contextmanager
@@ -169,11 +192,23 @@ class _LockFile(io.FileIO):
         self.close()
 
 
-def take_lock(path):
+def check_writable(folder):
+    """Return the folder, made if need be; a RunError where files cannot be written into it."""
+    folder = Path(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise RunError(f"{folder} cannot be written to ({error}). Set the environment variable HW1P2_RUNS to a folder "
+                       "that can, and restart the kernel.") from error
+    return folder
+
+
+def take_lock(path, say=print):
     """Lock the file `path` for this process until the returned file is closed; None if another process holds the lock.
 
     The operating system releases the lock when the process ends, even if it is killed. On a file system without locks
-    a warning is printed and the work goes on. Raises a RunError if the file cannot be created.
+    `say` gets a warning and the work goes on. Raises a RunError if the file cannot be created.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -191,8 +226,8 @@ def take_lock(path):
         file.close()
         return None
     except OSError as error:
-        print(f"{path} cannot be locked on this file system ({error}): going on without a lock. Do not start a second "
-              "notebook that writes there at the same time.")
+        say(f"{path} cannot be locked on this file system ({error}): going on without a lock. Do not start a second "
+            "notebook that writes there at the same time.")
     return file
 
 
@@ -972,7 +1007,10 @@ def _natural_maps(factors, coefficients, bands):
     centres = 700 * (10 ** (torch.arange(1, bands + 1) * step / 2595) - 1)  # of the bands, in Hz
     position = (mel(factors[:, None] * centres) / step - 1).clamp(0, bands - 1)  # (factors, bands), in bands
     read = (1 - (position[:, None] - torch.arange(bands)[:, None]).abs()).clamp(min=0)  # (factors, from, to)
-    dct = torchaudio.functional.create_dct(coefficients, bands, norm="ortho")  # (bands, k)
+    # the orthonormal one, (bands, k); torchaudio's `create_dct` gives the same, but training does not need torchaudio
+    dct = torch.cos(math.pi / bands * (torch.arange(bands) + 0.5)[:, None] * torch.arange(coefficients))
+    dct[:, 0] *= 0.5 ** 0.5
+    dct *= (2 / bands) ** 0.5
     return dct.T @ read @ dct
 
 
@@ -1192,6 +1230,14 @@ def calibration(confidences, correct, bins=10):
 
 # ---- Figures -----------------------------------------------------------------------------------------------
 
+def set_up_notebook():
+    """Let figures appear in the notebook, whatever MPLBACKEND says, and tqdm not warn of missing widgets."""
+    from IPython import get_ipython
+    if shell := get_ipython():
+        shell.run_line_magic("matplotlib", "inline")
+    warnings.filterwarnings("ignore", "IProgress not found")  # its bar is of text then
+
+
 def draw_frames(axis, frames):
     """Draw MFCCs (T, k) along time into matplotlib's axis: red above the mean, blue below."""
     frames = frames.float().cpu().numpy()
@@ -1331,15 +1377,15 @@ FREE_KEYS = ("Name", "recipe", "test_warps", "smoothing", "data", "competition",
 _RUN_LOCKS = weakref.WeakValueDictionary()  # path -> lock
 
 
-def lock_run(folder):
+def lock_run(folder, say=print):
     """Lock a run's folder for this process, until the returned file is closed or garbage-collected; again is harmless.
 
-    Raises a RunError if another process holds the lock.
+    Where there are no locks, `say` gets a warning. Raises a RunError if another process holds the lock.
     """
     path = Path(folder).resolve() / ".lock"
     lock = _RUN_LOCKS.get(path)
     if lock is None or lock.closed:
-        lock = take_lock(path)
+        lock = take_lock(path, say)
     if lock is None:
         raise RunError(f"{folder}: another notebook is training in this folder. Stop it (Kernel > Shut Down), or give "
                        "this run another config['Name'].")
@@ -1583,15 +1629,34 @@ def start_or_resume(run, checkpoint):
 DRIVE = Path("/content/drive")  # where Colab mounts Google Drive
 DRIVE_SECONDS = 9 * 60  # between two copies to Drive, unless an epoch takes longer: a kill may lose ten minutes
 DRIVE_SLOTS = ("checkpoint-a.zip", "checkpoint-b.zip")  # written in turn
-LOGIN_SECONDS = 25  # how long wandb may take for it
-# logs in as wandb itself does, and asks the server; 3: no key is configured
+LOGIN_SECONDS = 25  # how long wandb's login may take, once wandb is loaded
+WANDB_SECONDS = 60  # how long it may take to start a run, or to take its rows
+UPLOAD_SECONDS = 100  # how long it may take for the last rows and the files
+WANDB_MODES = {"online": "online", "run": "online", "offline": "offline", "dryrun": "offline",
+               "disabled": "disabled"}
+# Logs in as wandb itself does, and asks the server. The exit status 3: no key is configured, 4: no
+# answer, 1: another reason, which is printed. _exit, because wandb's own end may wait for the network.
 WANDB_LOGIN = """
-import sys, wandb
+import os, sys, threading
+status = 1
 try:
-    sys.exit(0 if wandb.login(verify=True) else 3)
-except wandb.errors.UsageError:
-    sys.exit(3)
+    import wandb
+    threading.Timer({seconds}, os._exit, [4]).start()
+    status = 0 if wandb.login(verify=True) else 3
+except Exception as error:
+    faults = error.errors() if hasattr(error, "errors") else [{{"msg": str(error)}}]
+    print(*(fault["msg"] for fault in faults), flush=True)
+    if type(error).__name__ == "UsageError":
+        status = 3
+os._exit(status)
 """
+
+
+def tell(run, line):
+    """Print what the user must know of a run, once, and keep it in `run.message`, which each figure shows again."""
+    if line not in run.message:
+        run.message += line + "\n"
+        print(line)
 
 
 def runs_folder():
@@ -1665,116 +1730,257 @@ def load_secrets(*names, seconds=30):
         thread.join(max(end - time.monotonic(), 0))
 
 
-def wandb_mode(choice):
+def wandb_mode(run):
     """The mode for `wandb.init` that config["wandb"] asks for; online only if wandb can log in, else offline.
 
     "auto": $WANDB_MODE if it is set, else online if a key is configured in any of wandb's ways.
-    The login is tried in a process of its own, because some versions wait for the network for ever, or ask for a key.
+    The login is tried in a process of its own, because some versions wait for the network for ever,
+    or ask for a key.
     """
-    choice = (os.environ.get("WANDB_MODE") or choice) if choice == "auto" else choice
-    if choice not in ("auto", "online", "run"):
+    choice, text = run.config["wandb"], os.environ.pop("WANDB_MODE", "").strip(" \t\r\n'\"")
+    if mode := WANDB_MODES.get(text.lower()):
+        os.environ["WANDB_MODE"] = mode  # wandb refuses any other spelling, whatever mode it is given
+    elif text:
+        tell(run, f"WANDB_MODE={text} is ignored: expected online, offline or disabled")
+    if choice == "auto" and mode:
+        choice = mode
+    if choice in ("offline", "disabled"):
         return choice
     load_secrets("WANDB_API_KEY")
     environment = {**os.environ, **({} if choice == "auto" else {"WANDB_MODE": "online"})}
+    command = [sys.executable, "-c", WANDB_LOGIN.format(seconds=LOGIN_SECONDS)]
     try:
-        login = subprocess.run([sys.executable, "-c", WANDB_LOGIN], env=environment, stdin=subprocess.DEVNULL,
-                               stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, timeout=LOGIN_SECONDS)
-        if login.returncode == 0:
-            return "online"
-        why = "no key" if login.returncode == 3 else (login.stderr.strip() or "?").splitlines()[-1][:200]
+        login = subprocess.run(command, env=environment, stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+                               stdout=subprocess.PIPE, text=True, timeout=LOGIN_SECONDS + 60)
+        status, why = login.returncode, login.stdout
     except subprocess.TimeoutExpired:
-        why = f"no answer in {LOGIN_SECONDS} s"
-    if choice != "auto" or why != "no key":
-        print(f"wandb could not log in ({why}): this run is kept offline")
+        status = 4
+    if status == 0:
+        return "online"
+    if status in (3, 4):
+        why = "no key" if status == 3 else f"no answer in {LOGIN_SECONDS} s"
+    if choice == "online" or status != 3:
+        tell(run, f"wandb could not log in ({shorten(why)}): this run is kept offline")
     return "offline"
 
 
-def _init_wandb(mode, run_id, **options):
-    """`wandb.init`, but a run that the server refuses gets a new id, and a run that cannot start is a disabled one."""
-    import wandb
-    new_id = secrets.token_hex(4)  # offline too: a refused run still holds its id in this process
-    attempts = [(mode, run_id, None)] if mode != "online" else [
-        ("online", run_id, f"perhaps it was deleted there. It goes on as the new run {new_id}"),
-        ("online", new_id, "this run is kept offline"), ("offline", new_id, None)]
-    try:
-        for mode, run_id, otherwise in attempts:
-            try:
-                # offline there is nothing to resume, and some versions warn of it
-                return wandb.init(mode=mode, id=run_id, resume="allow" if mode == "online" else None, **options)
-            except wandb.errors.CommError as error:
-                if otherwise is None:
-                    raise
-                print(f"wandb does not take the run {run_id} ({str(error).splitlines()[0][:200]}): {otherwise}")
-    except Exception as error:  # its service does not start: a dozen reasons, as many kinds
-        print(f"wandb does not start ({type(error).__name__}: {str(error)[:200]}): training goes on without it")
-    return wandb.init(mode="disabled", **options)
+_wandb_lock = threading.Lock()
+
+
+def within(seconds, function, *arguments):
+    """The result of function(*arguments), which talks to wandb; a TimeoutError where it takes longer.
+
+    The call is made in a thread, one at a time. Where the user interrupts the waiting, the call goes
+    on: an import or a start that is cut off would leave wandb half made, until the kernel is restarted.
+    """
+    future, lock = Future(), _wandb_lock
+
+    def call():
+        with lock:
+            if future.set_running_or_notify_cancel():
+                try:
+                    future.set_result(function(*arguments))
+                except Exception as error:
+                    future.set_exception(error)
+                except BaseException as error:  # SystemExit is not meant for the notebook
+                    future.set_exception(RuntimeError(repr(error)))
+
+    threading.Thread(target=call, daemon=True).start()
+    end = time.monotonic() + seconds
+    while not future.done() and time.monotonic() < end:
+        wait([future], min(seconds, 0.5))  # in pieces: on Windows nothing interrupts it
+    if not future.done():
+        future.cancel()
+        raise TimeoutError(f"no answer in {seconds} s")
+    return future.result()
+
+
+def _stop_wandb():
+    """End wandb's process, whatever it waits for, and let wandb forget it: it can start afresh.
+
+    Else the kernel, too, would wait for it at its end.
+    """
+    global _wandb_lock
+    _wandb_lock = threading.Lock()  # the old one may never be free again
+    with contextlib.suppress(Exception):
+        import psutil  # comes with Jupyter
+        for child in psutil.Process().children():
+            if "wandb" in child.name():
+                child.kill()
+    with contextlib.suppress(Exception):
+        within(10, sys.modules["wandb"].teardown)
+
+
+class NoWandb:
+    """In place of a wandb run: whatever is asked of it or called does nothing, and cannot fail."""
+
+    settings, url = SimpleNamespace(mode="disabled"), None
+
+    def __init__(self):
+        self.summary, self.config = {}, {}
+
+    def __getattr__(self, name):
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return lambda *arguments, **options: None
+
+
+def _init_wandb(run, mode):
+    """Start a wandb run in this mode."""
+    import wandb  # here, because it takes a second, and benchmarks do without
+    os.environ.setdefault("WANDB_DATA_DIR", str(cache_folder() / "wandb"))  # where it prepares uploads
+    return wandb.init(
+        mode=mode, id=run.wandb_id, resume="allow" if mode == "online" else None,  # offline it would warn
+        project=os.environ.get("WANDB_PROJECT") or "hw1p2", group=run.group, dir=str(run.folder.resolve()),
+        name=os.environ.get("WANDB_NAME") or run.config["Name"][:120], config=_wandb_config(run),
+        settings=wandb.Settings(silent=True, console="off", init_timeout=WANDB_SECONDS // 2))
+
+
+def _wandb_config(run):
+    """The config with what else is to be known of a run."""
+    return {**run.config, **run.details, "python": platform.python_version(), "torch": torch.__version__}
+
+
+def _open_wandb(run, mode):
+    """Set `run.wandb` to a new wandb run in this mode; where it does not start, offline; else to `NoWandb`."""
+    run.wandb, again = NoWandb(), True
+    while mode != "disabled":
+        try:
+            run.wandb = within(WANDB_SECONDS, _init_wandb, run, mode)
+            return
+        except Exception as error:  # its service does not start, the server refuses: a dozen reasons
+            _stop_wandb()
+            why = shorten(str(error) or type(error).__name__)
+            if mode == "online" and again and re.search("deleted|409", why):
+                run.wandb_id, again = secrets.token_hex(4), False
+                tell(run, f"wandb does not take this run ({why}): it goes on as the new run {run.wandb_id}")
+            elif mode == "online":
+                mode = "offline"
+                tell(run, f"wandb does not start this run ({why}): it is kept offline")
+            else:
+                mode = "disabled"
+                tell(run, f"wandb does not start ({why}): training goes on without it")
+
+
+def _take_open_run(run):
+    """wandb's open run if it is this run's, and None if it is another's, which is finished."""
+    wandb_run = getattr(sys.modules.get("wandb"), "run", None)
+    if wandb_run is None:
+        return None
+    if (wandb_run.id, wandb_run.config.get("wandb")) == (run.wandb_id, run.config["wandb"]):
+        return wandb_run
+    wandb_run.finish()
 
 
 def start_wandb(run, wandb_run=None):
-    """Open the wandb run of a run, or take the one that is open, and send it the config and all rows of the history.
+    """Set `run.wandb` to the wandb run of a run, new or still open, and send it the config and the history.
 
-    run: has `config`, whose "wandb" is the mode (see `wandb_mode`), `folder`, `wandb_id`, `history`, `model`, `details`
-    (a dict: what else to log with the config) and `group` (None, or its name). wandb_run: the one to use, in a sweep.
-    $WANDB_PROJECT and $WANDB_NAME count where they are set.
-    The text of the model is kept in the folder and with the run, as model_arch.txt. If the server refuses the id,
-    `run.wandb_id` becomes a new one. It never waits for the network. If wandb does not start, that is printed, and the
-    returned run does nothing.
+    run: has `config`, whose "wandb" is the mode (see `wandb_mode`), `folder`, `wandb_id`, `history`,
+    `model`, `details` (a dict: what else to log with the config), `group` (None, or its name) and
+    `message` (see `tell`). wandb_run: the one to use, in a sweep.
+    $WANDB_PROJECT and $WANDB_NAME count where they are set. The text of the model is kept in the folder
+    and with the run, as model_arch.txt. If the server refuses the id, `run.wandb_id` becomes a new one.
+
+    Nothing that wandb does stops the training. Each call ends after WANDB_SECONDS or UPLOAD_SECONDS; if
+    it has failed, the run goes on offline, where its rows are written again from the first on, and if
+    that fails too, `run.wandb` becomes an object that does nothing. It is all told in `run.message`.
     """
-    import wandb  # here, because it takes a second, and benchmarks do without
-    os.environ.setdefault("WANDB_DATA_DIR", str(cache_folder() / "wandb"))  # where it prepares uploads
-    config = {**run.config, **run.details, "python": platform.python_version(), "torch": torch.__version__}
     run.folder.mkdir(parents=True, exist_ok=True)
-    architecture = run.folder / "model_arch.txt"
+    (run.folder / "model_arch.txt").write_text(str(run.model), "utf-8")
+    run.wandb = wandb_run
+    if wandb_run is None:
+        try:
+            run.wandb = within(UPLOAD_SECONDS, _take_open_run, run)
+        except Exception as error:
+            _stop_wandb()
+            tell(run, f"the wandb run that was open could not be finished ({shorten(str(error))})")
+    if run.wandb is None:
+        _open_wandb(run, wandb_mode(run))
+    mode = run.wandb.settings.mode
+    tell(run, f"wandb is {mode}" + (f": {run.wandb.url}" if mode == "online" else ""))
+    _tell_wandb(run, WANDB_SECONDS, _send_config)
+    log_history(run)
+
+
+def _tell_wandb(run, seconds, send):
+    """Call send(run), which talks to `run.wandb`. If that fails, again offline; if that fails too, never again."""
+    if isinstance(run.wandb, NoWandb):
+        return
+    try:
+        within(seconds, send, run)
+    except Exception as error:
+        why, mode = shorten(str(error) or type(error).__name__), run.wandb.settings.mode
+        _stop_wandb()
+        if mode == "online":
+            tell(run, f"wandb fails ({why}): what is not uploaded yet is kept offline, and so is all that follows")
+            _open_wandb(run, "offline")
+        else:
+            tell(run, f"wandb fails ({why}): it goes on without it")
+            run.wandb = NoWandb()
+        _tell_wandb(run, seconds, send)
+
+
+def _send_config(run):
+    """Send what is new in the config, and the text of the model."""
+    known = run.wandb.config  # what a sweep has set in it is locked
+    new = {key: value for key, value in _wandb_config(run).items() if known.get(key) != value}
+    known.update(new, allow_val_change=True)
+    architecture = Path(run.wandb.dir, "model_arch.txt")  # in wandb's own folder: uploaded without a link to it
     architecture.write_text(str(run.model), "utf-8")
-    given, opened = wandb_run is not None, wandb.run
-    if given:  # what the sweep has set in it is locked
-        wandb_run.config.update({key: value for key, value in config.items() if wandb_run.config.get(key) != value})
-    elif opened is not None and (opened.id, opened.config.get("wandb")) == (run.wandb_id, config["wandb"]):
-        wandb_run = opened
-        wandb_run.config.update(config, allow_val_change=True)
-    else:
-        if opened is not None:
-            opened.finish()
-        limits = {"finish_timeout": 600} if "finish_timeout" in wandb.Settings.model_fields else {}  # s; since 0.28
-        settings = wandb.Settings(silent=True, console="off", init_timeout=30, **limits)
-        wandb_run = _init_wandb(wandb_mode(config["wandb"]), run.wandb_id,
-                                project=os.environ.get("WANDB_PROJECT") or "hw1p2",
-                                name=os.environ.get("WANDB_NAME") or config["Name"][:120],
-                                group=run.group, dir=run.folder, config=config, settings=settings)
-        if wandb_run.settings.mode == "online":
-            run.wandb_id = wandb_run.id
-    if (given or wandb_run is not opened) and wandb_run.settings.mode != "disabled":
-        # a copy in wandb's own folder is uploaded without a link to it
-        wandb_run.save(shutil.copy(architecture, wandb_run.dir), base_path=wandb_run.dir, policy="now")
-    log_history(wandb_run, run.history)
-    return wandb_run
+    run.wandb.save(str(architecture), base_path=run.wandb.dir, policy="now")
 
 
-def log_history(run, history):
-    """Send those rows of a history (dicts with "epoch") that a wandb run does not have yet; epochs are the x axis.
+def _send_rows(run):
+    """Send the rows that wandb does not have yet, with the epochs as x axis, and the best accuracy so far.
 
-    Charts are logged in rows of their own, without "epoch" and `step`.
+    What has been sent stands in the run's summary, as `epochs_sent`: "epoch" may be the user's own.
     """
-    got = run.summary.get("epoch") or 0
-    for name in history[-1] if history else ():
+    sent = run.wandb.summary.get("epochs_sent") or 0
+    for name in run.history[-1] if run.history else ():
         if name != "epoch":
-            run.define_metric(name, step_metric="epoch")
-    for row in history:
-        if row["epoch"] > got:
-            run.log(row)
+            run.wandb.define_metric(name, step_metric="epoch")
+    for row in run.history:
+        if row["epoch"] > sent:
+            run.wandb.log(row)
+            run.wandb.summary["epochs_sent"] = row["epoch"]
+    if run.history:
+        run.wandb.summary["best_val_acc"] = max(row.get("val_acc", 0) for row in run.history)
 
 
-def log_results(run, results, submission):
-    """Send the results of a run to its wandb run: summary, confusion matrix, accuracy of each phoneme, and artifact.
+def log_history(run):
+    """Write `run.history`, dicts with "epoch", to history.csv in the run's folder, and send wandb what is new."""
+    if run.history:
+        with atomic_write(run.folder / "history.csv", 200 * len(run.history)) as temporary:
+            pd.DataFrame(run.history).to_csv(temporary, index=False)
+    _tell_wandb(run, WANDB_SECONDS, _send_rows)
 
-    results: of the notebook's `evaluate_best`, with `test_acc`, None where it is not known. submission: the CSV's path.
-    """
-    import wandb
+
+def _summary(results):
+    """The numbers of a run's results, by name."""
     summary = {f"best_{key}": results.best[key] for key in ("epoch", "val_acc", "val_loss", "train_acc")}
     summary |= {f"val_acc, {name}": float(accuracy) for name, accuracy in results.accuracy.items()}
     if results.test_acc is not None:
         summary["test_acc"] = float(results.test_acc)
-    run.wandb.summary.update(summary)
+    return summary
+
+
+def save_results(run, results):
+    """Write the results of a run to its folder: results.json, confusion.csv, by_phoneme.csv.
+
+    results: of the notebook's `evaluate_best`, with `test_acc`, None where it is not known.
+    """
+    confusion = pd.DataFrame(results.confusion, PHONEMES, PHONEMES)
+    for name, text in (("results.json", json.dumps(_summary(results), indent=1)),
+                       ("confusion.csv", confusion.to_csv(index_label="true")),
+                       ("by_phoneme.csv", results.by_phoneme.to_csv(index=False))):
+        with atomic_write(run.folder / name, len(text)) as temporary:
+            temporary.write_text(text, "utf-8")
+
+
+def _send_results(run, results, submission):
+    """Send the results: summary, confusion matrix, accuracy of each phoneme, and the files as an artifact."""
+    import wandb
+    run.wandb.summary.update(_summary(results))
     table = wandb.Table(columns=["Actual", "Predicted", "nPredictions"], data=[
         [PHONEMES[i], PHONEMES[j], int(results.confusion[i, j])] for i in range(40) for j in range(40)])
     chart = wandb.plot_table("wandb/confusion_matrix/v1", table, {name: name for name in table.columns},
@@ -1783,19 +1989,35 @@ def log_results(run, results, submission):
     if run.config["artifacts"]:  # its name may have 128 letters, digits, dots, dashes and underscores
         name = re.sub(r"[^\w.-]", "-", run.config["Name"], flags=re.ASCII)[:100]
         artifact = wandb.Artifact(f"{name}-{run.wandb_id}", "result")
-        artifact.add_file(submission, policy="immutable")  # no copy of its own
-        artifact.add_file(run.folder / "best.pt", policy="immutable")
+        artifact.add_file(str(submission), policy="immutable")  # no copy of its own
+        artifact.add_file(str(run.folder / "best.pt"), policy="immutable")
         run.wandb.log_artifact(artifact)
 
 
-def open_drive(folder, place):
-    """Mount Google Drive on Colab, fetch the epochs that are only there into a run's `folder`, return its folder there.
+def finish_wandb(run, results=None, submission=None):
+    """Finish the wandb run of a run, after sending it the results, if any, and the CSV at the path `submission`.
 
-    place: the path of the run below the folder for runs. Elsewhere it prints that Drive is ignored, and returns None.
+    Offline, the command that uploads the run later is told.
+    """
+    def send(run):
+        _send_rows(run)
+        if results is not None:
+            _send_results(run, results, submission)
+        run.wandb.finish()
+
+    _tell_wandb(run, UPLOAD_SECONDS, send)
+    if run.wandb.settings.mode == "offline":
+        tell(run, f"To upload the curves later: wandb sync {shlex.quote(str(Path(run.wandb.dir).parent))}")
+
+
+def open_drive(run, place):
+    """Mount Google Drive on Colab, fetch the epochs that are only there into a run's folder, return its folder there.
+
+    place: the path of the run below the folder for runs. Elsewhere it tells that Drive is ignored, and returns None.
     Raises a RunError if Drive cannot be mounted or read.
     """
     if "google.colab" not in sys.modules:
-        print("config['drive'] is for Colab: it is ignored here")
+        tell(run, "config['drive'] is for Colab: it is ignored here")
         return None
     try:
         from google.colab import drive
@@ -1804,7 +2026,8 @@ def open_drive(folder, place):
         raise RunError(f"Google Drive could not be mounted ({type(error).__name__}: {str(error)[:200]}). Run the cell "
                        "again and allow the access that Google asks for, or set config['drive'] = False.") from error
     drive_folder = DRIVE / "MyDrive" / "hw1p2-runs" / place
-    restore_from_drive(folder, drive_folder)
+    if epochs := restore_from_drive(run.folder, drive_folder):
+        tell(run, f"{run.folder}: fetched from Google Drive, {epochs} epoch(s)")
     return drive_folder
 
 
@@ -1862,11 +2085,14 @@ def copy_to_drive(folder, drive_folder, next_in=float("inf")):
 
 
 def restore_from_drive(folder, drive_folder):
-    """Fetch a run's checkpoint and best weights from Google Drive if it has more epochs than `folder`."""
+    """Fetch a run's checkpoint and best weights from Google Drive if it has more epochs than `folder`.
+
+    Returns how many epochs were fetched, 0 where none.
+    """
     try:
         epochs, slot = max((_epochs_in(slot), slot) for slot in map(drive_folder.joinpath, DRIVE_SLOTS))
         if epochs <= _epochs_here(folder):
-            return
+            return 0
         with zipfile.ZipFile(slot) as archive:
             for name in archive.namelist():  # the checkpoint comes last: killed before, the next start fetches it again
                 content = archive.read(name)
@@ -1875,7 +2101,7 @@ def restore_from_drive(folder, drive_folder):
     except OSError as error:
         raise RunError(f"{drive_folder} on Google Drive cannot be read ({error}): restart the session, or set "
                        "config['drive'] = False.") from error
-    print(f"{folder}: fetched from Google Drive, {epochs} epoch(s)")
+    return epochs
 
 
 # ---- Submission --------------------------------------------------------------------------------------------
@@ -1886,15 +2112,21 @@ def write_submission(path, predictions):
         pd.DataFrame({"label": predictions}).to_csv(temporary, index_label="id", lineterminator="\n")
 
 
-def _read_table(path):
-    """A CSV of the columns id and label, both as text; a DataError where it is something else."""
+def _read_table(path, any_case=False):
+    """A CSV of the columns id and label, both as text; a DataError where it is something else.
+
+    any_case: the names of the columns may have capital letters, too.
+    """
     try:
         table = pd.read_csv(path, dtype=str, keep_default_na=False)
-    except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as error:
+    except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError, OSError) as error:
         raise DataError(f"{path}: not a CSV file ({error}); expected lines of id,label") from None
+    if any_case:
+        table.columns = [name.lower() for name in table]
     if list(table) != ["id", "label"]:
         raise DataError(f"{path}: the header is {','.join(table)[:200]!r}; expected id,label")
-    if not isinstance(table.index, pd.RangeIndex):  # pandas takes the first of three values for an index
+    # pandas takes the first of three values for an index; pandas 1 has another kind of index where there are no rows
+    if len(table) and not isinstance(table.index, pd.RangeIndex):
         raise DataError(f"{path}: rows with more than two values; expected id,label")
     return table
 
@@ -1918,14 +2150,32 @@ def read_submission(path, frames=None):
 def check_sample_submission(data_folder, frames):
     """Compare the ids of the sample submission that lies with the data, if any, with our CSV's, 0 ... frames - 1.
 
+    It lies in the data folder, in a folder of that one, or, as on Kaggle, beside it.
     Raises a DataError that names it where they differ: it, or the test partition, belongs to something else.
     """
-    for path in find_files(data_folder, "*sample_submission.csv", "*/*sample_submission.csv"):
-        ids = _read_table(path)["id"]
+    data_folder = Path(data_folder)
+    samples = find_files(data_folder, "*sample_submission.csv", "*/*sample_submission.csv")
+    if not (data_folder / "answers.csv").exists():  # a corpus made here needs none
+        samples += find_files(data_folder.parent, "sample_submission.csv")
+    for path in filter(Path.is_file, samples):  # no folder, no link to nowhere
+        ids = _read_table(path, any_case=True)["id"]
         if not np.array_equal(np.sort(pd.to_numeric(ids, errors="coerce")), np.arange(frames)):
             raise DataError(f"{path}: the sample submission has {len(ids):,} rows, ids {', '.join(ids[:3])} ...; "
-                            f"expected {frames:,}, one for each frame of {Path(data_folder) / 'test-clean'}, ids from "
+                            f"expected {frames:,}, one for each frame of {data_folder / 'test-clean'}, ids from "
                             "0. If it belongs to something else, move it away.")
+
+
+def competition_of(data_folder, competition):
+    """Kaggle's name of the edition that is to be submitted to: `competition`, the config's.
+
+    Where that is the default, and the data were attached or downloaded from another edition, it is theirs.
+    """
+    parts = Path(data_folder).parts
+    if competition != next(iter(EDITIONS)):
+        return competition
+    if "competitions" in parts[:-1]:  # a folder of Kaggle's, and of kagglehub's
+        return parts[parts.index("competitions") + 1]
+    return next((name for name, folder in EDITIONS.items() if {name, folder} & {*parts}), competition)
 
 
 def kaggle_causes(competition):
@@ -1952,7 +2202,7 @@ def submit(path, message, competition):
     result = subprocess.run(command, capture_output=True, text=True)
     output = (result.stdout + result.stderr).strip()
     if result.returncode or re.search(r"\b40[13]\b|Could not submit", output):  # it may print these and exit with 0
-        raise RunError(f"{path} could not be submitted: {output[-300:]}\n{kaggle_causes(competition)}")
+        raise RunError(f"{path} could not be submitted: {last_words(output)}\n{kaggle_causes(competition)}")
     return output
 
 
@@ -1962,9 +2212,21 @@ SAMPLE_RATE = 16000  # Hz, LibriSpeech's
 WINDOW, HOP = 400, 160  # samples: windows of 25 ms every 10 ms
 
 
+def import_torchaudio():
+    """torchaudio; a RunError that says what to install where it is missing or is made for another torch."""
+    try:
+        import torchaudio.compliance.kaldi
+    except (ImportError, OSError) as error:  # "undefined symbol", where it is made for another torch
+        minor = min(int(torch.__version__.split(".")[1]), 11)  # 2.11 is the last, and fits torch up to 2.14
+        raise RunError(f"torchaudio, which makes the MFCCs of a corpus, cannot be imported beside torch "
+                       f"{torch.__version__} ({shorten(error)}): pip install \"torchaudio==2.{minor}.*\", and restart "
+                       f"the kernel.{internet_hint()}") from error
+    return torchaudio
+
+
 @functools.cache
 def _resampler(rate):
-    return torchaudio.transforms.Resample(rate, SAMPLE_RATE)
+    return import_torchaudio().transforms.Resample(rate, SAMPLE_RATE)
 
 
 def speech_features(audio, rate):
@@ -1975,7 +2237,7 @@ def speech_features(audio, rate):
     As in the course's features, samples count as 16-bit integers, and there is no pre-emphasis.
     """
     samples = _resampler(rate)(torch.from_numpy(audio)) * 2**15
-    mfcc = torchaudio.compliance.kaldi.mfcc(
+    mfcc = import_torchaudio().compliance.kaldi.mfcc(
         samples[None], num_ceps=28, num_mel_bins=28, low_freq=0, high_freq=8000, htk_compat=True, use_energy=False,
         cepstral_lifter=LIFTER, window_type="hamming", preemphasis_coefficient=0, dither=0)
     return mfcc.numpy()
@@ -2157,6 +2419,7 @@ def make_practice_corpus(root, utterances=(370, 52, 52), seed=23):
     """
     if len(utterances) != 3 or min(utterances) < 1:
         raise DataError(f"utterances {utterances}: expected three numbers >= 1")
+    import_torchaudio()
     shutil.rmtree(f"{root}.partial", ignore_errors=True)
     with _new_corpus(Path(root)) as partial:
         for p, i in ((p, i) for p, count in enumerate(utterances) for i in range(count)):
@@ -2172,12 +2435,21 @@ def make_practice_corpus(root, utterances=(370, 52, 52), seed=23):
             raise RunError(f"{partial} was changed by another process while it was made. Run again.")
 
 
+def _has_rows(path):
+    """Has this parquet file rows? True where it cannot be read: that is reported later."""
+    import pyarrow.parquet  # comes with datasets
+    with contextlib.suppress(OSError, pyarrow.ArrowException):
+        return pyarrow.parquet.read_metadata(path).num_rows > 0
+    return True
+
+
 def _sources(source, revision):
     """(name, arguments of `load_dataset`, partitions that the rows go to in turn) of each split or local file."""
     if Path(source).exists():
         files = find_files(source, "**/*.parquet") if Path(source).is_dir() else [Path(source)]
+        files = [file for file in files if _has_rows(file)]
         if not files:
-            raise DataError(f"{source}: there are no .parquet files in it")
+            raise DataError(f"{source}: there are no .parquet files in it, or none that has rows")
         named = [[name for name in PARTITIONS if file.name.replace("_", "-").startswith(name)] for file in files]
         return [(str(file), {"path": "parquet", "data_files": str(file), "split": "train"},
                  partitions or 3 * PARTITIONS[:1] + PARTITIONS[1:]) for file, partitions in zip(files, named)]
@@ -2247,6 +2519,7 @@ def make_librispeech_corpus(root, source=LIBRISPEECH, revision=None):
     revision: a commit, tag or branch of the hub's dataset; None: LIBRISPEECH_REVISION, of other datasets the newest.
     Raises FileExistsError where `root` exists, DataError for bad files or rows, RunError for the network or the disk.
     """
+    import_torchaudio()
     from datasets import Audio, load_dataset
     sources, records = _sources(source, revision), []
     # what was begun from other files, or another revision of them, is made from the start

@@ -405,7 +405,7 @@ def test_a_trial_of_a_sweep_has_the_whole_config_its_best_accuracy_and_its_files
     from test_wandb import finished_records
     session = Session(tmp_path, corpus, {**TINY, "recipe": "original"}, wandb_mode="offline")
     session.run_all(until=TRAINING)
-    session.run("def run_variant")
+    session.run("def trial")
     session.namespace["base"] = {"num_layers": 3}
     started, init = [], wandb.init
 

@@ -50,10 +50,12 @@ def test_a_run_that_opens_drive_gets_its_folder_there_and_the_epochs_in_it(tmp_p
     on_drive = tmp_path / "drive" / "MyDrive" / "hw1p2-runs" / place
     train_to(tmp_path / "earlier", 2)
     copy_to_drive(tmp_path / "earlier", on_drive)
-    assert open_drive(tmp_path / "other", place) is None and not (tmp_path / "other").exists()  # not on Colab
+    run, other = (SimpleNamespace(folder=tmp_path / name, message="") for name in ("run", "other"))
+    assert open_drive(other, place) is None and not other.folder.exists()  # not on Colab
     drive = SimpleNamespace(mount=lambda place: None)
     monkeypatch.setitem(sys.modules, "google.colab", SimpleNamespace(drive=drive))
-    assert open_drive(tmp_path / "run", place) == on_drive and epochs_of(tmp_path / "run") == 2
+    assert open_drive(run, place) == on_drive and epochs_of(run.folder) == 2
+    assert run.message == f"{run.folder}: fetched from Google Drive, 2 epoch(s)\n"
 
 
 def test_the_newest_copy_is_fetched_where_it_is_ahead(places):

@@ -92,7 +92,7 @@ def test_a_name_that_passes_the_check_works_to_the_end(corpus, tmp_path, name):
 
 
 def test_a_trial_of_a_sweep_with_many_keys_gets_a_name(session):
-    session.run("def run_variant")
+    session.run("variants = [", "def run_variant")
     keys = ("activations", "batch_norm", "batchnorm_alternate", "dropout", "dropout_alternate", "weight_decay",
             "augmentations", "freq_mask_param", "time_mask_param", "weight_initialization")
     changes = {**{key: session["config"][key] for key in keys}, **QUICK, "subset": 0.5, "epochs": 1}
@@ -117,7 +117,7 @@ def test_what_the_user_must_know_is_still_there_when_the_figure_is_drawn(session
     """The figure replaces what the cell has printed before."""
     printed = []
     session.namespace["clear_output"] = lambda wait: printed.append(capsys.readouterr().out)
-    monkeypatch.setattr(helpers, "open_drive", lambda folder, place: folder)
+    monkeypatch.setattr(helpers, "open_drive", lambda run, place: helpers.tell(run, "fetched"))
     monkeypatch.setattr(helpers, "copy_to_drive", lambda *arguments, **options: print("Drive is full"))
     monkeypatch.setattr(helpers, "session_warning", lambda drive, practice: "nothing outlives the session")
     session["config"]["drive"] = True

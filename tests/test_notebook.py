@@ -1,13 +1,15 @@
 """The notebook executed whole, in a kernel of its own, on a tiny practice corpus; and what wandb has of it."""
 
 import json
+import os
 import re
 import shutil
 
 import nbformat
 import pandas as pd
 import pytest
-from notebook import NOTEBOOK, TINY, Session, execute, wandb_records, wandb_values
+from nbclient import NotebookClient
+from notebook import NOTEBOOK, ROOT, TINY, Session, execute, wandb_records, wandb_values
 
 CHANGES = {**TINY, "epochs": 3, "learning_rate": 0.003}
 
@@ -89,6 +91,19 @@ def test_the_committed_notebook_is_one_honest_run():
     assert not outputs(notebook, "error")
     assert NOTEBOOK.stat().st_size < 1e6
     assert max(len(cell.source.splitlines()) for cell in cells) <= 30
+
+
+def test_figures_appear_and_nothing_is_red_whatever_the_environment_says():
+    """matplotlib's backend in the environment, as on many servers; ipywidgets missing."""
+    notebook = nbformat.read(NOTEBOOK, as_version=4)
+    stop = next(i for i, cell in enumerate(notebook.cells) if "import matplotlib.pyplot" in cell.source) + 1
+    sources = ["import sys\nsys.modules['ipywidgets'] = None", "plt.plot([1, 2])\nplt.show()"]
+    first, last = map(nbformat.v4.new_code_cell, sources)
+    notebook.cells = [first, *notebook.cells[:stop], last]
+    client = NotebookClient(notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": str(ROOT)}})
+    client.execute(env={**os.environ, "MPLBACKEND": "agg"})
+    assert "image/png" in last.outputs[-1].get("data", {})
+    assert not [output for output in outputs(notebook, "stream") if output.name == "stderr"]
 
 
 def test_variants_are_trained_once_compared_and_a_failed_one_is_noted(corpus, tmp_path, capsys):

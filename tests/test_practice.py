@@ -1,7 +1,10 @@
 """The practice corpus: layout, labels, the same bytes on every run (offline; needs espeakng-loader)."""
 
 import itertools
+import os
 import random
+import re
+import subprocess
 import sys
 from pathlib import Path
 from unittest import mock
@@ -9,10 +12,11 @@ from unittest import mock
 import espeakng_loader
 import numpy as np
 import pytest
+from notebook import ROOT
 from reference import contents, labels_at_centres
 
 import helpers
-from helpers import ARPABET, GRAMMAR, PANGRAMS, PARTITIONS, PHONEMES, VOICES, DataError
+from helpers import ARPABET, GRAMMAR, PANGRAMS, PARTITIONS, PHONEMES, VOICES, DataError, RunError
 
 PHONES = set(PHONEMES[1:40])
 UTTERANCES = (24, 4, 3)  # of the fixture `corpus`
@@ -213,3 +217,26 @@ def test_errors_say_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "espeakng_loader", None)
     with pytest.raises(ImportError, match="pip install espeakng-loader"):
         helpers.speak("Hello.")
+
+
+@pytest.mark.parametrize("torch_version, wanted", [("2.10.0+cu128", "2.10"), ("2.14.1", "2.11")])
+@pytest.mark.parametrize("error", [OSError("undefined symbol: x"), ModuleNotFoundError("No module named 'torchaudio'")])
+def test_which_torchaudio_fits_is_said_where_it_cannot_be_imported(tmp_path, monkeypatch, torch_version, wanted, error):
+    class Broken:  # finds torchaudio first, and fails as its import does
+        @staticmethod
+        def find_spec(name, *_):
+            if name.split(".")[0] == "torchaudio":
+                raise error
+    for name in [name for name in sys.modules if name.split(".")[0] == "torchaudio"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setattr(sys, "meta_path", [Broken, *sys.meta_path])
+    monkeypatch.setattr(helpers.torch, "__version__", torch_version)
+    with pytest.raises(RunError, match=rf'torch {re.escape(torch_version)} .*pip install "torchaudio=={wanted}\.\*"'):
+        helpers.make_practice_corpus(tmp_path / "corpus", (1, 1, 1))
+    assert not list(tmp_path.iterdir())
+
+
+def test_training_on_data_that_are_there_does_without_torchaudio(corpus):
+    code = "import sys; sys.modules['torchaudio'] = None; import helpers; " \
+           f"helpers.warp_maps(0.2, helpers.AudioDataset({str(corpus)!r}, 'dev-clean'))"
+    subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, "PYTHONPATH": str(ROOT)})

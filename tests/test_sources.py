@@ -10,7 +10,7 @@ from types import SimpleNamespace
 from unittest.mock import Mock
 
 import pytest
-from notebook import ROOT, definitions
+from notebook import ROOT, Session, definitions
 
 import helpers
 from helpers import DataError, RunError
@@ -265,6 +265,23 @@ def test_a_folder_of_the_packages_name_does_not_hide_that_it_is_missing(tmp_path
     assert asked == ["nopackage"]
 
 
+def test_what_is_installed_can_be_imported_where_a_folder_of_that_name_was_before(tmp_path, monkeypatch):
+    """wandb's own folder beside the notebook, `import wandb`, and only then the cell that installs it."""
+    (tmp_path / "beside" / "latepackage").mkdir(parents=True)
+    (tmp_path / "site").mkdir()
+    monkeypatch.syspath_prepend(tmp_path / "site")
+    monkeypatch.syspath_prepend(tmp_path / "beside")
+    assert importlib.import_module("latepackage").__file__ is None
+
+    def pip(command, **_):
+        (tmp_path / "site" / "latepackage").mkdir()
+        (tmp_path / "site" / "latepackage" / "__init__.py").write_text("x = 1")
+        return SimpleNamespace(returncode=0)
+    monkeypatch.setattr(subprocess, "run", pip)
+    INSTALL("latepackage")
+    assert importlib.import_module("latepackage").x == 1
+
+
 def test_what_is_missing_is_installed_or_reported(monkeypatch):
     commands = []
 
@@ -277,6 +294,22 @@ def test_what_is_missing_is_installed_or_reported(monkeypatch):
     with pytest.raises(RunError, match="pip could not install no-such-module==2: no such package"):
         INSTALL("numpy", "no-such-module==2")
     assert commands == [[sys.executable, "-m", "pip", "install", "--quiet", "no-such-module==2"]]
+
+
+def test_of_pips_long_message_whole_words_are_shown(monkeypatch):
+    text = "WARNING: " + "Retrying " * 100 + "ERROR: No matching distribution"
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: SimpleNamespace(returncode=1, stderr=text))
+    with pytest.raises(RunError, match="no-such-module: (Retrying )+ERROR: No matching distribution\nIs there"):
+        INSTALL("no-such-module")
+
+
+def test_a_folder_that_cannot_be_written_to_is_reported_before_anything_is_loaded(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(RunError, match="file/runs cannot be written to.*HW1P2_RUNS"):
+        Session(tmp_path / "file" / "runs").run_all(until="def load_data")
+    session = Session(tmp_path / "runs")
+    session.run_all(until="def load_data")
+    assert (tmp_path / "runs").is_dir()
 
 
 TWO = """

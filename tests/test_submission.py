@@ -8,6 +8,7 @@ from unittest import mock
 import numpy as np
 import pandas as pd
 import pytest
+from notebook import definitions
 
 import helpers
 from helpers import PHONEMES, DataError, RunError, check_sample_submission, read_submission, submit
@@ -109,6 +110,45 @@ def test_a_sample_submission_that_does_not_fit_is_named(tmp_path, name):
     path.write_bytes(bytes(99))
     with pytest.raises(DataError, match="sample_submission.csv: "):
         check_sample_submission(tmp_path, 3)
+
+
+def test_a_sample_submission_beside_the_data_is_compared_too(tmp_path, corpus):
+    """As Kaggle mounts a competition."""
+    (tmp_path / "data").mkdir()
+    (tmp_path / "sample_submission.csv").write_text("Id,Label\n0,AA\n1,AA\n")
+    check_sample_submission(tmp_path / "data", 2)
+    with pytest.raises(DataError, match="sample_submission.csv: the sample submission has 2 rows"):
+        check_sample_submission(tmp_path / "data", 3)
+    (tmp_path / "data" / "answers.csv").touch()  # what lies beside a corpus made here is not its own
+    check_sample_submission(tmp_path / "data", 3)
+
+
+def test_a_folder_or_a_dead_link_is_no_sample_submission(tmp_path):
+    (tmp_path / "a_sample_submission.csv").mkdir()
+    (tmp_path / "sample_submission.csv").symlink_to(tmp_path / "nowhere")
+    check_sample_submission(tmp_path, 3)
+
+
+def test_a_csv_that_has_only_a_header_has_no_rows(tmp_path):
+    (tmp_path / "a.csv").write_text("id,label\n")
+    with pytest.raises(DataError, match="0 rows; expected 3"):
+        read_submission(tmp_path / "a.csv", 3)
+
+
+@pytest.mark.parametrize("folder, configured, expected", [
+    ("/kaggle/input/11785-hw-1-p-2-fall-2025-main/11785-f25-hw1p2", "", "11785-hw-1-p-2-fall-2025-main"),
+    ("/kaggle/input/competitions/an-edition-to-come/data", "", "an-edition-to-come"),
+    ("/root/.cache/kagglehub/competitions/11785-hw1p2-f24/x", "", "11785-hw1p2-f24"),
+    ("archive/11785-spring-2026-hw1p2", "", "hw-1-p-2-spring-2026-student-competition"),
+    ("/kaggle/input/somebodys-copy/data", "", ""), ("runs/cache/practice-corpus", "", ""),
+    ("/kaggle/input/competitions/11785-hw1p2-f24/x", "my-edition", "my-edition")])  # the user's word counts
+def test_it_is_submitted_to_the_edition_that_the_data_are_from(folder, configured, expected):
+    default = "11785-spring-25-hw-1-p-2"
+    assert helpers.competition_of(helpers.Path(folder), configured or default) == (expected or default)
+
+
+def test_the_default_edition_is_the_configs():
+    assert definitions()["config"]["competition"] == next(iter(helpers.EDITIONS))
 
 
 @pytest.mark.parametrize("name", ["._sample_submission.csv", ".ipynb_checkpoints/a_sample_submission.csv",

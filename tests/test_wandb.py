@@ -1,6 +1,9 @@
 """Where a run is kept, keys, and wandb: its curves with the real library, offline; and wandb without a network."""
 
+import json
 import os
+import shlex
+import signal
 import subprocess
 import sys
 import threading
@@ -9,14 +12,27 @@ from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import Mock
 
+import numpy as np
+import pandas as pd
 import pytest
 import wandb
 from notebook import ROOT, wandb_records, wandb_values
+from wandb_server import WandbServer
 
 import helpers
-from helpers import RunError, cache_folder, load_secrets, log_history, open_drive, runs_folder, start_wandb, wandb_mode
+from helpers import (
+    RunError,
+    cache_folder,
+    finish_wandb,
+    load_secrets,
+    log_history,
+    open_drive,
+    runs_folder,
+    start_wandb,
+    wandb_mode,
+)
 
-CONFIG = {"Name": "a run (lr=0.01) é", "wandb": "offline", "epochs": 3}
+CONFIG = {"Name": "a run (lr=0.01) é", "wandb": "offline", "epochs": 3, "artifacts": True}
 ROWS = [{"epoch": epoch, "val_acc": epoch / 10, "seconds": 1.5 * epoch} for epoch in range(1, 6)]
 
 
@@ -33,6 +49,18 @@ def plain_environment(tmp_path, monkeypatch):
         wandb.run.finish()
 
 
+@pytest.fixture
+def server(plain_environment, monkeypatch):
+    """A server that takes everything, and a key for it."""
+    server = WandbServer()
+    monkeypatch.setenv("WANDB_BASE_URL", server.url)
+    monkeypatch.setenv("WANDB_API_KEY", "a" * 40)
+    wandb.teardown()  # what it knows of an earlier test's environment
+    yield server
+    helpers._stop_wandb()
+    server.close()
+
+
 def colab(monkeypatch, **modules):
     """This process as one of Colab's: google.colab with these attributes."""
     monkeypatch.setitem(sys.modules, "google.colab", SimpleNamespace(**modules))
@@ -40,11 +68,28 @@ def colab(monkeypatch, **modules):
 
 def run_of(folder, history, run_id="abcd", **changes):
     return SimpleNamespace(config={**CONFIG, **changes}, folder=folder, wandb_id=run_id, history=history, group=None,
-                           model="Network(\n  (0): Linear()\n)", details={"device": "é"})
+                           model="Network(\n  (0): Linear()\n)", details={"device": "é"}, message="")
 
 
 def start(*arguments, **changes):
-    return start_wandb(run_of(*arguments, **changes))
+    run = run_of(*arguments, **changes)
+    start_wandb(run)
+    return run
+
+
+def log(run, history):
+    run.history = history
+    log_history(run)
+
+
+def results_of(folder):
+    """Results as `evaluate_best` makes them, and a submission, of a run in this folder."""
+    confusion = np.eye(42, dtype=int)
+    for name in ("best.pt", "submission.csv"):
+        (folder / name).write_text(name)
+    return SimpleNamespace(best={**ROWS[1], "val_loss": 1.5, "train_acc": 0.1}, test_acc=np.float64(0.25),
+                           accuracy={"frame alone": np.float64(0.2)}, confusion=confusion,
+                           by_phoneme=helpers.accuracy_by_phoneme(confusion))
 
 
 def finished_records(folder):
@@ -57,10 +102,14 @@ def finished_records(folder):
     raise AssertionError(f"{folder}: the run's file has no end")
 
 
+def without_wandbs_own(row):
+    return {key: value for key, value in row.items() if not key.startswith("_")}
+
+
 def rows_in(folder):
     """The rows of the newest offline run, a dict each, without wandb's own entries."""
-    rows = [wandb_values(record.history.item) for record in finished_records(folder) if record.HasField("history")]
-    return [{key: value for key, value in row.items() if not key.startswith("_")} for row in rows]
+    return [without_wandbs_own(wandb_values(record.history.item)) for record in finished_records(folder)
+            if record.HasField("history")]
 
 
 # ---- Folders -----------------------------------------------------------------------------------------------
@@ -74,6 +123,9 @@ def test_runs_go_where_the_environment_says_else_where_kaggle_keeps_them_else_he
                        ("${PLACE}", "elsewhere"), (' "a b" ', "a b"), ("'~/x'\n", tmp_path / "x")]:
         monkeypatch.setenv("HW1P2_RUNS", text)
         assert runs_folder() == Path(path)
+    monkeypatch.setenv("HW1P2_RUNS", "~nosuchuser/x")
+    with pytest.raises(RunError, match="HW1P2_RUNS is ~nosuchuser/x: there is no home directory for ~nosuchuser"):
+        runs_folder()
     for empty in ("", "  ", '""'):
         monkeypatch.setenv("HW1P2_RUNS", empty)
         assert runs_folder() == helpers.KAGGLE / "working" / "runs"
@@ -125,51 +177,68 @@ def test_a_secret_that_never_comes_stops_neither_the_notebook_nor_the_others(mon
 def test_every_epoch_is_in_the_curves_once_whatever_is_logged_between(tmp_path, capfd):
     run = start(tmp_path, [])
     for done in (1, 2, 3):
-        log_history(run, ROWS[:done])
-        log_history(run, ROWS[:done])  # again after an interrupt
+        log(run, ROWS[:done])
+        log(run, ROWS[:done])  # again after an interrupt
         if done == 2:
-            run.log({"chart": 7})
-    run.summary.update({"best_epoch": 2, "best_val_acc": 0.2})
-    run.log({"confusion": 1})
-    assert start(tmp_path, ROWS[:4], epochs=5) is run  # more epochs, in the same session
-    assert run.config["epochs"] == 5
-    log_history(run, ROWS)
-    run.finish()
+            run.wandb.log({"chart": 7})
+    run.wandb.summary.update({"best_epoch": 2, "best_val_acc": 0.2})
+    run.wandb.log({"confusion": 1})
+    again = start(tmp_path, ROWS[:4], epochs=5)  # more epochs, in the same session
+    assert again.wandb is run.wandb and run.wandb.config["epochs"] == 5
+    log(run, ROWS)
+    finish_wandb(run)
     assert rows_in(tmp_path) == [*ROWS[:2], {"chart": 7}, ROWS[2], {"confusion": 1}, *ROWS[3:]]
     metrics = {record.metric.name: record.metric.step_metric for record in finished_records(tmp_path)
                if record.WhichOneof("record_type") == "metric"}
     assert {name: metrics[name] for name in ("val_acc", "seconds")} == {"val_acc": "epoch", "seconds": "epoch"}
-    assert capfd.readouterr() == ("", "")
+    output = capfd.readouterr()
+    assert output.out.count("wandb is offline") == 2 and output.err == ""
+
+
+@pytest.mark.parametrize("mode", ["offline", "online"])
+def test_a_users_own_rows_with_an_epoch_do_not_replace_ours(tmp_path, server, mode):
+    run, theirs = start(tmp_path, [], wandb=mode), []
+    for row in ROWS[:3]:
+        for epoch in (row["epoch"], 150):  # in the loop: this epoch, and for whatever reason a later one
+            theirs.append({"epoch": epoch, "gradient norm": 2.5})
+            run.wandb.log(theirs[-1])
+        log(run, ROWS[:row["epoch"]])
+    finish_wandb(run)
+    rows = rows_in(tmp_path) if mode == "offline" else [*map(without_wandbs_own, server.rows)]
+    assert [row for row in rows if "gradient norm" not in row] == ROWS[:3]
+    assert [row for row in rows if "gradient norm" in row] == theirs
 
 
 def test_a_second_session_has_the_earlier_ones_epochs_too(tmp_path):
-    start(tmp_path, ROWS[:2]).finish()
+    finish_wandb(start(tmp_path, ROWS[:2]))
     assert rows_in(tmp_path) == ROWS[:2]
     run = start(tmp_path, ROWS[:2])
-    log_history(run, ROWS[:3])
-    run.finish()
-    assert run.id == "abcd" and rows_in(tmp_path) == ROWS[:3]
+    log(run, ROWS[:3])
+    finish_wandb(run)
+    assert run.wandb.id == "abcd" and rows_in(tmp_path) == ROWS[:3]
 
 
-def test_the_server_gets_what_it_has_not_got():
+def test_the_server_gets_what_it_has_not_got(tmp_path):
     logged = []
-    run = SimpleNamespace(summary={"epoch": 1, "best_epoch": 3}, log=logged.append, define_metric=lambda *_, **__: 0)
-    log_history(run, ROWS[:3])
+    run = run_of(tmp_path, ROWS[:3])
+    run.wandb = SimpleNamespace(summary={"epochs_sent": 1, "epoch": 150}, log=logged.append,
+                                define_metric=lambda *_, **__: 0, settings=SimpleNamespace(mode="online"))
+    log_history(run)
     assert logged == ROWS[1:3]
 
 
 def test_another_run_that_is_open_is_finished_first(tmp_path):
     first = start(tmp_path / "a", ROWS[:1])
     second = start(tmp_path / "b", ROWS[:2], "other")
-    assert wandb.run is second and second.id == "other"
-    second.finish()
+    assert wandb.run is second.wandb and second.wandb.id == "other"
+    finish_wandb(second)
     assert rows_in(tmp_path / "a") == ROWS[:1] and rows_in(tmp_path / "b") == ROWS[:2]
     with pytest.raises(wandb.errors.UsageError):
-        first.log({"x": 1})
+        first.wandb.log({"x": 1})
 
 
 def test_the_network_is_kept_with_the_run(tmp_path):
-    start(tmp_path / "run (1)", []).finish()
+    finish_wandb(start(tmp_path / "run (1)", []))
     assert (tmp_path / "run (1)" / "model_arch.txt").read_text("utf-8") == "Network(\n  (0): Linear()\n)"
     [kept] = (tmp_path / "run (1)" / "wandb").glob("offline-run-*/files/model_arch.txt")
     assert not kept.is_symlink() and kept.read_text() == (tmp_path / "run (1)" / "model_arch.txt").read_text()
@@ -177,27 +246,60 @@ def test_the_network_is_kept_with_the_run(tmp_path):
     assert "model_arch.txt" in saved
 
 
-def test_disabled_it_does_nothing_and_everything_can_be_called(tmp_path):
+@pytest.mark.parametrize("mode", ["offline", "disabled"])
+def test_what_a_run_gave_is_in_its_own_folder_with_wandb_or_without(tmp_path, mode):
+    run = start(tmp_path, ROWS[:2], wandb=mode)
+    results = results_of(tmp_path)
+    helpers.save_results(run, results)
+    finish_wandb(run, results, tmp_path / "submission.csv")
+    assert pd.read_csv(tmp_path / "history.csv").to_dict("records") == ROWS[:2]
+    confusion = pd.read_csv(tmp_path / "confusion.csv", index_col="true")
+    assert list(confusion) == list(confusion.index) == helpers.PHONEMES
+    assert (confusion.to_numpy() == results.confusion).all()
+    assert pd.read_csv(tmp_path / "by_phoneme.csv", keep_default_na=False)["phoneme"].tolist() == [
+        *results.by_phoneme["phoneme"]]
+    numbers = json.loads((tmp_path / "results.json").read_text())
+    assert numbers == {"best_epoch": 2, "best_val_acc": 0.2, "best_val_loss": 1.5, "best_train_acc": 0.1,
+                       "val_acc, frame alone": 0.2, "test_acc": 0.25}
+
+
+def test_disabled_it_does_nothing_and_everything_can_be_called(tmp_path, monkeypatch):
+    for name in ("init", "Settings", "setup"):
+        monkeypatch.setattr(wandb, name, Mock(side_effect=AssertionError("wandb is asked")))
     run = start(tmp_path, ROWS[:2], wandb="disabled")
-    log_history(run, ROWS[:3])
-    run.summary.update({"x": 1})
-    run.log({"chart": 1})
-    run.finish()
-    assert not (tmp_path / "wandb").exists() and run.settings.mode == "disabled"
+    log(run, ROWS[:3])
+    run.wandb.summary.update({"x": 1})
+    run.wandb.summary["y"] = 2
+    run.wandb.log({"chart": 1})
+    run.wandb.watch(run.model, log="all")
+    finish_wandb(run, results_of(tmp_path), tmp_path / "submission.csv")
+    assert not (tmp_path / "wandb").exists() and run.wandb.settings.mode == "disabled"
+    assert run.message == "wandb is disabled\n"
+
+
+def test_the_command_that_uploads_a_run_can_be_pasted(tmp_path):
+    run = start(tmp_path / "exp 1 (lr=0.01)", ROWS[:1])
+    finish_wandb(run)
+    [line] = [line for line in run.message.splitlines() if "upload" in line]
+    *_, sync, folder = shlex.split(line)
+    assert sync == "sync" and [*Path(folder).glob("*.wandb")]
 
 
 def test_project_and_name_are_the_environments_where_they_are_set(tmp_path, monkeypatch):
-    assert (start(tmp_path / "a", []).project, wandb.run.name) == ("hw1p2", CONFIG["Name"])
+    run = start(tmp_path / "a", []).wandb
+    assert (run.project, run.name) == ("hw1p2", CONFIG["Name"])
     monkeypatch.setenv("WANDB_PROJECT", "mine")
     monkeypatch.setenv("WANDB_NAME", "a name")
-    run = start(tmp_path / "b", [], "other")
+    run = start(tmp_path / "b", [], "other").wandb
     assert (run.project, run.name) == ("mine", "a name")
 
 
 def test_a_run_that_a_sweep_has_opened_gets_the_whole_config_and_the_network(tmp_path, capfd):
     given = wandb.init(mode="offline", dir=tmp_path)
     given.config.update_locked({"epochs": 3, "x": 1}, user="sweep")
-    assert start_wandb(run_of(tmp_path / "run", ROWS[:2]), given) is given
+    run = run_of(tmp_path / "run", ROWS[:2])
+    start_wandb(run, given)
+    assert run.wandb is given
     assert given.config["Name"] == CONFIG["Name"] and given.config["device"] == "é" and given.config["x"] == 1
     assert "locked" not in "".join(capfd.readouterr())  # as wandb says of what is set again
     given.finish()
@@ -208,37 +310,82 @@ def test_a_run_that_a_sweep_has_opened_gets_the_whole_config_and_the_network(tmp
 
 # ---- Online or offline -------------------------------------------------------------------------------------
 
-def test_the_mode_is_the_configs_then_the_environments_then_what_wandb_finds(monkeypatch, capsys):
+def mode_of(choice):
+    run = SimpleNamespace(config={"wandb": choice}, message="")
+    return wandb_mode(run), run.message
+
+
+def test_the_mode_is_the_configs_then_the_environments_then_what_wandb_finds(monkeypatch):
     codes, environments = [], []
 
     def run(command, env, **_):
         environments.append(env)
-        return SimpleNamespace(returncode=codes.pop(), stderr="Traceback\nwandb.errors.X: bad key\n")
+        return SimpleNamespace(returncode=codes.pop(), stdout="bad key\n")
 
     monkeypatch.setattr(subprocess, "run", run)
-    assert [wandb_mode(choice) for choice in ("offline", "disabled")] == ["offline", "disabled"]
+    assert [mode_of(choice) for choice in ("offline", "disabled")] == [("offline", ""), ("disabled", "")]
     monkeypatch.setenv("WANDB_MODE", "disabled")
-    assert [wandb_mode(choice) for choice in ("auto", "offline")] == ["disabled", "offline"]
+    assert [mode_of(choice)[0] for choice in ("auto", "offline")] == ["disabled", "offline"]
     codes.append(0)
-    assert wandb_mode("online") == "online" and environments[-1]["WANDB_MODE"] == "online"
+    assert mode_of("online") == ("online", "") and environments[-1]["WANDB_MODE"] == "online"
     monkeypatch.delenv("WANDB_MODE")
     codes += [1, 3, 0]
-    assert [wandb_mode("auto") for _ in range(3)] == ["online", "offline", "offline"]
-    assert capsys.readouterr().out == "wandb could not log in (wandb.errors.X: bad key): this run is kept offline\n"
-    codes.append(3)
-    assert wandb_mode("online") == "offline" and "no key" in capsys.readouterr().out
+    assert [mode_of("auto") for _ in range(3)] == [
+        ("online", ""), ("offline", ""), ("offline", "wandb could not log in (bad key): this run is kept offline\n")]
+    codes += [4, 3]
+    assert mode_of("online") == ("offline", "wandb could not log in (no key): this run is kept offline\n")
+    assert "(no answer in 25 s)" in mode_of("online")[1]
+
+
+@pytest.mark.parametrize("text, mode", [("Offline", "offline"), (" DISABLED ", "disabled"), ("'offline'", "offline"),
+                                        ("dryrun", "offline"), ('"DryRun"', "offline")])
+def test_the_environments_mode_may_be_written_in_any_way(tmp_path, monkeypatch, text, mode):
+    monkeypatch.setenv("WANDB_MODE", text)
+    run = start(tmp_path / "auto", ROWS[:1], wandb="auto")
+    finish_wandb(run)
+    assert run.wandb.settings.mode == mode and ("wandb sync" in run.message) == (mode == "offline")
+    monkeypatch.setenv("WANDB_MODE", text)
+    run = start(tmp_path / "offline", ROWS[:1], wandb="offline")
+    finish_wandb(run)
+    assert rows_in(tmp_path / "offline") == ROWS[:1]
+
+
+def test_a_mode_that_wandb_does_not_know_is_ignored_with_a_word(tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "of")
+    run = start(tmp_path, ROWS[:1], wandb="offline")
+    finish_wandb(run)
+    assert "WANDB_MODE=of is ignored: expected online, offline or disabled\n" in run.message
+    assert rows_in(tmp_path) == ROWS[:1]
+
+
+@pytest.mark.parametrize("key, words", [("short", "API key must"), ("a" * 40, "API key|authenticate|credentials")])
+def test_why_a_login_failed_is_wandbs_own_sentence(monkeypatch, server, key, words):
+    monkeypatch.setenv("WANDB_API_KEY", key)
+    server.refuses["viewer"] = "the key is not known"
+    mode, message = mode_of("auto")
+    assert mode == "offline" and "pydantic" not in message and key not in message
+    assert message.startswith("wandb could not log in (") and helpers.re.search(words, message), message
+
+
+def test_a_login_without_an_answer_has_an_end(monkeypatch, server):
+    monkeypatch.setattr(helpers, "LOGIN_SECONDS", 2)  # counted from when wandb is loaded
+    server.hangs_at = lambda request: True
+    assert mode_of("auto") == ("offline", "wandb could not log in (no answer in 2 s): this run is kept offline\n")
 
 
 START = """
+import sys
 import helpers
 {first}
-from pathlib import Path
-from types import SimpleNamespace
-run = helpers.start_wandb(SimpleNamespace(config={{"Name": "x", "wandb": {mode!r}}}, folder=Path("run"),
-    wandb_id="abcd", history=[{{"epoch": 1}}], model="Network()", details={{}}, group=None))
-helpers.log_history(run, [{{"epoch": 1}}, {{"epoch": 2}}])
-print("MODE", run.settings.mode)
-run.finish()
+sys.path.insert(0, {tests!r})
+from test_wandb import run_of, results_of, log, finish_wandb, start_wandb, ROWS, Path
+run = run_of(Path("run"), ROWS[:1], wandb={mode!r})
+start_wandb(run)
+{then}
+log(run, ROWS[:2])
+results = results_of(run.folder)
+finish_wandb(run, results, run.folder / "submission.csv")
+print("MODE", run.wandb.settings.mode)
 """
 LOOPBACK = """
 import fcntl, socket, struct
@@ -247,11 +394,29 @@ with socket.socket() as any_socket:  # it is up on any machine without a network
 """
 
 
-def start_in_a_process(mode, first, *prefix, **environment):
-    """Start a run with the real wandb in a process of its own, after the lines `first`; prefix: of the command."""
-    return subprocess.run([*prefix, sys.executable, "-c", START.format(mode=mode, first=first)], capture_output=True,
-                          env={**os.environ, "PYTHONPATH": str(ROOT), **environment}, text=True, timeout=150,
-                          stdin=subprocess.DEVNULL)
+def start_in_a_process(mode, first, *prefix, then="", during=lambda: None, **environment):
+    """A run with the real wandb in a process of its own, after the lines `first`; prefix: of the command.
+
+    then: lines after its start. during: called when the process prints a line that begins with READY; it goes on after.
+    """
+    process = subprocess.Popen([*prefix, sys.executable, "-c", START.format(mode=mode, first=first, then=then,
+                                                                            tests=str(ROOT / "tests"))],
+                               env={**os.environ, "PYTHONPATH": str(ROOT), **environment}, text=True,
+                               stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    killer = threading.Timer(240, process.kill)  # a test must not wait for ever either
+    killer.start()
+    lines = []
+    for line in process.stdout:
+        lines.append(line)
+        if line.startswith("READY"):
+            during()
+            process.stdin.write("\n")
+            process.stdin.flush()
+    process.stdin.close()
+    error = process.stderr.read()
+    process.wait()
+    killer.cancel()
+    return SimpleNamespace(returncode=process.returncode, stdout="".join(lines), stderr=error)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="unshare is Linux's")
@@ -269,16 +434,88 @@ def test_a_key_and_no_connection_is_offline_and_no_key_is_too(tmp_path, place):
     result = start_in_a_process("auto", first, "unshare", "-n", **environment)
     assert result.returncode == 0 and "MODE offline" in result.stdout, result.stderr
     assert ("could not log in" in result.stdout) == (place != "none")
-    assert rows_in(tmp_path / "run") == [{"epoch": 1}, {"epoch": 2}]
+    assert rows_in(tmp_path / "run")[:2] == ROWS[:2]
     assert key not in result.stdout + result.stderr
 
 
 @pytest.mark.parametrize("mode", ["offline", "online"])
 def test_a_service_that_does_not_start_does_not_stop_the_training(mode):
-    result = start_in_a_process(mode, "helpers.wandb_mode = lambda choice: choice", WANDB_X_SERVICE_WAIT="0.001",
-                                WANDB_API_KEY="a" * 40)
+    result = start_in_a_process(mode, "helpers.wandb_mode = lambda run: run.config['wandb']",
+                                WANDB_X_SERVICE_WAIT="0.001", WANDB_API_KEY="a" * 40)
     assert result.returncode == 0 and "MODE disabled" in result.stdout, result.stderr
     assert result.stdout.count("training goes on without it") == 1
+
+
+# ---- The connection is lost --------------------------------------------------------------------------------
+
+LOSE = "print('READY', flush=True); sys.stdin.readline()"
+
+
+@pytest.mark.parametrize("way", ["ends", "hangs"])
+def test_a_connection_that_is_lost_in_training_costs_a_minute_and_no_result(tmp_path, server, way):
+    """Of a run in a process of its own, which comes to its end."""
+    def lose():
+        if way == "ends":
+            server.close()
+        else:
+            server.hangs_at = lambda request: True
+
+    result = start_in_a_process("online", "helpers.UPLOAD_SECONDS = 20", then=LOSE, during=lose)
+    assert result.returncode == 0 and "MODE offline" in result.stdout, (result.stdout, result.stderr)
+    assert f"wandb is online: {server.url}" in result.stdout
+    assert "what is not uploaded yet is kept offline" in result.stdout and "wandb sync" in result.stdout
+    assert [row for row in rows_in(tmp_path / "run") if "epoch" in row] == ROWS[:2]
+    assert any("confusion_matrix_table" in row for row in rows_in(tmp_path / "run"))
+
+
+@pytest.mark.parametrize("way", ["hangs", "refuses"])
+def test_a_run_that_the_server_does_not_create_is_kept_offline_under_its_own_id(tmp_path, server, monkeypatch, way):
+    monkeypatch.setattr(helpers, "WANDB_SECONDS", 20)
+    if way == "hangs":
+        server.hangs_at = lambda request: "upsertBucket" in request
+    else:
+        server.refuses["upsertBucket"] = "permission denied"
+    run = start(tmp_path, ROWS[:2], wandb="online")
+    finish_wandb(run)
+    assert run.wandb.settings.mode == "offline" and run.wandb.id == run.wandb_id == "abcd"
+    assert "is kept offline\nwandb is offline\n" in run.message and "deleted" not in run.message
+    assert rows_in(tmp_path) == ROWS[:2]
+
+
+def test_a_call_that_never_ends_is_given_up_and_the_next_one_is_not_kept_waiting(monkeypatch):
+    never = threading.Event()
+    with pytest.raises(TimeoutError, match="no answer in 0.05 s"):
+        helpers.within(0.05, never.wait)
+    late = []
+    with pytest.raises(TimeoutError):  # it waits for the first one, and is not made up for later
+        helpers.within(0.05, late.append, 1)
+    helpers._stop_wandb()
+    assert helpers.within(60, lambda: 7) == 7
+    never.set()
+    assert helpers.within(60, lambda: 8) == 8 and late == []
+
+
+def test_a_stop_does_not_cut_off_what_wandb_is_doing():
+    going, go_on, done = threading.Event(), threading.Event(), []
+
+    def start():
+        going.set()
+        go_on.wait()
+        done.append("started")
+
+    def stop():
+        going.wait()
+        signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            threading.Thread(target=stop).start()
+            helpers.within(60, start)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    threading.Timer(0.05, go_on.set).start()
+    assert helpers.within(60, lambda: [*done]) == ["started"]  # one at a time: the next call waits for it
 
 
 def fake_init(monkeypatch, refused):
@@ -291,42 +528,55 @@ def fake_init(monkeypatch, refused):
         if error := refused(mode, id):
             raise error
         settings = SimpleNamespace(mode=mode)
-        return SimpleNamespace(id=id, settings=settings, summary={}, dir=files, save=lambda *_, **__: 0)
+        return SimpleNamespace(id=id, settings=settings, summary={}, config={}, dir=files, url="https://x",
+                               save=lambda *_, **__: 0)
 
     monkeypatch.setattr(wandb, "init", init)
-    monkeypatch.setattr(helpers, "wandb_mode", lambda choice: choice)
+    monkeypatch.setattr(helpers, "wandb_mode", lambda run: run.config["wandb"])
     return calls
 
 
-def test_a_run_that_was_deleted_on_the_server_gets_a_new_id(tmp_path, monkeypatch, capsys):
+def test_a_run_that_was_deleted_on_the_server_gets_a_new_id(tmp_path, monkeypatch):
     gone = wandb.errors.CommError("HTTP 409: run abcd was previously created and deleted; try a new run name\nmore")
     calls = fake_init(monkeypatch, lambda mode, run_id: gone if run_id == "abcd" else None)
-    ours = run_of(tmp_path, [], wandb="online")
-    run = start_wandb(ours)
-    assert calls == [("online", "abcd", "allow"), ("online", run.id, "allow")] and run.id != "abcd"
-    assert ours.wandb_id == run.id
-    [line] = capsys.readouterr().out.splitlines()
-    assert "409" in line and f"as the new run {run.id}" in line
+    run = start(tmp_path, [], wandb="online")
+    assert calls == [("online", "abcd", "allow"), ("online", run.wandb.id, "allow")] and run.wandb.id != "abcd"
+    assert run.wandb_id == run.wandb.id
+    first, second = run.message.splitlines()
+    assert "409" in first and f"as the new run {run.wandb_id}" in first and second == "wandb is online: https://x"
 
 
-def test_a_server_that_takes_nothing_leaves_the_run_offline(tmp_path, monkeypatch, capsys):
-    calls = fake_init(monkeypatch, lambda mode, _: wandb.errors.CommError("500") if mode == "online" else None)
-    start(tmp_path, [], wandb="online")
+def test_a_server_that_takes_nothing_leaves_the_run_offline(tmp_path, monkeypatch):
+    gone = wandb.errors.CommError("HTTP 409: deleted")
+    calls = fake_init(monkeypatch, lambda mode, _: gone if mode == "online" else None)
+    run = start(tmp_path, [], wandb="online")
     assert [mode for mode, *_ in calls] == ["online", "online", "offline"] and calls[-1][2] is None
-    assert "kept offline" in capsys.readouterr().out
+    assert "kept offline" in run.message and calls[-1][1] == run.wandb_id
+
+
+@pytest.mark.parametrize("error", [AttributeError("type object 'Settings' has no attribute 'model_fields'"),
+                                   TypeError("str expected"), SystemExit(1)])
+def test_a_wandb_that_is_too_old_or_broken_does_not_stop_the_training(tmp_path, monkeypatch, error):
+    fake_init(monkeypatch, lambda *_: error)
+    run = start(tmp_path, ROWS[:1], wandb="offline")
+    log(run, ROWS[:2])
+    finish_wandb(run, results_of(tmp_path), tmp_path / "submission.csv")
+    assert str(error) in run.message and "training goes on without it\nwandb is disabled\n" in run.message
+    assert len(pd.read_csv(tmp_path / "history.csv")) == 2
 
 
 # ---- Google Drive is there, or not -------------------------------------------------------------------------
 
-def test_drive_is_mounted_on_colab_and_ignored_elsewhere(tmp_path, monkeypatch, capsys):
-    assert open_drive(tmp_path, "run") is None and "ignored" in capsys.readouterr().out
+def test_drive_is_mounted_on_colab_and_ignored_elsewhere(tmp_path, monkeypatch):
+    run = run_of(tmp_path, [])
+    assert open_drive(run, "run") is None and "is ignored here" in run.message
     mounted = []
     colab(monkeypatch, drive=SimpleNamespace(mount=mounted.append))
-    assert open_drive(tmp_path, "run") == Path("/content/drive/MyDrive/hw1p2-runs/run")
+    assert open_drive(run, "run") == Path("/content/drive/MyDrive/hw1p2-runs/run")
     assert mounted == ["/content/drive"]
     colab(monkeypatch, drive=SimpleNamespace(mount=Mock(side_effect=ValueError("mount failed"))))
     with pytest.raises(RunError, match=r"not be mounted \(ValueError: mount failed\).*again.*\['drive'\] = False"):
-        open_drive(tmp_path, "run")
+        open_drive(run, "run")
 
 
 def test_on_colab_without_drive_it_is_reported_that_nothing_stays(monkeypatch):
