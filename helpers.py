@@ -91,7 +91,8 @@ EDITIONS = {  # Kaggle's names of the course's competitions, the default first: 
     "11785-spring-25-hw-1-p-2": "11785-s25-hw1p2", "11785-hw1p2-f24": None,
     "11785-hw-1-p-2-fall-2025-main": "11785-f25-hw1p2",
     "hw-1-p-2-spring-2026-student-competition": "11785-spring-2026-hw1p2",
-    "hw-1-p-2-fall-2026-student-competition": None}
+    "hw-1-p-2-fall-2026-student-competition": None,
+    "hw-1-p-2-fall-2026-slack-competition": None}
 KAGGLE = Path("/kaggle")  # on Kaggle's own notebooks: input/ is what was attached, working/ is kept
 
 
@@ -2176,6 +2177,27 @@ def competition_of(data_folder, competition):
     if "competitions" in parts[:-1]:  # a folder of Kaggle's, and of kagglehub's
         return parts[parts.index("competitions") + 1]
     return next((name for name, folder in EDITIONS.items() if {name, folder} & {*parts}), competition)
+
+
+def submission_message(run):
+    """The message of a submission to Kaggle: the path of the wandb run where it is online, else the run's Name.
+
+    The course's submission code reads the run out of it, in the form HW1P2|WB=entity/project/run_id.
+    """
+    if run.wandb.settings.mode == "online":
+        return f"HW1P2|WB={run.wandb.path}"
+    return run.config["Name"]
+
+
+def hand_in_hint(run, submission, competition):
+    """What it takes to hand a run in, as text: the CSV, the message, the course's code, the wandb run."""
+    lines = [f"To hand it in: submit {submission} at kaggle.com/competitions/{competition}",
+             f"with the message {submission_message(run)}",
+             "The course's submission code goes below this cell: it takes `model`, which has the best weights."]
+    if run.wandb.settings.mode != "online":
+        lines.append("It looks for the wandb run on the server: upload it first; then the message is "
+                     "HW1P2|WB=entity/project/run_id.")
+    return "\n".join(lines)
 
 
 def kaggle_causes(competition):
