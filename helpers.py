@@ -91,7 +91,8 @@ EDITIONS = {  # Kaggle's names of the course's competitions, the default first: 
     "11785-spring-25-hw-1-p-2": "11785-s25-hw1p2", "11785-hw1p2-f24": None,
     "11785-hw-1-p-2-fall-2025-main": "11785-f25-hw1p2",
     "hw-1-p-2-spring-2026-student-competition": "11785-spring-2026-hw1p2",
-    "hw-1-p-2-fall-2026-student-competition": None}
+    "hw-1-p-2-fall-2026-student-competition": None,
+    "hw-1-p-2-fall-2026-slack-competition": None}
 KAGGLE = Path("/kaggle")  # on Kaggle's own notebooks: input/ is what was attached, working/ is kept
 
 
@@ -270,16 +271,29 @@ def _is_one_of(value, allowed):
     return any(type(value) is type(option) and value == option for option in allowed)
 
 
-def check_config(config, options):
+def _spelled(value, allowed):
+    """The one of the allowed values that this text stands for, in upper or lower case; other values as they are."""
+    if not isinstance(value, str) or not isinstance(allowed, (list, tuple)):
+        return value
+    options = allowed if isinstance(allowed, list) else allowed[3:]  # behind (type, lowest, highest)
+    alike = [option for option in options if str(option).casefold() == value.casefold()]
+    return value if value in alike or not alike else alike[0]
+
+
+def check_config(config, options, defaults=None):
     """A checked copy of a config; numpy's numbers and one-element tensors in it become Python's.
 
     options: what each key may be: a list of values, with str among them for the name of a run; (type, lowest, highest),
-    with other values behind them; or str for the name of a folder.
+    with other values behind them; or str for the name of a folder. A text may have other capitals than the option:
+    "GELU" becomes "gelu", "None" None.
+    defaults: the values of keys that are missing; None: they are faults.
     Raises a ValueError that lists every unknown or missing key and every value that is not allowed.
 
     Example: check_config({"epochs": np.int64(3)}, {"epochs": (int, 1, 10)})  # {"epochs": 3}
     """
+    config = {**(defaults or {}), **config}
     config = {key: value.item() if getattr(value, "ndim", None) == 0 else value for key, value in config.items()}
+    config = {key: _spelled(value, options.get(key)) for key, value in config.items()}
     faults = [f"unknown key {key!r}; the keys are {', '.join(options)}" for key in config if key not in options]
     faults += [f"the key {key!r} is missing" for key in options if key not in config]
     for key, allowed in options.items():
@@ -2156,6 +2170,27 @@ def competition_of(data_folder, competition):
     if "competitions" in parts[:-1]:  # a folder of Kaggle's, and of kagglehub's
         return parts[parts.index("competitions") + 1]
     return next((name for name, folder in EDITIONS.items() if {name, folder} & {*parts}), competition)
+
+
+def submission_message(run):
+    """The message of a submission to Kaggle: the path of the wandb run where it is online, else the run's Name.
+
+    The course's submission code reads the run out of it, in the form HW1P2|WB=entity/project/run_id.
+    """
+    if run.wandb.settings.mode == "online":
+        return f"HW1P2|WB={run.wandb.path}"
+    return run.config["Name"]
+
+
+def hand_in_hint(run, submission, competition):
+    """What it takes to hand a run in, as text: the CSV, the message, the course's code, the wandb run."""
+    lines = [f"To hand it in: submit {submission} at kaggle.com/competitions/{competition}",
+             f"with the message {submission_message(run)}",
+             "The course's submission code goes below this cell: it takes `model`, which has the best weights."]
+    if run.wandb.settings.mode != "online":
+        lines.append("It looks for the wandb run on the server: upload it first; then the message is "
+                     "HW1P2|WB=entity/project/run_id.")
+    return "\n".join(lines)
 
 
 def kaggle_causes(competition):

@@ -98,7 +98,7 @@ def definitions():
     What is not installed is left out.
     """
     wanted = {"device", "device_name", "data_device", "config", "ARCHETYPES", "ACTIVATIONS", "INITIALIZATIONS",
-              "NETWORKS", "LOSSES", "OPTIMIZERS", "SCHEDULERS", "AUGMENTATIONS", "ORIGINAL", "SHORTER",
+              "NETWORKS", "LOSSES", "OPTIMIZERS", "SCHEDULERS", "AUGMENTATIONS", "ORIGINAL", "DEFAULTS", "SHORTER",
               "BEFORE", "SWITCHES", "MADE_IN"}
     namespace = {"__name__": "notebook"}
 

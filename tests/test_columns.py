@@ -101,9 +101,9 @@ def test_both_orders_end_with_the_same_accuracy(corpus, turned, tmp_path, monkey
         monkeypatch.setenv("HW1P2_DATA", str(root))
         monkeypatch.setenv("HW1P2_RUNS", str(tmp_path / root.parent.name))
         for seed in (23, 24, 25):
-            config = {**book["config"], **TINY, "epochs": 4, "learning_rate": 0.003, "lr_scale": 1,
+            config = {**book["config"], **TINY, "epochs": 4, "learning_rate": 0.003, "lr_scale": 1, "seed": seed,
                       "Name": f"seed {seed}", "wandb": "disabled"}
-            run = book["make_run"](config, seed=seed)
+            run = book["make_run"](config)
             book["fit"](run)
             accuracies.setdefault(root, []).append(book["evaluate_best"](run).right.mean())
     first, second = (np.mean(each) for each in accuracies.values())

@@ -21,6 +21,7 @@ def check_config(config):
 def test_the_notebooks_own_config_passes():
     check_config(CONFIG)
     assert set(CONFIG) == set(OPTIONS)
+    assert CONFIG == BOOK["DEFAULTS"]
     assert all(CONFIG[key] == value for key, value in {
         "subset": 1, "context": 50, "archetype": "pencil", "activations": "leakyrelu", "batch_norm": True,
         "batchnorm_alternate": False, "learning_rate": 0.001, "dropout": 0.225, "dropout_alternate": True,
@@ -29,11 +30,14 @@ def test_the_notebooks_own_config_passes():
         "freq_mask_param": 4, "time_mask_param": 8}.items())
 
 
-@pytest.mark.parametrize("key", [key for key, allowed in OPTIONS.items() if isinstance(allowed, list)])
+@pytest.mark.parametrize("key", [key for key, allowed in OPTIONS.items()
+                                 if isinstance(allowed, list) and str not in allowed])
 def test_every_option_passes_and_others_are_refused_with_the_options(key):
     for option in OPTIONS[key]:
         check_config({**CONFIG, key: option})
-    for wrong in ("nonsense", 1, 0, 1.0, [], float("nan"), "None", "none", str(OPTIONS[key][0]).upper()):
+        for spelling in (str(option), str(option).upper(), str(option).title()):
+            assert check_config({**CONFIG, key: spelling})[key] == option
+    for wrong in ("nonsense", 1, 0, 1.0, [], float("nan"), "", f"{OPTIONS[key][0]} "):
         with pytest.raises(ValueError) as error:
             check_config({**CONFIG, key: wrong})
         assert repr(key) in str(error.value) and repr(wrong) in str(error.value)
@@ -78,12 +82,28 @@ def test_numbers_outside_their_range_or_of_another_type_are_refused(key):
     wrong = [None, True, False, [], float("nan"), float("inf"), -float("inf"), low - 1, high + 1, -1, 10**400]
     wrong += ["1", "0.001", "nan"]
     wrong += [5.0, 2.5] if kind is int else []
-    wrong += [np.zeros(2), "AUTO"]
+    wrong += [np.zeros(2), "automatic"]
     for value in wrong:
         with pytest.raises(ValueError, match=f"'{key}' is .* allowed: {re.escape(str(low))} to {high}"):
             check_config({**CONFIG, key: value})
     for value in (low, high, *others):
         check_config({**CONFIG, key: value})
+    for value in others:
+        assert check_config({**CONFIG, key: str(value).upper()})[key] == value
+
+
+STARTER = {  # as a course's starter has it, in other spellings
+    "Name": "me", "subset": 1.0, "context": 20, "activations": "GELU", "learning_rate": 0.002, "dropout": 0.25,
+    "optimizers": "SGD", "scheduler": "ReduceLROnPlateau", "epochs": 20, "batch_size": 1024, "weight_decay": 0.05,
+    "weight_initialization": None, "augmentations": "Both", "freq_mask_param": 4, "time_mask_param": 8}
+
+
+def test_a_starters_config_is_completed_by_our_defaults():
+    config = helpers.check_config(STARTER, OPTIONS, BOOK["DEFAULTS"])
+    assert config == {**CONFIG, **STARTER, "activations": "gelu", "optimizers": "sgd",
+                      "scheduler": "reducelronplateau"}
+    with pytest.raises(ValueError, match="the key 'recipe' is missing"):
+        helpers.check_config(STARTER, OPTIONS)
 
 
 def test_unknown_and_missing_keys_are_named_all_at_once():

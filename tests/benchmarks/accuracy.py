@@ -52,7 +52,7 @@ def config_of(recipe, epochs):
                 config[key] = ast.literal_eval(value)
             except (ValueError, SyntaxError):
                 config[key] = value
-    return helpers.check_config(config, NOTEBOOK["OPTIONS"])
+    return helpers.check_config(config, NOTEBOOK["options"]())
 
 
 def narrow(width, match_noise):
