@@ -1857,6 +1857,7 @@ def _stop_wandb():
                 child.kill()
     with contextlib.suppress(Exception):
         within(10, sys.modules["wandb"].teardown)
+    os.environ.pop("WANDB_SERVICE", None)  # where the process was
 
 
 class NoWandb:
