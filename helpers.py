@@ -91,7 +91,8 @@ EDITIONS = {  # Kaggle's names of the course's competitions, the default first: 
     "11785-spring-25-hw-1-p-2": "11785-s25-hw1p2", "11785-hw1p2-f24": None,
     "11785-hw-1-p-2-fall-2025-main": "11785-f25-hw1p2",
     "hw-1-p-2-spring-2026-student-competition": "11785-spring-2026-hw1p2",
-    "hw-1-p-2-fall-2026-student-competition": None}
+    "hw-1-p-2-fall-2026-student-competition": None,
+    "hw-1-p-2-fall-2026-slack-competition": None}
 KAGGLE = Path("/kaggle")  # on Kaggle's own notebooks: input/ is what was attached, working/ is kept
 
 
@@ -693,6 +694,9 @@ def _pack(folder, names, kinds, gap):
             "stds": torch.tensor(np.mean(stds, axis=0), dtype=torch.float32)}
 
 
+READING_CODE = {"_pack": _pack}  # what makes the numbers in the cache, with all that it uses
+
+
 def _npy_files(folder):
     """Sorted names of the utterances' files in a folder, and of all else, which is not data.
 
@@ -754,7 +758,7 @@ def _open_cache(path, key):
         with contextlib.suppress(Exception):  # whatever is wrong with it, it is rebuilt
             packed = load(path)
             code = json.loads(_as_text(packed.pop("code")))
-            if _as_text(packed.pop("key")) == key and not code_differences(code, code_of({"_pack": _pack})):
+            if _as_text(packed.pop("key")) == key and not code_differences(code, code_of(READING_CODE)):
                 return packed
 
 
@@ -789,7 +793,7 @@ def read_partition(root, partition, subset=1, gap=GAP, cache=None):
                 packed = _open_cache(path, key)  # another one may have made it meanwhile
                 if not packed:
                     packed = _pack(folder, names, kinds, gap)
-                    code = json.dumps(code_of({"_pack": _pack}))
+                    code = json.dumps(code_of(READING_CODE))
                     stamped = {**packed, "key": _as_tensor(key), "code": _as_tensor(code)}
                     with atomic_write(path, packed["frames"].nbytes) as temporary:
                         safetensors.torch.save_file(stamped, temporary)
@@ -1457,10 +1461,10 @@ def _config_differences(saved, config, free, off, switches):
         return values.get(key, off.get(key))
 
     def by(values, key):
-        """Which switch, if any, has set a key in a config."""
+        """Which switch, if any, sets this value of a key."""
         for (switch, value), changes in switches.items():
             if values.get(switch) == value and key in changes and values.get(key) == changes[key]:
-                return f" (by config[{switch!r}] = {value!r})"
+                return f" (as config[{switch!r}] = {value!r} sets it)"
         return ""
 
     lines = []
@@ -1511,7 +1515,7 @@ def load_checkpoint(path, config=None, planned=True, off=None, switches=None):
 
 # what makes the weights of every run, beside the notebook's functions
 TRAINING_CODE = {"scale_dropout": scale_dropout, "Batches": Batches, "AudioDataset._batch": AudioDataset._batch,
-                 "_pack": _pack}
+                 **READING_CODE}
 
 
 def check_code(folder, state, code):
@@ -1806,6 +1810,7 @@ def _stop_wandb():
                 child.kill()
     with contextlib.suppress(Exception):
         within(10, sys.modules["wandb"].teardown)
+    os.environ.pop("WANDB_SERVICE", None)  # where the process was
 
 
 class NoWandb:
@@ -2173,6 +2178,27 @@ def competition_of(data_folder, competition):
     if "competitions" in parts[:-1]:  # a folder of Kaggle's, and of kagglehub's
         return parts[parts.index("competitions") + 1]
     return next((name for name, folder in EDITIONS.items() if {name, folder} & {*parts}), competition)
+
+
+def submission_message(run):
+    """The message of a submission to Kaggle: the path of the wandb run where it is online, else the run's Name.
+
+    The course's submission code reads the run out of it, in the form HW1P2|WB=entity/project/run_id.
+    """
+    if run.wandb.settings.mode == "online":
+        return f"HW1P2|WB={run.wandb.path}"
+    return run.config["Name"]
+
+
+def hand_in_hint(run, submission, competition):
+    """What it takes to hand a run in, as text: the CSV, the message, the course's code, the wandb run."""
+    lines = [f"To hand it in: submit {submission} at kaggle.com/competitions/{competition}",
+             f"with the message {submission_message(run)}",
+             "The course's submission code goes below this cell: it takes `model`, which has the best weights."]
+    if run.wandb.settings.mode != "online":
+        lines.append("It looks for the wandb run on the server: upload it first; then the message is "
+                     "HW1P2|WB=entity/project/run_id.")
+    return "\n".join(lines)
 
 
 def kaggle_causes(competition):

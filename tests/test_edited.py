@@ -117,15 +117,19 @@ def test_what_the_user_must_know_is_still_there_when_the_figure_is_drawn(session
     """The figure replaces what the cell has printed before."""
     printed = []
     session.namespace["clear_output"] = lambda wait: printed.append(capsys.readouterr().out)
-    monkeypatch.setattr(helpers, "open_drive", lambda run, place: helpers.tell(run, "fetched"))
+    monkeypatch.setattr(helpers, "open_drive", lambda run, place: helpers.tell(run, "fetched from Drive") or run.folder)
     monkeypatch.setattr(helpers, "copy_to_drive", lambda *arguments, **options: print("Drive is full"))
     monkeypatch.setattr(helpers, "session_warning", lambda drive, practice: "nothing outlives the session")
     session["config"]["drive"] = True
+    session.environment["WANDB_MODE"] = "of"
+    session["config"]["wandb"] = "disabled"
     session.run(TRAINING)
     printed.append(capsys.readouterr().out)
     assert len(printed) == 1 + session["config"]["epochs"]
     for text in printed[1:]:
-        assert "nothing outlives the session" in text and text.endswith("Drive is full\n")
+        for told in ("fetched from Drive", "a new run", "WANDB_MODE=of is ignored", "nothing outlives the session"):
+            assert text.count(told) == 1
+        assert text.endswith("Drive is full\n")
 
 
 # ---- Cells twice, and out of order -------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 import os
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from unittest import mock
 
 import numpy as np
@@ -145,6 +146,25 @@ def test_a_csv_that_has_only_a_header_has_no_rows(tmp_path):
 def test_it_is_submitted_to_the_edition_that_the_data_are_from(folder, configured, expected):
     default = "11785-spring-25-hw-1-p-2"
     assert helpers.competition_of(helpers.Path(folder), configured or default) == (expected or default)
+
+
+def run_on(mode, path="team/hw1p2/ab12cd34"):
+    wandb_run = SimpleNamespace(settings=SimpleNamespace(mode=mode), path=path)
+    return SimpleNamespace(wandb=wandb_run, config={"Name": "wide pencil"})
+
+
+def test_the_message_names_the_wandb_run_where_it_is_online():
+    assert helpers.submission_message(run_on("online")) == "HW1P2|WB=team/hw1p2/ab12cd34"
+    for mode in ("offline", "disabled"):
+        assert helpers.submission_message(run_on(mode)) == "wide pencil"
+
+
+@pytest.mark.parametrize("mode", ["online", "offline"])
+def test_what_handing_in_takes(mode):
+    hint = helpers.hand_in_hint(run_on(mode), "runs/x/submission.csv", "some-competition")
+    assert "runs/x/submission.csv at kaggle.com/competitions/some-competition" in hint
+    assert f"message {helpers.submission_message(run_on(mode))}\n" in hint
+    assert ("upload it first" in hint) == (mode == "offline")
 
 
 def test_the_default_edition_is_the_configs():
