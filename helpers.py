@@ -1972,7 +1972,7 @@ def _tell_wandb(run, seconds, send):
 def _send_config(run):
     """Send what is new in the config, and the text of the model."""
     known = run.wandb.config  # what a sweep has set in it is locked
-    new = {key: value for key, value in _wandb_config(run).items() if known.get(key) != value}
+    new = {key: value for key, value in _wandb_config(run).items() if key not in known or known[key] != value}
     known.update(new, allow_val_change=True)
     architecture = Path(run.wandb.dir, "model_arch.txt")  # in wandb's own folder: uploaded without a link to it
     architecture.write_text(str(run.model), "utf-8")
