@@ -417,16 +417,23 @@ def _used_by(function, source):
     return used
 
 
-def _describe(name, value, texts):
-    """Add to `texts` what a value is, under its name, and what makes it up, under names below that."""
+def _describe(name, value, texts, above=()):
+    """Add to `texts` what a value is, under its name, and what makes it up, under names below that.
+
+    above: the ids of the values that this one is a part of; one that is a part of itself ends there.
+    """
     value = inspect.unwrap(value) if callable(value) else value
+    value = value.__func__ if inspect.ismethod(value) else value
+    if id(value) in above and not _is_simple(value):
+        return
+    above += (id(value),)
     if isinstance(value, functools.partial):
-        _describe(name, value.func, texts)
+        _describe(name, value.func, texts, above)
         given = {**dict(enumerate(value.args)), **value.keywords}
         simple = {key: each for key, each in given.items() if key not in FOR_SPEED and _is_simple(each)}
         texts[f"{name}, given"] = ", ".join(f"{key}={each!r}" for key, each in simple.items()) or "nothing"
         for key in given.keys() - simple.keys() - {*FOR_SPEED}:
-            _describe(f"{name}, {key}", given[key], texts)
+            _describe(f"{name}, {key}", given[key], texts, above)
     elif inspect.isfunction(value) and _is_ours(value):
         key = name if value.__name__ == "<lambda>" else value.__qualname__
         source = None if key in texts else _source(value)
@@ -436,7 +443,7 @@ def _describe(name, value, texts):
             texts[key] = source
             for used, each in _used_by(value, source).items():
                 enclosed = used in value.__code__.co_freevars
-                _describe(f"{key}, {used}" if enclosed else used, each, texts)
+                _describe(f"{key}, {used}" if enclosed else used, each, texts, above)
     elif inspect.isfunction(value) or inspect.isclass(value) or inspect.isbuiltin(value):
         texts.setdefault(name, f"{value.__module__}.{value.__qualname__}")
         members = [each for parent in value.__mro__ if _is_ours(parent) for each in vars(parent).values()
@@ -444,7 +451,7 @@ def _describe(name, value, texts):
         for member in members:
             member = getattr(member, "__func__", None) or getattr(member, "fget", None) or member
             if inspect.isfunction(member):
-                _describe(member.__qualname__, member, texts)
+                _describe(member.__qualname__, member, texts, above)
     elif isinstance(value, torch.Tensor):
         numbers = [f"{each:.4g}" for each in value.flatten()[:1000].tolist()]
         texts[name] = f"{value.dtype} {tuple(value.shape)}: {' '.join(numbers)}"
@@ -454,16 +461,16 @@ def _describe(name, value, texts):
         items = value.items() if isinstance(value, dict) else enumerate(value)
         texts[name] = type(value).__name__
         for key, each in items:
-            _describe(f"{name}.{key}", each, texts)
+            _describe(f"{name}.{key}", each, texts, above)
     else:  # an object: its class, and what it holds
-        _describe(name, type(value), texts)
+        _describe(name, type(value), texts, above)
         held = {key: each for key, each in getattr(value, "__dict__", {}).items() if not key.startswith("_")}
         if isinstance(value, torch.nn.Module):
             held.pop("training")
             held |= {**dict(value.named_parameters()), **dict(value.named_buffers())}
         for key, each in held.items():
             if _is_simple(each) or isinstance(each, torch.Tensor) or inspect.isfunction(each):
-                _describe(f"{name}.{key}", each, texts)
+                _describe(f"{name}.{key}", each, texts, above)
 
 
 def code_of(parts):

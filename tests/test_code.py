@@ -95,6 +95,33 @@ def test_a_difference_shows_the_lines():
     assert lines == ["`train` has changed; - there, + now:", "  -    for _ in range(3):", "  +    for _ in range(4):"]
 
 
+def test_what_refers_to_itself_is_described_once():
+    names = define("""
+        def make():
+            count = lambda n: n and count(n - 1)
+            return count
+
+
+        class Loss:
+            def __init__(self):
+                self.again = self.loss
+
+            def loss(self, logits, phonemes):
+                return helper(logits)
+
+
+        def helper(x):
+            return 1 if x is None else helper(None)
+
+
+        TABLE = {}
+        TABLE["itself"] = TABLE
+    """)
+    code = code_of({"count": names["make"](), "loss": names["Loss"]().loss, "table": names["TABLE"]})
+    assert "count(n - 1)" in code["count"] and "helper(None)" in code["helper"]
+    assert "return helper" in code["Loss.loss"] and code["table"] == "dict"
+
+
 def test_an_edit_of_helpers_after_the_import_is_said_and_is_not_what_runs(monkeypatch, tmp_path):
     assert helpers.edited_hint() == ""
     before = code_of({"mask": helpers.mask_frames})
