@@ -694,6 +694,9 @@ def _pack(folder, names, kinds, gap):
             "stds": torch.tensor(np.mean(stds, axis=0), dtype=torch.float32)}
 
 
+READING_CODE = {"_pack": _pack}  # what makes the numbers in the cache, with all that it uses
+
+
 def _npy_files(folder):
     """Sorted names of the utterances' files in a folder, and of all else, which is not data.
 
@@ -755,7 +758,7 @@ def _open_cache(path, key):
         with contextlib.suppress(Exception):  # whatever is wrong with it, it is rebuilt
             packed = load(path)
             code = json.loads(_as_text(packed.pop("code")))
-            if _as_text(packed.pop("key")) == key and not code_differences(code, code_of({"_pack": _pack})):
+            if _as_text(packed.pop("key")) == key and not code_differences(code, code_of(READING_CODE)):
                 return packed
 
 
@@ -790,7 +793,7 @@ def read_partition(root, partition, subset=1, gap=GAP, cache=None):
                 packed = _open_cache(path, key)  # another one may have made it meanwhile
                 if not packed:
                     packed = _pack(folder, names, kinds, gap)
-                    code = json.dumps(code_of({"_pack": _pack}))
+                    code = json.dumps(code_of(READING_CODE))
                     stamped = {**packed, "key": _as_tensor(key), "code": _as_tensor(code)}
                     with atomic_write(path, packed["frames"].nbytes) as temporary:
                         safetensors.torch.save_file(stamped, temporary)
@@ -980,8 +983,10 @@ def mask_frames(frames, augmentations="Both", freq_mask_param=4, time_mask_param
     Zero is the mean after normalisation.
 
     frames: float16 or float32 (B, 2c+1, k); changed in place, and returned.
-    augmentations: "FreqMask", "TimeMask", "Both" or None.
+    augmentations: "FreqMask", "TimeMask", "Both" or None; a ValueError for others.
     """
+    if augmentations not in ("FreqMask", "TimeMask", "Both", None):
+        raise ValueError(f"there is no mask {augmentations!r}; expected 'FreqMask', 'TimeMask', 'Both' or None")
     bits = frames.view(torch.int16 if frames.dtype == torch.float16 else torch.int32)
     for name, axis, param in (("FreqMask", 2, freq_mask_param), ("TimeMask", 1, time_mask_param)):
         if augmentations in (name, "Both"):
@@ -1115,8 +1120,8 @@ def print_layers(model, frames):
         install("torchsummaryX==1.1.0")
         from torchsummaryX import summary
         summary(model, frames)
-    except (RunError, ImportError) as error:
-        print(f"no table of the layers: {error}\n{model}")
+    except Exception as error:  # it cannot be installed, or does not know what to make of a module
+        print(f"no table of the layers ({error!r:.200}):\n{model}")
 
 
 # ---- Loss and schedule --------------------------------------------------------------------------------------
@@ -1126,12 +1131,15 @@ def loss_weight(criterion, phonemes):
 
     That is the number of frames; or, where torch's cross entropy has weights of the classes or ignores one, the sum of
     the frames' weights, by which it divides. So the loss of a data set does not depend on the size of its batches.
+    Other losses, and functions, are taken for means over the frames.
     """
-    if not isinstance(criterion, (torch.nn.CrossEntropyLoss, torch.nn.NLLLoss)):
+    divides = torch.nn.CrossEntropyLoss.forward, torch.nn.NLLLoss.forward
+    if getattr(type(criterion), "forward", None) not in divides:
         return len(phonemes)
-    if criterion.ignore_index >= 0:
-        phonemes = phonemes[phonemes != criterion.ignore_index]
-    return len(phonemes) if criterion.weight is None else criterion.weight[phonemes].sum()
+    if criterion.weight is None and criterion.ignore_index < 0:
+        return len(phonemes)
+    weights = 1.0 if criterion.weight is None else criterion.weight[phonemes]
+    return (weights * (phonemes != criterion.ignore_index)).sum()
 
 
 def check_schedule(scheduler, step, epochs, steps):
@@ -1453,10 +1461,10 @@ def _config_differences(saved, config, free, off, switches):
         return values.get(key, off.get(key))
 
     def by(values, key):
-        """Which switch, if any, has set a key in a config."""
+        """Which switch, if any, sets this value of a key."""
         for (switch, value), changes in switches.items():
             if values.get(switch) == value and key in changes and values.get(key) == changes[key]:
-                return f" (by config[{switch!r}] = {value!r})"
+                return f" (as config[{switch!r}] = {value!r} sets it)"
         return ""
 
     lines = []
@@ -1507,7 +1515,7 @@ def load_checkpoint(path, config=None, planned=True, off=None, switches=None):
 
 # what makes the weights of every run, beside the notebook's functions
 TRAINING_CODE = {"scale_dropout": scale_dropout, "Batches": Batches, "AudioDataset._batch": AudioDataset._batch,
-                 "_pack": _pack}
+                 **READING_CODE}
 
 
 def check_code(folder, state, code):

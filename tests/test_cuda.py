@@ -125,8 +125,8 @@ def test_warps():
             check(helpers.warp_frames(frames, maps), 64, 11, 28, dtype=torch.float16)
 
 
-@pytest.mark.parametrize("archetype", OPTIONS["archetype"])
-def test_the_loops_without_backward(dataset, monkeypatch, archetype):
+@pytest.mark.parametrize("archetype, weighted", [*((each, False) for each in OPTIONS["archetype"]), ("pyramid", True)])
+def test_the_loops_without_backward(dataset, monkeypatch, archetype, weighted):
     book = definitions()
     book["device"] = "cuda"
     config = {**book["config"], **TINY, "archetype": archetype, "augmentations": "Both"}
@@ -145,8 +145,10 @@ def test_the_loops_without_backward(dataset, monkeypatch, archetype):
     with rehearsal():
         with torch.device("cuda"):
             model = book["Network"](11 * 28, 42, {**config, "weight_initialization": None})
+            weights = {"weight": torch.ones(42), "ignore_index": 0} if weighted else {}
         run = SimpleNamespace(config=config, model=model, precision=torch.float32, optimizer=optimizer,
-                              criterion=torch.nn.CrossEntropyLoss(), scaler=torch.amp.GradScaler("cuda", enabled=False),
+                              criterion=torch.nn.CrossEntropyLoss(**weights),
+                              scaler=torch.amp.GradScaler("cuda", enabled=False),
                               train_loader=helpers.make_loader(train_data, 256, shuffle=True))
         book["train"](run)
         assert len(steps) == -(-len(train_data) // 256)

@@ -92,7 +92,7 @@ def test_a_name_that_passes_the_check_works_to_the_end(corpus, tmp_path, name):
 
 
 def test_a_trial_of_a_sweep_with_many_keys_gets_a_name(session):
-    session.run("def run_variant")
+    session.run("variants = [", "def run_variant")
     keys = ("activations", "batch_norm", "batchnorm_alternate", "dropout", "dropout_alternate", "weight_decay",
             "augmentations", "freq_mask_param", "time_mask_param", "weight_initialization")
     changes = {**{key: session["config"][key] for key in keys}, **QUICK, "subset": 0.5, "epochs": 1}

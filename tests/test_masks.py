@@ -65,6 +65,11 @@ def test_only_zeros_are_added(augmentations, dtype):
     assert torch.equal(masked, original) == (augmentations is None)
 
 
+def test_a_mask_of_another_name_is_refused():
+    with pytest.raises(ValueError, match="no mask 'freqmask'; expected 'FreqMask', 'TimeMask', 'Both' or None"):
+        mask_frames(torch.ones(2, FRAMES, COEFFICIENTS), "freqmask")
+
+
 def test_both_is_one_of_each():
     frames = mask_frames(torch.ones(WINDOWS, FRAMES, COEFFICIENTS), "Both", 4, 8)
     columns, rows = (frames == 0).all(1), (frames == 0).all(2)

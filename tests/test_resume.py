@@ -79,7 +79,7 @@ def test_the_comparison_notices_a_single_bit(whole):
 
 def train_to_the_end(runs, data, **changes):
     """The run in this process; returns its checkpoint, comparable."""
-    run_cells({**QUICK, **changes}, "best = helpers.load_checkpoint", runs, data)
+    run_cells({**QUICK, **changes}, "def evaluate_best", runs, data)
     return kills.frozen(torch.load(runs / "pencil" / "checkpoint.pt", weights_only=True))
 
 
@@ -296,8 +296,9 @@ def test_a_schedule_with_numpys_numbers_is_resumed(corpus, tmp_path):
     def train(runs, epochs):
         session = Session(runs, corpus, {**QUICK, "epochs": 3})
         session.run_all(until=kills.TRAINING)
-        session.namespace["SCHEDULERS"]["steplr"] = lambda optimizer, epochs: torch.optim.lr_scheduler.LambdaLR(
-            optimizer, lambda epoch: np.cos(epoch / 3))
+        session.namespace["SCHEDULERS"]["steplr"] = session["Schedule"](
+            lambda optimizer, epochs, steps: torch.optim.lr_scheduler.LambdaLR(
+                optimizer, lambda epoch: np.cos(epoch / 3)))
         run_epoch = session["run_epoch"]
 
         def stop_later(run, epoch):

@@ -285,6 +285,29 @@ def test_the_command_that_uploads_a_run_can_be_pasted(tmp_path):
     assert sync == "sync" and [*Path(folder).glob("*.wandb")]
 
 
+def test_project_and_name_are_the_environments_where_they_are_set(tmp_path, monkeypatch):
+    run = start(tmp_path / "a", []).wandb
+    assert (run.project, run.name) == ("hw1p2", CONFIG["Name"])
+    monkeypatch.setenv("WANDB_PROJECT", "mine")
+    monkeypatch.setenv("WANDB_NAME", "a name")
+    run = start(tmp_path / "b", [], "other").wandb
+    assert (run.project, run.name) == ("mine", "a name")
+
+
+def test_a_run_that_a_sweep_has_opened_gets_the_whole_config_and_the_network(tmp_path, capfd):
+    given = wandb.init(mode="offline", dir=tmp_path)
+    given.config.update_locked({"epochs": 3, "x": 1}, user="sweep")
+    run = run_of(tmp_path / "run", ROWS[:2])
+    start_wandb(run, given)
+    assert run.wandb is given
+    assert given.config["Name"] == CONFIG["Name"] and given.config["device"] == "é" and given.config["x"] == 1
+    assert "locked" not in "".join(capfd.readouterr())  # as wandb says of what is set again
+    given.finish()
+    assert rows_in(tmp_path) == ROWS[:2]
+    [kept] = tmp_path.glob("wandb/offline-run-*/files/model_arch.txt")
+    assert kept.read_text() == (tmp_path / "run" / "model_arch.txt").read_text() == "Network(\n  (0): Linear()\n)"
+
+
 # ---- Online or offline -------------------------------------------------------------------------------------
 
 def mode_of(choice):

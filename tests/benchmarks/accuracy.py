@@ -7,7 +7,7 @@
 DATA is a folder in the course's layout. A recipe is "best" (the notebook's config as it stands), "original" (that with
 `recipe` "original"), or changes to the original's: key=value,key=value. What is trained is kept in --folder and not
 trained again; killed, the next call resumes at that epoch. `subset` is of the training data; the validation set stays
-whole. Viterbi's weights are chosen on every second utterance and its accuracy is that of the others.
+whole. Viterbi's weights are chosen on each half of the utterances for the other half.
 
 --width narrows the pencil, so that a small set has as many frames per parameter as the course's has for the whole
 network (1.8). The same dropout is more noise in a narrow layer: --match-noise lowers every rate p to the one with
@@ -74,9 +74,9 @@ def narrow(width, match_noise):
 
 def train(config, seed, arguments):
     """What is kept of a run: right or not, bool (n,), for each frame of the validation set by the network alone, by the
-    mean over warps and by Viterbi; the frames on which Viterbi is judged; the history; frames per parameter.
+    mean over warps and by Viterbi; the history; frames per parameter.
     """
-    changes = [f"{key}={config[key]}" for key in config if key not in helpers.FREE_KEYS
+    changes = [f"{key}={config[key]}" for key in config if key not in (*helpers.FREE_KEYS, "seed")
                and (key == "epochs" or config[key] != {**NOTEBOOK["config"], **NOTEBOOK["ORIGINAL"]}[key])]
     network = [f"width={arguments.width}"] * (arguments.width != WIDTH) + ["match-noise"] * arguments.match_noise
     name = "-".join([arguments.data.name, *network, *changes, f"seed={seed}"])
@@ -84,11 +84,11 @@ def train(config, seed, arguments):
     path = arguments.folder / name / "right.npz"
     if not path.exists():
         print(f"# {name}", flush=True)
-        run = NOTEBOOK["make_run"]({**config, "Name": name}, seed=seed)
+        run = NOTEBOOK["make_run"]({**config, "Name": name, "seed": seed})
         history = NOTEBOOK["fit"](run)
         results = NOTEBOOK["evaluate_best"](run)
         with helpers.atomic_write(path, 4 * len(results.truth)) as temporary, open(temporary, "wb") as file:
-            np.savez(file, alone=results.alone == results.truth, mean=results.right, others=results.others,
+            np.savez(file, alone=results.alone == results.truth, mean=results.right,
                      viterbi=results.decoded == results.truth,
                      **{key: [row[key] for row in history] for key in ("seconds", "train_acc", "val_acc")},
                      frames_a_parameter=len(run.train_loader.dataset) / sum(map(torch.numel, run.model.parameters())))
@@ -152,8 +152,8 @@ def main():
           "of a training epoch; the first epoch in which the network alone is as good as the original's best. Below,\n"
           "the network alone after every epoch, and its accuracy while training\n")
     for (epochs, recipe), results in rows.items():
-        alone, mean, viterbi = ([100 * result[name][result["others"] if name == "viterbi" else ...].mean()
-                                 for result in results] for name in ("alone", "mean", "viterbi"))
+        alone, mean, viterbi = ([100 * result[name].mean() for result in results]
+                                for name in ("alone", "mean", "viterbi"))
         gain = sum(np.add.reduceat(ours["alone"].astype(int) - base["alone"], offsets[:-1])
                    for ours, base in zip(results, rows[epochs, "original"])) / len(results)
         low, high = interval(gain, frames)

@@ -43,27 +43,28 @@ class Steps:
 
 
 class Trainer:
-    """A new network, and how it is trained: `usual` by the usual loop, else by the notebook's."""
+    """A new network, and how it is trained: `usual` by the usual loop, else by the notebook's, as one of its runs."""
 
-    def __init__(self, config, usual=False):
+    def __init__(self, config, data, usual=False):
         torch.manual_seed(23)
         self.config, self.usual = config, usual
-        self.model = NOTEBOOK["Network"]((2 * config["context"] + 1) * 28, len(helpers.PHONEMES),
-                                         config).to(common.DEVICE)
+        self.model = NOTEBOOK["make_network"](config, data)
         # the usual precision on a GPU is float16 with a scaler; on a CPU both sides have the same
-        self.dtype = self.model.precision = torch.float16 if usual and common.DEVICE == "cuda" else DTYPE
+        self.precision = torch.float16 if usual and common.DEVICE == "cuda" else DTYPE
+        self.criterion = NOTEBOOK["make_criterion"](config, data)
         self.optimizer = (torch.optim.AdamW(self.model.parameters(), lr=config["learning_rate"],
                                             weight_decay=config["weight_decay"])
                           if usual else NOTEBOOK["make_optimizer"](config, self.model))
-        self.scaler = torch.amp.GradScaler(common.DEVICE, enabled=self.dtype == torch.float16)
+        self.scaler = torch.amp.GradScaler(common.DEVICE, enabled=self.precision == torch.float16)
 
     def train(self, batches):
         """Train on the batches (`Steps`). Returns frames/s."""
         start = common.clock()
         if self.usual:
-            common.usual_train(self.model, batches, NOTEBOOK["criterion"], self.optimizer, self.scaler, self.dtype)
+            common.usual_train(self.model, batches, self.criterion, self.optimizer, self.scaler, self.precision)
         else:
-            NOTEBOOK["train"](self.model, batches, NOTEBOOK["criterion"], self.optimizer, self.scaler, self.config)
+            self.train_loader = batches
+            NOTEBOOK["train"](self)
         return len(batches) * self.config["batch_size"] / (common.clock() - start)
 
 
@@ -103,12 +104,12 @@ def main():
     # whole batches only: the speed of the last, smaller one is another one
     loader.sampler.length -= loader.sampler.length % batch
     usual_data.length -= usual_data.length % batch
-    usual = Trainer(config, usual=True)
+    usual = Trainer(config, dataset, usual=True)
     workers, speeds = common.best_workers(
         lambda n: usual.train(Steps(common.usual_loader(usual_data, batch, n), min(steps, 4))))
     sides = {"usual": (usual, Steps(common.usual_loader(usual_data, batch, workers), steps)),
-             "ours": (Trainer(config), Steps(loader, steps)),
-             'ours, recipe "original"': (Trainer({**config, **NOTEBOOK["ORIGINAL"]}), Steps(loader, steps))}
+             "ours": (Trainer(config, dataset), Steps(loader, steps)),
+             'ours, recipe "original"': (Trainer({**config, **NOTEBOOK["ORIGINAL"]}, dataset), Steps(loader, steps))}
     for trainer, batches in sides.values():
         trainer.train(Steps(batches.loader, 3))  # memory, libraries; not timed
     measures = {name: lambda trainer=trainer, batches=batches: trainer.train(batches)
@@ -116,7 +117,7 @@ def main():
     measures[LIMIT] = lambda: limit(usual.model, batch, max(5, steps // 8))
     common.report("Training", data=f"{description}; {len(dataset):,} training frames",
                   network=f"pencil, context {config['context']}, batch {batch}, masks {config['augmentations']}",
-                  precision=f"ours and the limit {DTYPE}, usual {usual.dtype}", workers=speeds,
+                  precision=f"ours and the limit {DTYPE}, usual {usual.precision}", workers=speeds,
                   runs=f"{arguments.runs} of each side, alternating, {steps} steps each, after a warm-up")
     results = common.alternate(measures, arguments.runs)
     common.print_table(results, "frames/s")
