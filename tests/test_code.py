@@ -95,6 +95,16 @@ def test_a_difference_shows_the_lines():
     assert lines == ["`train` has changed; - there, + now:", "  -    for _ in range(3):", "  +    for _ in range(4):"]
 
 
+def test_an_edit_of_helpers_after_the_import_is_said_and_is_not_what_runs(monkeypatch, tmp_path):
+    assert helpers.edited_hint() == ""
+    before = code_of({"mask": helpers.mask_frames})
+    monkeypatch.setattr(helpers, "_read_source", lambda: "def mask_frames(): pass")
+    assert "restart the kernel" in helpers.edited_hint()
+    assert code_of({"mask": helpers.mask_frames}) == before and "def mask_frames(frames" in before["mask_frames"]
+    monkeypatch.setattr(helpers, "_read_source", lambda: None)  # the file is not there
+    assert helpers.edited_hint() == ""
+
+
 def test_where_there_is_no_source_there_is_no_difference():
     names = {"__name__": "notebook"}
     exec("def train(x):\n    return x + 1", names)
