@@ -1687,6 +1687,7 @@ DRIVE_SLOTS = ("checkpoint-a.zip", "checkpoint-b.zip")  # written in turn
 LOGIN_SECONDS = 25  # how long wandb's login may take, once wandb is loaded
 WANDB_SECONDS = 60  # how long it may take to start a run, or to take its rows
 UPLOAD_SECONDS = 100  # how long it may take for the last rows and the files
+LAST_SECONDS = 20  # how long it may take to end after a failure
 WANDB_MODES = {"online": "online", "run": "online", "offline": "offline", "dryrun": "offline",
                "disabled": "disabled"}
 # Logs in as wandb itself does, and asks the server. The exit status 3: no key is configured, 4: no
@@ -1966,6 +1967,9 @@ def _tell_wandb(run, seconds, send):
         within(seconds, send, run)
     except Exception as error:
         why, mode = shorten(str(error) or type(error).__name__), run.wandb.settings.mode
+        if not isinstance(error, TimeoutError):  # perhaps it takes at least what it was sent before
+            with contextlib.suppress(Exception):
+                within(LAST_SECONDS, run.wandb.finish)
         _stop_wandb()
         if mode == "online":
             tell(run, f"wandb fails ({why}): what is not uploaded yet is kept offline, and so is all that follows")

@@ -181,7 +181,7 @@ def again(runs, corpus, old=None, new=None, **changes):
     if old is not None:
         [source] = [source for source in cells if source.count(old) == 1]
         cells[cells.index(source)] = source.replace(old, new)
-    session.execute(*cells[:next(i for i, source in enumerate(cells) if "log_results(" in source)])
+    session.execute(*cells[:next(i for i, source in enumerate(cells) if "finish_wandb(run, results" in source)])
     return session
 
 

@@ -482,6 +482,24 @@ def test_a_run_that_the_server_does_not_create_is_kept_offline_under_its_own_id(
     assert rows_in(tmp_path) == ROWS[:2]
 
 
+def test_a_run_that_is_online_has_its_curves_and_its_results_on_the_server(tmp_path, server):
+    run = start(tmp_path, ROWS[:2], wandb="online")
+    log(run, ROWS[:3])
+    finish_wandb(run, results_of(tmp_path), tmp_path / "submission.csv")
+    *rows, results = map(without_wandbs_own, server.rows)
+    assert rows == ROWS[:3] and {"by_phoneme", "confusion_matrix_table"} <= set(results)
+    assert any("CreateArtifact" in request and "-abcd" in request for request in server.requests)
+    assert run.message == f"wandb is online: {server.url}/student/hw1p2/runs/abcd\n"
+
+
+def test_a_server_that_refuses_the_results_has_the_curves(tmp_path, server, monkeypatch):
+    monkeypatch.setattr(helpers, "_send_results", Mock(side_effect=[RuntimeError("no artifacts here"), None]))
+    run = start(tmp_path, ROWS[:2], wandb="online")
+    finish_wandb(run, results_of(tmp_path), tmp_path / "submission.csv")
+    assert [*map(without_wandbs_own, server.rows)] == rows_in(tmp_path) == ROWS[:2]
+    assert "wandb fails (no artifacts here)" in run.message and "wandb sync" in run.message
+
+
 def test_a_call_that_never_ends_is_given_up_and_the_next_one_is_not_kept_waiting(monkeypatch):
     never = threading.Event()
     with pytest.raises(TimeoutError, match="no answer in 0.05 s"):
