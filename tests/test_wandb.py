@@ -277,6 +277,15 @@ def test_disabled_it_does_nothing_and_everything_can_be_called(tmp_path, monkeyp
     assert run.message == "wandb is disabled\n"
 
 
+def test_disabled_a_users_own_call_of_wandb_does_nothing_either(tmp_path):
+    start(tmp_path, [], wandb="disabled")
+    wandb.log({"x": 1})
+    run = start(tmp_path, ROWS[:1])  # and the next run is an ordinary one
+    wandb.log({"x": 1})
+    finish_wandb(run)
+    assert rows_in(tmp_path) == [ROWS[0], {"x": 1}]
+
+
 def test_the_command_that_uploads_a_run_can_be_pasted(tmp_path):
     run = start(tmp_path / "exp 1 (lr=0.01)", ROWS[:1])
     finish_wandb(run)
