@@ -345,6 +345,21 @@ def _is_ours(thing):
     return not installed and not path.startswith(tuple(libraries))
 
 
+def _read_source():
+    with contextlib.suppress(OSError):
+        return Path(__file__).read_text("utf-8")
+
+
+_SOURCE = _read_source() or ""  # of this file, as it was imported
+
+
+def edited_hint():
+    """A line for the user where this file was edited after its import; else ""."""
+    if _read_source() in (_SOURCE, None):
+        return ""
+    return "helpers.py was edited after it was imported: restart the kernel, or the edit has no effect"
+
+
 @functools.lru_cache(100)
 def _sources_in(text):
     """The sources of all functions and lambdas in a text, by their first line and name.
@@ -365,7 +380,8 @@ def _sources_in(text):
 def _source(function):
     """The source of a function or a lambda; None where it cannot be had, as in a plain Python prompt."""
     code = function.__code__
-    text = "".join(linecache.getlines(code.co_filename, function.__globals__))
+    imported = code.co_filename == __file__  # the file may have been edited since
+    text = _SOURCE if imported else "".join(linecache.getlines(code.co_filename, function.__globals__))
     try:
         return _sources_in(text).get((code.co_firstlineno, code.co_name))
     except SyntaxError:
@@ -1525,6 +1541,14 @@ def check_code(folder, state, code):
                        "\nUndo the edit to go on with this run, or choose another config['Name'] for a fresh run.")
 
 
+def save_best(run, row):
+    """Write the weights of a run to best.pt, with all that it takes to predict by them. row: of this epoch."""
+    columns = {name: getattr(run.train_loader.dataset, name) for name in ("coefficients", "convention")}
+    save_checkpoint(run.folder / "best.pt", {
+        "model": weights_of(run.model), "config": run.config, "code": run.code, "columns": columns,
+        "precision": str(run.precision).removeprefix("torch."), **row})
+
+
 def load_best(folder, model):
     """Load the weights of the best epoch of the run in this folder into a model.
 
@@ -1580,6 +1604,27 @@ def restore(state, run):
         torch.cuda.set_rng_state_all(state["random_cuda"])
 
 
+def changes_by_hand(run, state):
+    """A line for the user where a run has not the weights or learning rates of its checkpoint, `state`; else "".
+
+    The best weights are known too. In an epoch that was not finished (`run.unsaved`) the training has changed them.
+    """
+    if run.unsaved:
+        return ""
+    changed = []
+    now, there = ([group["lr"] for group in optimizer["param_groups"]]
+                  for optimizer in (run.optimizer.state_dict(), state["optimizer"]))
+    if now != there:
+        changed.append("the learning rate")
+    for known in (state, load_checkpoint(run.folder / "best.pt")):
+        weights = weights_of(run.model)
+        if known is not None and all(weights[name].cpu().equal(each) for name, each in known["model"].items()):
+            break
+    else:
+        changed.append("the weights")
+    return f"{' and '.join(changed)} set by hand: not used, see section 7" if changed else ""
+
+
 def check_parts(run):
     """Raise a RunError where the model or the train_loader that a run has now cannot be trained with, or resumed."""
     parallel = (torch.nn.DataParallel, torch.nn.parallel.DistributedDataParallel)
@@ -1597,7 +1642,8 @@ def start_or_resume(run, checkpoint):
 
     It is written before the first epoch, so that a run killed there keeps its precision and its wandb id.
     run: has `config`, `code` (of `code_of`), `folder`, `train_loader`, `precision`, and what STATEFUL names; gets
-    `history` and `wandb_id`, and if there are epochs, their weights: those of the best one where all are there.
+    `history`, `wandb_id` and `unsaved` (is it in an epoch?), and if there are epochs, their weights: those of the best
+    one where all are there.
     checkpoint: from `load_checkpoint`, None for a new run.
     Returns a line for the user: whether it is a new run, or how many epochs are there.
     """
@@ -1614,6 +1660,7 @@ def start_or_resume(run, checkpoint):
                        "another config['Name'] for a fresh run.")
     check_code(run.folder, checkpoint, run.code)
     restore(checkpoint, run)
+    run.unsaved = False
     run.wandb_id, run.history = checkpoint["wandb_id"], checkpoint["history"]
     done, epochs = len(run.history), run.config["epochs"]
     if done == 0:
@@ -1942,7 +1989,7 @@ def _tell_wandb(run, seconds, send):
 def _send_config(run):
     """Send what is new in the config, and the text of the model."""
     known = run.wandb.config  # what a sweep has set in it is locked
-    new = {key: value for key, value in _wandb_config(run).items() if known.get(key) != value}
+    new = {key: value for key, value in _wandb_config(run).items() if key not in known or known[key] != value}
     known.update(new, allow_val_change=True)
     # in wandb's own folder: uploaded without a link to it
     architecture = Path(run.wandb.dir, "model_arch.txt")
