@@ -1911,10 +1911,12 @@ def _open_wandb(run, mode):
         except Exception as error:  # its service does not start, the server refuses: a dozen reasons
             _stop_wandb()
             why = shorten(str(error) or type(error).__name__)
-            if mode == "online" and again and re.search("deleted|409", why):
-                run.wandb_id, again = secrets.token_hex(4), False
-                tell(run, f"wandb does not take this run ({why}): it goes on as the new run "
-                          f"{run.wandb_id}")
+            if mode == "online" and again and re.search("in use|deleted|409", why):
+                again = False
+                if "in use" not in why:  # by a start that was stopped, and that is ended now
+                    run.wandb_id = secrets.token_hex(4)
+                    tell(run, f"wandb does not take this run ({why}): it goes on as the new run "
+                              f"{run.wandb_id}")
             elif mode == "online":
                 mode = "offline"
                 tell(run, f"wandb does not start this run ({why}): it is kept offline")
@@ -2019,6 +2021,8 @@ def log_history(run):
     if run.history:
         with atomic_write(run.folder / "history.csv", 200 * len(run.history)) as temporary:
             pd.DataFrame(run.history).to_csv(temporary, index=False)
+    else:
+        (run.folder / "history.csv").unlink(missing_ok=True)  # of a run whose checkpoint was deleted
     _tell_wandb(run, WANDB_SECONDS, _send_rows)
 
 

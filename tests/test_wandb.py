@@ -253,6 +253,8 @@ def test_what_a_run_gave_is_in_its_own_folder_with_wandb_or_without(tmp_path, mo
     helpers.save_results(run, results)
     finish_wandb(run, results, tmp_path / "submission.csv")
     assert pd.read_csv(tmp_path / "history.csv").to_dict("records") == ROWS[:2]
+    start(tmp_path, [], wandb=mode, run_id="new")  # its checkpoint was deleted
+    assert not (tmp_path / "history.csv").exists()
     confusion = pd.read_csv(tmp_path / "confusion.csv", index_col="true")
     assert list(confusion) == list(confusion.index) == helpers.PHONEMES
     assert (confusion.to_numpy() == results.confusion).all()
@@ -571,6 +573,13 @@ def test_a_run_that_was_deleted_on_the_server_gets_a_new_id(tmp_path, monkeypatc
     assert run.wandb_id == run.wandb.id
     first, second = run.message.splitlines()
     assert "409" in first and f"as the new run {run.wandb_id}" in first and second == "wandb is online: https://x"
+
+
+def test_an_id_that_a_stopped_start_still_holds_is_free_at_the_second_try(tmp_path, monkeypatch):
+    errors = [wandb.errors.CommError('run ID "abcd" is in use')]
+    calls = fake_init(monkeypatch, lambda *_: errors.pop() if errors else None)
+    run = start(tmp_path, [], wandb="online")
+    assert calls == 2 * [("online", "abcd", "allow")] and run.message == "wandb is online: https://x\n"
 
 
 def test_a_server_that_takes_nothing_leaves_the_run_offline(tmp_path, monkeypatch):
