@@ -288,12 +288,14 @@ def test_disabled_a_users_own_call_of_wandb_does_nothing_either(tmp_path):
     assert rows_in(tmp_path) == [ROWS[0], {"x": 1}]
 
 
-def test_the_command_that_uploads_a_run_can_be_pasted(tmp_path):
-    run = start(tmp_path / "exp 1 (lr=0.01)", ROWS[:1])
+def test_the_command_that_uploads_a_run_can_be_pasted_and_uploads_it(tmp_path, server):
+    run = start(tmp_path / "exp 1 (lr=0.01)", ROWS[:2])
     finish_wandb(run)
     [line] = [line for line in run.message.splitlines() if "upload" in line]
-    *_, sync, folder = shlex.split(line)
-    assert sync == "sync" and [*Path(folder).glob("*.wandb")]
+    command = shlex.split(line)[-3:]
+    assert command[:2] == ["wandb", "sync"]
+    subprocess.run([sys.executable, "-m", *command], check=True, timeout=120, capture_output=True)
+    assert [*map(without_wandbs_own, server.rows)] == ROWS[:2]
 
 
 def test_project_and_name_are_the_environments_where_they_are_set(tmp_path, monkeypatch):
