@@ -200,8 +200,8 @@ def check_writable(folder):
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
-        raise RunError(f"{folder} cannot be written to ({error}). Set the environment variable HW1P2_RUNS to a folder "
-                       "that can, and restart the kernel.") from error
+        raise RunError(f"{folder} cannot be written to ({error}). Set the environment variable "
+                       "HW1P2_RUNS to a folder that can, and restart the kernel.") from error
     return folder
 
 
@@ -1690,8 +1690,8 @@ UPLOAD_SECONDS = 100  # how long it may take for the last rows and the files
 LAST_SECONDS = 20  # how long it may take to end after a failure
 WANDB_MODES = {"online": "online", "run": "online", "offline": "offline", "dryrun": "offline",
                "disabled": "disabled"}
-# Logs in as wandb itself does, and asks the server. The exit status 3: no key is configured, 4: no
-# answer, 1: another reason, which is printed. _exit, because wandb's own end may wait for the network.
+# Logs in as wandb itself does, and asks the server. The exit status 3: no key is configured, 4: no answer,
+# 1: another reason, which is printed. _exit, because wandb's own end may wait for the network.
 WANDB_LOGIN = """
 import os, sys, threading
 status = 1
@@ -1709,7 +1709,7 @@ os._exit(status)
 
 
 def tell(run, line):
-    """Print what the user must know of a run, once, and keep it in `run.message`, which each figure shows again."""
+    """Print what the user must know of a run, once; and keep it in `run.message`, for each figure."""
     if line not in run.message:
         run.message += line + "\n"
         print(line)
@@ -1806,8 +1806,9 @@ def wandb_mode(run):
     environment = {**os.environ, **({} if choice == "auto" else {"WANDB_MODE": "online"})}
     command = [sys.executable, "-c", WANDB_LOGIN.format(seconds=LOGIN_SECONDS)]
     try:
-        login = subprocess.run(command, env=environment, stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-                               stdout=subprocess.PIPE, text=True, timeout=LOGIN_SECONDS + 60)
+        login = subprocess.run(command, env=environment, stdin=subprocess.DEVNULL, text=True,
+                               stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+                               timeout=LOGIN_SECONDS + 60)  # loading Python and wandb, too
         status, why = login.returncode, login.stdout
     except subprocess.TimeoutExpired:
         status = 4
@@ -1882,25 +1883,34 @@ class NoWandb:
         return lambda *arguments, **options: None
 
 
+def _without_wandb():
+    """`NoWandb`; and a disabled run of wandb's own, for a `wandb.log` in a cell of the user's."""
+    with contextlib.suppress(Exception):
+        within(10, functools.partial(sys.modules["wandb"].init, mode="disabled"))
+    return NoWandb()
+
+
 def _init_wandb(run, mode):
     """Start a wandb run in this mode."""
     import wandb  # here, because it takes a second, and benchmarks do without
     os.environ.setdefault("WANDB_DATA_DIR", str(cache_folder() / "wandb"))  # where it prepares uploads
     return wandb.init(
-        mode=mode, id=run.wandb_id, resume="allow" if mode == "online" else None,  # offline it would warn
-        project=os.environ.get("WANDB_PROJECT") or "hw1p2", group=run.group, dir=str(run.folder.resolve()),
+        mode=mode, id=run.wandb_id, group=run.group, dir=str(run.folder.resolve()),
+        resume="allow" if mode == "online" else None,  # offline, some versions warn of it
+        project=os.environ.get("WANDB_PROJECT") or "hw1p2",
         name=os.environ.get("WANDB_NAME") or run.config["Name"][:120], config=_wandb_config(run),
         settings=wandb.Settings(silent=True, console="off", init_timeout=WANDB_SECONDS // 2))
 
 
 def _wandb_config(run):
     """The config with what else is to be known of a run."""
-    return {**run.config, **run.details, "python": platform.python_version(), "torch": torch.__version__}
+    return {**run.config, **run.details, "python": platform.python_version(),
+            "torch": torch.__version__}
 
 
 def _open_wandb(run, mode):
-    """Set `run.wandb` to a new wandb run in this mode; where it does not start, offline; else to `NoWandb`."""
-    run.wandb, again = NoWandb(), True
+    """Set `run.wandb` to a new run in this mode; where it does not start, offline; else to `NoWandb`."""
+    again = True
     while mode != "disabled":
         try:
             run.wandb = within(WANDB_SECONDS, _init_wandb, run, mode)
@@ -1908,15 +1918,19 @@ def _open_wandb(run, mode):
         except Exception as error:  # its service does not start, the server refuses: a dozen reasons
             _stop_wandb()
             why = shorten(str(error) or type(error).__name__)
-            if mode == "online" and again and re.search("deleted|409", why):
-                run.wandb_id, again = secrets.token_hex(4), False
-                tell(run, f"wandb does not take this run ({why}): it goes on as the new run {run.wandb_id}")
+            if mode == "online" and again and re.search("in use|deleted|409", why):
+                again = False
+                if "in use" not in why:  # by a start that was stopped, and that is ended now
+                    run.wandb_id = secrets.token_hex(4)
+                    tell(run, f"wandb does not take this run ({why}): it goes on as the new run "
+                              f"{run.wandb_id}")
             elif mode == "online":
                 mode = "offline"
                 tell(run, f"wandb does not start this run ({why}): it is kept offline")
             else:
                 mode = "disabled"
                 tell(run, f"wandb does not start ({why}): training goes on without it")
+    run.wandb = _without_wandb()
 
 
 def _take_open_run(run):
@@ -1930,7 +1944,7 @@ def _take_open_run(run):
 
 
 def start_wandb(run, wandb_run=None):
-    """Set `run.wandb` to the wandb run of a run, new or still open, and send it the config and the history.
+    """Set `run.wandb` to the wandb run of a run, new or still open; send it the config and the history.
 
     run: has `config`, whose "wandb" is the mode (see `wandb_mode`), `folder`, `wandb_id`, `history`,
     `model`, `details` (a dict: what else to log with the config), `group` (None, or its name) and
@@ -1960,7 +1974,7 @@ def start_wandb(run, wandb_run=None):
 
 
 def _tell_wandb(run, seconds, send):
-    """Call send(run), which talks to `run.wandb`. If that fails, again offline; if that fails too, never again."""
+    """Call send(run), which talks to `run.wandb`; if that fails, again offline, else never again."""
     if isinstance(run.wandb, NoWandb):
         return
     try:
@@ -1972,11 +1986,12 @@ def _tell_wandb(run, seconds, send):
                 within(LAST_SECONDS, run.wandb.finish)
         _stop_wandb()
         if mode == "online":
-            tell(run, f"wandb fails ({why}): what is not uploaded yet is kept offline, and so is all that follows")
+            tell(run, f"wandb fails ({why}): what is not uploaded yet is kept offline, and so is all "
+                      "that follows")
             _open_wandb(run, "offline")
         else:
             tell(run, f"wandb fails ({why}): it goes on without it")
-            run.wandb = NoWandb()
+            run.wandb = _without_wandb()
         _tell_wandb(run, seconds, send)
 
 
@@ -1985,13 +2000,14 @@ def _send_config(run):
     known = run.wandb.config  # what a sweep has set in it is locked
     new = {key: value for key, value in _wandb_config(run).items() if key not in known or known[key] != value}
     known.update(new, allow_val_change=True)
-    architecture = Path(run.wandb.dir, "model_arch.txt")  # in wandb's own folder: uploaded without a link to it
+    # in wandb's own folder: uploaded without a link to it
+    architecture = Path(run.wandb.dir, "model_arch.txt")
     architecture.write_text(str(run.model), "utf-8")
     run.wandb.save(str(architecture), base_path=run.wandb.dir, policy="now")
 
 
 def _send_rows(run):
-    """Send the rows that wandb does not have yet, with the epochs as x axis, and the best accuracy so far.
+    """Send the rows that wandb does not have yet, with the epochs as x axis, and the best accuracy.
 
     What has been sent stands in the run's summary, as `epochs_sent`: "epoch" may be the user's own.
     """
@@ -2008,10 +2024,12 @@ def _send_rows(run):
 
 
 def log_history(run):
-    """Write `run.history`, dicts with "epoch", to history.csv in the run's folder, and send wandb what is new."""
+    """Write `run.history`, dicts with "epoch", to history.csv, and send wandb what is new in it."""
     if run.history:
         with atomic_write(run.folder / "history.csv", 200 * len(run.history)) as temporary:
             pd.DataFrame(run.history).to_csv(temporary, index=False)
+    else:
+        (run.folder / "history.csv").unlink(missing_ok=True)  # of a run whose checkpoint was deleted
     _tell_wandb(run, WANDB_SECONDS, _send_rows)
 
 
@@ -2038,7 +2056,7 @@ def save_results(run, results):
 
 
 def _send_results(run, results, submission):
-    """Send the results: summary, confusion matrix, accuracy of each phoneme, and the files as an artifact."""
+    """Send the results: summary, confusion matrix, accuracy of each phoneme, and files as an artifact."""
     import wandb
     run.wandb.summary.update(_summary(results))
     table = wandb.Table(columns=["Actual", "Predicted", "nPredictions"], data=[
@@ -2055,8 +2073,9 @@ def _send_results(run, results, submission):
 
 
 def finish_wandb(run, results=None, submission=None):
-    """Finish the wandb run of a run, after sending it the results, if any, and the CSV at the path `submission`.
+    """Finish the wandb run of a run, after sending it its last rows, and the results, if any.
 
+    results: see `save_results`. submission: the path of the CSV, for the artifact.
     Offline, the command that uploads the run later is told.
     """
     def send(run):
@@ -2067,7 +2086,8 @@ def finish_wandb(run, results=None, submission=None):
 
     _tell_wandb(run, UPLOAD_SECONDS, send)
     if run.wandb.settings.mode == "offline":
-        tell(run, f"To upload the curves later: wandb sync {shlex.quote(str(Path(run.wandb.dir).parent))}")
+        folder = shlex.quote(str(Path(run.wandb.dir).parent))
+        tell(run, f"To upload the curves later: wandb sync {folder}")
 
 
 def open_drive(run, place):
@@ -2299,9 +2319,10 @@ def import_torchaudio():
         import torchaudio.compliance.kaldi
     except (ImportError, OSError) as error:  # "undefined symbol", where it is made for another torch
         minor = min(int(torch.__version__.split(".")[1]), 11)  # 2.11 is the last, and fits torch up to 2.14
-        raise RunError(f"torchaudio, which makes the MFCCs of a corpus, cannot be imported beside torch "
-                       f"{torch.__version__} ({shorten(error)}): pip install \"torchaudio==2.{minor}.*\", and restart "
-                       f"the kernel.{internet_hint()}") from error
+        raise RunError(
+            f"torchaudio, which makes the MFCCs of a corpus, cannot be imported beside torch "
+            f"{torch.__version__} ({shorten(error)}): pip install \"torchaudio==2.{minor}.*\", and "
+            f"restart the kernel.{internet_hint()}") from error
     return torchaudio
 
 
