@@ -983,7 +983,8 @@ def make_loader(dataset, batch_size, shuffle=False, seed=23):
     """
     if not isinstance(dataset, AudioDataset):
         raise DataError(f"make_loader has got a {type(dataset).__name__}; expected an AudioDataset. A part of the "
-                        "utterances, or several partitions as one, is a folder of links to their files: see the README")
+                        "utterances, or several partitions as one, is a folder of links to their files: see section "
+                        "12 of the notebook")
     return DataLoader(dataset, sampler=Batches(len(dataset), batch_size, shuffle, seed, dataset.frames.device),
                       batch_size=None)
 

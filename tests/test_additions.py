@@ -1,5 +1,6 @@
 """Parts of one's own: the README's additions as they stand there, and what else people put into the tables."""
 
+import json
 import re
 from functools import partial
 from unittest import mock
@@ -8,7 +9,7 @@ import kills
 import numpy as np
 import pytest
 import torch
-from notebook import ROOT, TINY, Session, code_cells, wandb_values
+from notebook import NOTEBOOK, ROOT, TINY, Session, code_cells, wandb_values
 from torch import nn
 from torch.optim import lr_scheduler
 from torch.utils.data import ConcatDataset, DataLoader, Subset, WeightedRandomSampler
@@ -21,8 +22,9 @@ LAST = "# @title The last entries of the wandb run"
 QUICK = {**TINY, "batch_size": 128}
 SECTION = (ROOT / "README.md").read_text("utf-8").split("## Change something")[1].split("\n## ")[0]
 BLOCKS = {re.search(r'config\.update\(Name="(.*?)"', block)[1]: block
-          for block in re.findall(r"```python\n(.*?)```", SECTION, re.S) if "config.update(" in block}
-FOLD = BLOCKS.pop("fold-0")
+          for block in re.findall(r"```python\n(.*?)```", SECTION, re.S)}
+[FOLD] = [block for cell in json.loads(NOTEBOOK.read_text("utf-8"))["cells"]
+          for block in re.findall(r"```python\n(.*?)```", "".join(cell["source"]), re.S) if "fold-0" in block]
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -293,7 +295,7 @@ def test_what_a_run_cannot_be_trained_with_is_refused_in_a_sentence(session):
 def test_a_subset_or_several_sets_are_refused_with_what_to_do(corpus):
     data = helpers.AudioDataset(corpus, "dev-clean")
     for other in (Subset(data, range(10)), ConcatDataset([data, data])):
-        with pytest.raises(DataError, match=f"has got a {type(other).__name__}; .*a folder of links.*README"):
+        with pytest.raises(DataError, match=f"has got a {type(other).__name__}; .*a folder of links.*section 12"):
             helpers.make_loader(other, 8)
 
 
