@@ -200,8 +200,8 @@ def check_writable(folder):
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
-        raise RunError(f"{folder} cannot be written to ({error}). Set the environment variable HW1P2_RUNS to a folder "
-                       "that can, and restart the kernel.") from error
+        raise RunError(f"{folder} cannot be written to ({error}). Set the environment variable "
+                       "HW1P2_RUNS to a folder that can, and restart the kernel.") from error
     return folder
 
 
@@ -345,6 +345,21 @@ def _is_ours(thing):
     return not installed and not path.startswith(tuple(libraries))
 
 
+def _read_source():
+    with contextlib.suppress(OSError):
+        return Path(__file__).read_text("utf-8")
+
+
+_SOURCE = _read_source() or ""  # of this file, as it was imported
+
+
+def edited_hint():
+    """A line for the user where this file was edited after its import; else ""."""
+    if _read_source() in (_SOURCE, None):
+        return ""
+    return "helpers.py was edited after it was imported: restart the kernel, or the edit has no effect"
+
+
 @functools.lru_cache(100)
 def _sources_in(text):
     """The sources of all functions and lambdas in a text, by their first line and name.
@@ -365,7 +380,8 @@ def _sources_in(text):
 def _source(function):
     """The source of a function or a lambda; None where it cannot be had, as in a plain Python prompt."""
     code = function.__code__
-    text = "".join(linecache.getlines(code.co_filename, function.__globals__))
+    imported = code.co_filename == __file__  # the file may have been edited since
+    text = _SOURCE if imported else "".join(linecache.getlines(code.co_filename, function.__globals__))
     try:
         return _sources_in(text).get((code.co_firstlineno, code.co_name))
     except SyntaxError:
@@ -401,16 +417,23 @@ def _used_by(function, source):
     return used
 
 
-def _describe(name, value, texts):
-    """Add to `texts` what a value is, under its name, and what makes it up, under names below that."""
+def _describe(name, value, texts, above=()):
+    """Add to `texts` what a value is, under its name, and what makes it up, under names below that.
+
+    above: the ids of the values that this one is a part of; one that is a part of itself ends there.
+    """
     value = inspect.unwrap(value) if callable(value) else value
+    value = value.__func__ if inspect.ismethod(value) else value
+    if id(value) in above and not _is_simple(value):
+        return
+    above += (id(value),)
     if isinstance(value, functools.partial):
-        _describe(name, value.func, texts)
+        _describe(name, value.func, texts, above)
         given = {**dict(enumerate(value.args)), **value.keywords}
         simple = {key: each for key, each in given.items() if key not in FOR_SPEED and _is_simple(each)}
         texts[f"{name}, given"] = ", ".join(f"{key}={each!r}" for key, each in simple.items()) or "nothing"
         for key in given.keys() - simple.keys() - {*FOR_SPEED}:
-            _describe(f"{name}, {key}", given[key], texts)
+            _describe(f"{name}, {key}", given[key], texts, above)
     elif inspect.isfunction(value) and _is_ours(value):
         key = name if value.__name__ == "<lambda>" else value.__qualname__
         source = None if key in texts else _source(value)
@@ -420,7 +443,7 @@ def _describe(name, value, texts):
             texts[key] = source
             for used, each in _used_by(value, source).items():
                 enclosed = used in value.__code__.co_freevars
-                _describe(f"{key}, {used}" if enclosed else used, each, texts)
+                _describe(f"{key}, {used}" if enclosed else used, each, texts, above)
     elif inspect.isfunction(value) or inspect.isclass(value) or inspect.isbuiltin(value):
         texts.setdefault(name, f"{value.__module__}.{value.__qualname__}")
         members = [each for parent in value.__mro__ if _is_ours(parent) for each in vars(parent).values()
@@ -428,7 +451,7 @@ def _describe(name, value, texts):
         for member in members:
             member = getattr(member, "__func__", None) or getattr(member, "fget", None) or member
             if inspect.isfunction(member):
-                _describe(member.__qualname__, member, texts)
+                _describe(member.__qualname__, member, texts, above)
     elif isinstance(value, torch.Tensor):
         numbers = [f"{each:.4g}" for each in value.flatten()[:1000].tolist()]
         texts[name] = f"{value.dtype} {tuple(value.shape)}: {' '.join(numbers)}"
@@ -438,16 +461,16 @@ def _describe(name, value, texts):
         items = value.items() if isinstance(value, dict) else enumerate(value)
         texts[name] = type(value).__name__
         for key, each in items:
-            _describe(f"{name}.{key}", each, texts)
+            _describe(f"{name}.{key}", each, texts, above)
     else:  # an object: its class, and what it holds
-        _describe(name, type(value), texts)
+        _describe(name, type(value), texts, above)
         held = {key: each for key, each in getattr(value, "__dict__", {}).items() if not key.startswith("_")}
         if isinstance(value, torch.nn.Module):
             held.pop("training")
             held |= {**dict(value.named_parameters()), **dict(value.named_buffers())}
         for key, each in held.items():
             if _is_simple(each) or isinstance(each, torch.Tensor) or inspect.isfunction(each):
-                _describe(f"{name}.{key}", each, texts)
+                _describe(f"{name}.{key}", each, texts, above)
 
 
 def code_of(parts):
@@ -1525,6 +1548,14 @@ def check_code(folder, state, code):
                        "\nUndo the edit to go on with this run, or choose another config['Name'] for a fresh run.")
 
 
+def save_best(run, row):
+    """Write the weights of a run to best.pt, with all that it takes to predict by them. row: of this epoch."""
+    columns = {name: getattr(run.train_loader.dataset, name) for name in ("coefficients", "convention")}
+    save_checkpoint(run.folder / "best.pt", {
+        "model": weights_of(run.model), "config": run.config, "code": run.code, "columns": columns,
+        "precision": str(run.precision).removeprefix("torch."), **row})
+
+
 def load_best(folder, model):
     """Load the weights of the best epoch of the run in this folder into a model.
 
@@ -1580,6 +1611,27 @@ def restore(state, run):
         torch.cuda.set_rng_state_all(state["random_cuda"])
 
 
+def changes_by_hand(run, state):
+    """A line for the user where a run has not the weights or learning rates of its checkpoint, `state`; else "".
+
+    The best weights are known too. In an epoch that was not finished (`run.unsaved`) the training has changed them.
+    """
+    if run.unsaved:
+        return ""
+    changed = []
+    now, there = ([group["lr"] for group in optimizer["param_groups"]]
+                  for optimizer in (run.optimizer.state_dict(), state["optimizer"]))
+    if now != there:
+        changed.append("the learning rate")
+    for known in (state, load_checkpoint(run.folder / "best.pt")):
+        weights = weights_of(run.model)
+        if known is not None and all(weights[name].cpu().equal(each) for name, each in known["model"].items()):
+            break
+    else:
+        changed.append("the weights")
+    return f"{' and '.join(changed)} set by hand: not used, see section 7" if changed else ""
+
+
 def check_parts(run):
     """Raise a RunError where the model or the train_loader that a run has now cannot be trained with, or resumed."""
     parallel = (torch.nn.DataParallel, torch.nn.parallel.DistributedDataParallel)
@@ -1597,7 +1649,8 @@ def start_or_resume(run, checkpoint):
 
     It is written before the first epoch, so that a run killed there keeps its precision and its wandb id.
     run: has `config`, `code` (of `code_of`), `folder`, `train_loader`, `precision`, and what STATEFUL names; gets
-    `history` and `wandb_id`, and if there are epochs, their weights: those of the best one where all are there.
+    `history`, `wandb_id` and `unsaved` (is it in an epoch?), and if there are epochs, their weights: those of the best
+    one where all are there.
     checkpoint: from `load_checkpoint`, None for a new run.
     Returns a line for the user: whether it is a new run, or how many epochs are there.
     """
@@ -1614,6 +1667,7 @@ def start_or_resume(run, checkpoint):
                        "another config['Name'] for a fresh run.")
     check_code(run.folder, checkpoint, run.code)
     restore(checkpoint, run)
+    run.unsaved = False
     run.wandb_id, run.history = checkpoint["wandb_id"], checkpoint["history"]
     done, epochs = len(run.history), run.config["epochs"]
     if done == 0:
@@ -1633,10 +1687,11 @@ DRIVE_SLOTS = ("checkpoint-a.zip", "checkpoint-b.zip")  # written in turn
 LOGIN_SECONDS = 25  # how long wandb's login may take, once wandb is loaded
 WANDB_SECONDS = 60  # how long it may take to start a run, or to take its rows
 UPLOAD_SECONDS = 100  # how long it may take for the last rows and the files
+LAST_SECONDS = 20  # how long it may take to end after a failure
 WANDB_MODES = {"online": "online", "run": "online", "offline": "offline", "dryrun": "offline",
                "disabled": "disabled"}
-# Logs in as wandb itself does, and asks the server. The exit status 3: no key is configured, 4: no
-# answer, 1: another reason, which is printed. _exit, because wandb's own end may wait for the network.
+# Logs in as wandb itself does, and asks the server. The exit status 3: no key is configured, 4: no answer,
+# 1: another reason, which is printed. _exit, because wandb's own end may wait for the network.
 WANDB_LOGIN = """
 import os, sys, threading
 status = 1
@@ -1654,7 +1709,7 @@ os._exit(status)
 
 
 def tell(run, line):
-    """Print what the user must know of a run, once, and keep it in `run.message`, which each figure shows again."""
+    """Print what the user must know of a run, once; and keep it in `run.message`, for each figure."""
     if line not in run.message:
         run.message += line + "\n"
         print(line)
@@ -1751,8 +1806,9 @@ def wandb_mode(run):
     environment = {**os.environ, **({} if choice == "auto" else {"WANDB_MODE": "online"})}
     command = [sys.executable, "-c", WANDB_LOGIN.format(seconds=LOGIN_SECONDS)]
     try:
-        login = subprocess.run(command, env=environment, stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-                               stdout=subprocess.PIPE, text=True, timeout=LOGIN_SECONDS + 60)
+        login = subprocess.run(command, env=environment, stdin=subprocess.DEVNULL, text=True,
+                               stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+                               timeout=LOGIN_SECONDS + 60)  # loading Python and wandb, too
         status, why = login.returncode, login.stdout
     except subprocess.TimeoutExpired:
         status = 4
@@ -1827,25 +1883,34 @@ class NoWandb:
         return lambda *arguments, **options: None
 
 
+def _without_wandb():
+    """`NoWandb`; and a disabled run of wandb's own, for a `wandb.log` in a cell of the user's."""
+    with contextlib.suppress(Exception):
+        within(10, functools.partial(sys.modules["wandb"].init, mode="disabled"))
+    return NoWandb()
+
+
 def _init_wandb(run, mode):
     """Start a wandb run in this mode."""
     import wandb  # here, because it takes a second, and benchmarks do without
     os.environ.setdefault("WANDB_DATA_DIR", str(cache_folder() / "wandb"))  # where it prepares uploads
     return wandb.init(
-        mode=mode, id=run.wandb_id, resume="allow" if mode == "online" else None,  # offline it would warn
-        project=os.environ.get("WANDB_PROJECT") or "hw1p2", group=run.group, dir=str(run.folder.resolve()),
+        mode=mode, id=run.wandb_id, group=run.group, dir=str(run.folder.resolve()),
+        resume="allow" if mode == "online" else None,  # offline, some versions warn of it
+        project=os.environ.get("WANDB_PROJECT") or "hw1p2",
         name=os.environ.get("WANDB_NAME") or run.config["Name"][:120], config=_wandb_config(run),
         settings=wandb.Settings(silent=True, console="off", init_timeout=WANDB_SECONDS // 2))
 
 
 def _wandb_config(run):
     """The config with what else is to be known of a run."""
-    return {**run.config, **run.details, "python": platform.python_version(), "torch": torch.__version__}
+    return {**run.config, **run.details, "python": platform.python_version(),
+            "torch": torch.__version__}
 
 
 def _open_wandb(run, mode):
-    """Set `run.wandb` to a new wandb run in this mode; where it does not start, offline; else to `NoWandb`."""
-    run.wandb, again = NoWandb(), True
+    """Set `run.wandb` to a new run in this mode; where it does not start, offline; else to `NoWandb`."""
+    again = True
     while mode != "disabled":
         try:
             run.wandb = within(WANDB_SECONDS, _init_wandb, run, mode)
@@ -1853,15 +1918,19 @@ def _open_wandb(run, mode):
         except Exception as error:  # its service does not start, the server refuses: a dozen reasons
             _stop_wandb()
             why = shorten(str(error) or type(error).__name__)
-            if mode == "online" and again and re.search("deleted|409", why):
-                run.wandb_id, again = secrets.token_hex(4), False
-                tell(run, f"wandb does not take this run ({why}): it goes on as the new run {run.wandb_id}")
+            if mode == "online" and again and re.search("in use|deleted|409", why):
+                again = False
+                if "in use" not in why:  # by a start that was stopped, and that is ended now
+                    run.wandb_id = secrets.token_hex(4)
+                    tell(run, f"wandb does not take this run ({why}): it goes on as the new run "
+                              f"{run.wandb_id}")
             elif mode == "online":
                 mode = "offline"
                 tell(run, f"wandb does not start this run ({why}): it is kept offline")
             else:
                 mode = "disabled"
                 tell(run, f"wandb does not start ({why}): training goes on without it")
+    run.wandb = _without_wandb()
 
 
 def _take_open_run(run):
@@ -1875,7 +1944,7 @@ def _take_open_run(run):
 
 
 def start_wandb(run, wandb_run=None):
-    """Set `run.wandb` to the wandb run of a run, new or still open, and send it the config and the history.
+    """Set `run.wandb` to the wandb run of a run, new or still open; send it the config and the history.
 
     run: has `config`, whose "wandb" is the mode (see `wandb_mode`), `folder`, `wandb_id`, `history`,
     `model`, `details` (a dict: what else to log with the config), `group` (None, or its name) and
@@ -1905,20 +1974,24 @@ def start_wandb(run, wandb_run=None):
 
 
 def _tell_wandb(run, seconds, send):
-    """Call send(run), which talks to `run.wandb`. If that fails, again offline; if that fails too, never again."""
+    """Call send(run), which talks to `run.wandb`; if that fails, again offline, else never again."""
     if isinstance(run.wandb, NoWandb):
         return
     try:
         within(seconds, send, run)
     except Exception as error:
         why, mode = shorten(str(error) or type(error).__name__), run.wandb.settings.mode
+        if not isinstance(error, TimeoutError):  # perhaps it takes at least what it was sent before
+            with contextlib.suppress(Exception):
+                within(LAST_SECONDS, run.wandb.finish)
         _stop_wandb()
         if mode == "online":
-            tell(run, f"wandb fails ({why}): what is not uploaded yet is kept offline, and so is all that follows")
+            tell(run, f"wandb fails ({why}): what is not uploaded yet is kept offline, and so is all "
+                      "that follows")
             _open_wandb(run, "offline")
         else:
             tell(run, f"wandb fails ({why}): it goes on without it")
-            run.wandb = NoWandb()
+            run.wandb = _without_wandb()
         _tell_wandb(run, seconds, send)
 
 
@@ -1927,13 +2000,14 @@ def _send_config(run):
     known = run.wandb.config  # what a sweep has set in it is locked
     new = {key: value for key, value in _wandb_config(run).items() if key not in known or known[key] != value}
     known.update(new, allow_val_change=True)
-    architecture = Path(run.wandb.dir, "model_arch.txt")  # in wandb's own folder: uploaded without a link to it
+    # in wandb's own folder: uploaded without a link to it
+    architecture = Path(run.wandb.dir, "model_arch.txt")
     architecture.write_text(str(run.model), "utf-8")
     run.wandb.save(str(architecture), base_path=run.wandb.dir, policy="now")
 
 
 def _send_rows(run):
-    """Send the rows that wandb does not have yet, with the epochs as x axis, and the best accuracy so far.
+    """Send the rows that wandb does not have yet, with the epochs as x axis, and the best accuracy.
 
     What has been sent stands in the run's summary, as `epochs_sent`: "epoch" may be the user's own.
     """
@@ -1950,10 +2024,12 @@ def _send_rows(run):
 
 
 def log_history(run):
-    """Write `run.history`, dicts with "epoch", to history.csv in the run's folder, and send wandb what is new."""
+    """Write `run.history`, dicts with "epoch", to history.csv, and send wandb what is new in it."""
     if run.history:
         with atomic_write(run.folder / "history.csv", 200 * len(run.history)) as temporary:
             pd.DataFrame(run.history).to_csv(temporary, index=False)
+    else:
+        (run.folder / "history.csv").unlink(missing_ok=True)  # of a run whose checkpoint was deleted
     _tell_wandb(run, WANDB_SECONDS, _send_rows)
 
 
@@ -1980,7 +2056,7 @@ def save_results(run, results):
 
 
 def _send_results(run, results, submission):
-    """Send the results: summary, confusion matrix, accuracy of each phoneme, and the files as an artifact."""
+    """Send the results: summary, confusion matrix, accuracy of each phoneme, and files as an artifact."""
     import wandb
     run.wandb.summary.update(_summary(results))
     table = wandb.Table(columns=["Actual", "Predicted", "nPredictions"], data=[
@@ -1997,8 +2073,9 @@ def _send_results(run, results, submission):
 
 
 def finish_wandb(run, results=None, submission=None):
-    """Finish the wandb run of a run, after sending it the results, if any, and the CSV at the path `submission`.
+    """Finish the wandb run of a run, after sending it its last rows, and the results, if any.
 
+    results: see `save_results`. submission: the path of the CSV, for the artifact.
     Offline, the command that uploads the run later is told.
     """
     def send(run):
@@ -2009,7 +2086,8 @@ def finish_wandb(run, results=None, submission=None):
 
     _tell_wandb(run, UPLOAD_SECONDS, send)
     if run.wandb.settings.mode == "offline":
-        tell(run, f"To upload the curves later: wandb sync {shlex.quote(str(Path(run.wandb.dir).parent))}")
+        folder = shlex.quote(str(Path(run.wandb.dir).parent))
+        tell(run, f"To upload the curves later: wandb sync {folder}")
 
 
 def open_drive(run, place):
@@ -2241,9 +2319,10 @@ def import_torchaudio():
         import torchaudio.compliance.kaldi
     except (ImportError, OSError) as error:  # "undefined symbol", where it is made for another torch
         minor = min(int(torch.__version__.split(".")[1]), 11)  # 2.11 is the last, and fits torch up to 2.14
-        raise RunError(f"torchaudio, which makes the MFCCs of a corpus, cannot be imported beside torch "
-                       f"{torch.__version__} ({shorten(error)}): pip install \"torchaudio==2.{minor}.*\", and restart "
-                       f"the kernel.{internet_hint()}") from error
+        raise RunError(
+            f"torchaudio, which makes the MFCCs of a corpus, cannot be imported beside torch "
+            f"{torch.__version__} ({shorten(error)}): pip install \"torchaudio==2.{minor}.*\", and "
+            f"restart the kernel.{internet_hint()}") from error
     return torchaudio
 
 

@@ -95,6 +95,43 @@ def test_a_difference_shows_the_lines():
     assert lines == ["`train` has changed; - there, + now:", "  -    for _ in range(3):", "  +    for _ in range(4):"]
 
 
+def test_what_refers_to_itself_is_described_once():
+    names = define("""
+        def make():
+            count = lambda n: n and count(n - 1)
+            return count
+
+
+        class Loss:
+            def __init__(self):
+                self.again = self.loss
+
+            def loss(self, logits, phonemes):
+                return helper(logits)
+
+
+        def helper(x):
+            return 1 if x is None else helper(None)
+
+
+        TABLE = {}
+        TABLE["itself"] = TABLE
+    """)
+    code = code_of({"count": names["make"](), "loss": names["Loss"]().loss, "table": names["TABLE"]})
+    assert "count(n - 1)" in code["count"] and "helper(None)" in code["helper"]
+    assert "return helper" in code["Loss.loss"] and code["table"] == "dict"
+
+
+def test_an_edit_of_helpers_after_the_import_is_said_and_is_not_what_runs(monkeypatch, tmp_path):
+    assert helpers.edited_hint() == ""
+    before = code_of({"mask": helpers.mask_frames})
+    monkeypatch.setattr(helpers, "_read_source", lambda: "def mask_frames(): pass")
+    assert "restart the kernel" in helpers.edited_hint()
+    assert code_of({"mask": helpers.mask_frames}) == before and "def mask_frames(frames" in before["mask_frames"]
+    monkeypatch.setattr(helpers, "_read_source", lambda: None)  # the file is not there
+    assert helpers.edited_hint() == ""
+
+
 def test_where_there_is_no_source_there_is_no_difference():
     names = {"__name__": "notebook"}
     exec("def train(x):\n    return x + 1", names)
@@ -144,7 +181,7 @@ def again(runs, corpus, old=None, new=None, **changes):
     if old is not None:
         [source] = [source for source in cells if source.count(old) == 1]
         cells[cells.index(source)] = source.replace(old, new)
-    session.execute(*cells[:next(i for i, source in enumerate(cells) if "log_results(" in source)])
+    session.execute(*cells[:next(i for i, source in enumerate(cells) if "finish_wandb(run, results" in source)])
     return session
 
 

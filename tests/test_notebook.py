@@ -11,6 +11,8 @@ import pytest
 from nbclient import NotebookClient
 from notebook import NOTEBOOK, ROOT, TINY, Session, execute, wandb_records, wandb_values
 
+import helpers
+
 CHANGES = {**TINY, "epochs": 3, "learning_rate": 0.003}
 
 
@@ -53,6 +55,13 @@ def test_it_leaves_one_line_an_epoch_one_figure_and_no_trail_of_a_bar(executed):
     [training] = [cell for cell in executed.cells if cell.source.startswith("run = make_run(config)")]
     assert sum("image/png" in output.get("data", {}) for output in training.outputs) == 1
     assert len(nbformat.writes(executed)) < 1e6
+
+
+def test_the_checkpoint_has_the_code_of_the_cells_and_of_helpers(executed, runs):
+    for file in ("checkpoint.pt", "best.pt"):
+        code = helpers.load_checkpoint(runs / "pencil" / file)["code"]
+        assert code["train"].startswith("def train(run):") and "self.model(" in code["Network.forward"]
+        assert code["_mfccs"].startswith("def _mfccs(") and "LeakyReLU" in code["layer model.2"]
 
 
 def test_offline_wandb_has_every_metric_of_every_epoch(executed, runs):

@@ -100,7 +100,7 @@ def runs(trained, tmp_path):
 def test_a_finished_run_goes_straight_to_figures_and_csv(runs, corpus):
     checkpoint = runs / "pencil" / "checkpoint.pt"
     before = checkpoint.stat().st_mtime_ns, checkpoint.read_bytes()
-    namespace = run_cells(QUICK, "helpers.log_results(", runs, corpus)
+    namespace = run_cells(QUICK, "helpers.finish_wandb(run, results", runs, corpus)
     assert (checkpoint.stat().st_mtime_ns, checkpoint.read_bytes()) == before  # an epoch would have written it
     assert len(namespace["history"]) == 1
     labels = helpers.read_submission(runs / "pencil" / "submission.csv", len(namespace["test_data"]))

@@ -167,6 +167,44 @@ def test_a_run_without_results_has_no_decoder(trained, tmp_path):
     assert new_session(runs).call("load_run", "pencil").decoder is None
 
 
+# ---- What is thrown away -----------------------------------------------------------------------------------
+
+def test_a_learning_rate_or_weights_set_by_hand_are_not_used_and_that_is_said(corpus, tmp_path, capsys):
+    session = Session(tmp_path, corpus, {**QUICK, "epochs": 1, "scheduler": "steplr", "dropout_scale": 1})
+    session.run_all(until=TRAINING)
+    run = session.call("make_run", session["config"])
+    run.optimizer.param_groups[0]["lr"] = 7.0
+    with torch.no_grad():
+        next(run.model.parameters()).zero_()
+    session.call("fit", run)
+    assert "the learning rate and the weights set by hand: not used, see section 7" in capsys.readouterr().out
+    assert run.history[0]["learning_rate"] < 1
+    fresh = session.call("make_run", session["config"])  # what the run itself has changed is nobody's hand
+    session.run("def evaluate_best")
+    session.call("evaluate_best", fresh)
+    fresh.config["epochs"] = 2
+    session.call("fit", fresh)
+    session.call("fit", fresh)
+    assert len(fresh.history) == 2 and "by hand" not in fresh.message
+
+
+def test_what_an_interrupted_epoch_has_changed_is_not_by_hand(corpus, tmp_path):
+    session = Session(tmp_path, corpus, {**QUICK, "epochs": 1})
+    session.run_all(until=TRAINING)
+    run, train = session.call("make_run", session["config"]), session["train"]
+
+    def interrupted(run):
+        train(run)
+        raise KeyboardInterrupt
+
+    session.namespace["run_epoch"] = lambda run, epoch: interrupted(run)
+    with pytest.raises(KeyboardInterrupt):
+        session.call("fit", run)
+    with pytest.raises(KeyboardInterrupt):
+        session.call("fit", run)
+    assert "by hand" not in run.message
+
+
 # ---- Started from another run ------------------------------------------------------------------------------
 
 def test_a_run_starts_from_the_best_weights_of_another(trained, corpus, tmp_path):

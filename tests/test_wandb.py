@@ -253,6 +253,8 @@ def test_what_a_run_gave_is_in_its_own_folder_with_wandb_or_without(tmp_path, mo
     helpers.save_results(run, results)
     finish_wandb(run, results, tmp_path / "submission.csv")
     assert pd.read_csv(tmp_path / "history.csv").to_dict("records") == ROWS[:2]
+    start(tmp_path, [], wandb=mode, run_id="new")  # its checkpoint was deleted
+    assert not (tmp_path / "history.csv").exists()
     confusion = pd.read_csv(tmp_path / "confusion.csv", index_col="true")
     assert list(confusion) == list(confusion.index) == helpers.PHONEMES
     assert (confusion.to_numpy() == results.confusion).all()
@@ -277,12 +279,23 @@ def test_disabled_it_does_nothing_and_everything_can_be_called(tmp_path, monkeyp
     assert run.message == "wandb is disabled\n"
 
 
-def test_the_command_that_uploads_a_run_can_be_pasted(tmp_path):
-    run = start(tmp_path / "exp 1 (lr=0.01)", ROWS[:1])
+def test_disabled_a_users_own_call_of_wandb_does_nothing_either(tmp_path):
+    start(tmp_path, [], wandb="disabled")
+    wandb.log({"x": 1})
+    run = start(tmp_path, ROWS[:1])  # and the next run is an ordinary one
+    wandb.log({"x": 1})
+    finish_wandb(run)
+    assert rows_in(tmp_path) == [ROWS[0], {"x": 1}]
+
+
+def test_the_command_that_uploads_a_run_can_be_pasted_and_uploads_it(tmp_path, server):
+    run = start(tmp_path / "exp 1 (lr=0.01)", ROWS[:2])
     finish_wandb(run)
     [line] = [line for line in run.message.splitlines() if "upload" in line]
-    *_, sync, folder = shlex.split(line)
-    assert sync == "sync" and [*Path(folder).glob("*.wandb")]
+    command = shlex.split(line)[-3:]
+    assert command[:2] == ["wandb", "sync"]
+    subprocess.run([sys.executable, "-m", *command], check=True, timeout=120, capture_output=True)
+    assert [*map(without_wandbs_own, server.rows)] == ROWS[:2]
 
 
 def test_project_and_name_are_the_environments_where_they_are_set(tmp_path, monkeypatch):
@@ -482,6 +495,24 @@ def test_a_run_that_the_server_does_not_create_is_kept_offline_under_its_own_id(
     assert rows_in(tmp_path) == ROWS[:2]
 
 
+def test_a_run_that_is_online_has_its_curves_and_its_results_on_the_server(tmp_path, server):
+    run = start(tmp_path, ROWS[:2], wandb="online")
+    log(run, ROWS[:3])
+    finish_wandb(run, results_of(tmp_path), tmp_path / "submission.csv")
+    *rows, results = map(without_wandbs_own, server.rows)
+    assert rows == ROWS[:3] and {"by_phoneme", "confusion_matrix_table"} <= set(results)
+    assert any("CreateArtifact" in request and "-abcd" in request for request in server.requests)
+    assert run.message == f"wandb is online: {server.url}/student/hw1p2/runs/abcd\n"
+
+
+def test_a_server_that_refuses_the_results_has_the_curves(tmp_path, server, monkeypatch):
+    monkeypatch.setattr(helpers, "_send_results", Mock(side_effect=[RuntimeError("no artifacts here"), None]))
+    run = start(tmp_path, ROWS[:2], wandb="online")
+    finish_wandb(run, results_of(tmp_path), tmp_path / "submission.csv")
+    assert [*map(without_wandbs_own, server.rows)] == rows_in(tmp_path) == ROWS[:2]
+    assert "wandb fails (no artifacts here)" in run.message and "wandb sync" in run.message
+
+
 def test_a_call_that_never_ends_is_given_up_and_the_next_one_is_not_kept_waiting(monkeypatch):
     never = threading.Event()
     with pytest.raises(TimeoutError, match="no answer in 0.05 s"):
@@ -544,6 +575,13 @@ def test_a_run_that_was_deleted_on_the_server_gets_a_new_id(tmp_path, monkeypatc
     assert run.wandb_id == run.wandb.id
     first, second = run.message.splitlines()
     assert "409" in first and f"as the new run {run.wandb_id}" in first and second == "wandb is online: https://x"
+
+
+def test_an_id_that_a_stopped_start_still_holds_is_free_at_the_second_try(tmp_path, monkeypatch):
+    errors = [wandb.errors.CommError('run ID "abcd" is in use')]
+    calls = fake_init(monkeypatch, lambda *_: errors.pop() if errors else None)
+    run = start(tmp_path, [], wandb="online")
+    assert calls == 2 * [("online", "abcd", "allow")] and run.message == "wandb is online: https://x\n"
 
 
 def test_a_server_that_takes_nothing_leaves_the_run_offline(tmp_path, monkeypatch):

@@ -9,6 +9,7 @@ RUN = {"id": "1", "displayName": "x", "sweepName": None, "historyLineCount": 0, 
 ANSWERS = {  # what an operation of GraphQL contains: its answer
     "upsertBucket": {"upsertBucket": {"bucket": RUN, "inserted": True}},  # and the run's name
     "RunResumeStatus": {"model": None},
+    "ArtifactType": {"project": {"artifact": None}},
     "viewer": {"viewer": {"id": "4", "entity": "student", "username": "student", "email": "", "flags": "{}",
                           "teams": {"edges": []}},
                "serverInfo": {"cliVersionInfo": {"max_cli_version": "1"}, "latestLocalVersionInfo": None,

@@ -94,7 +94,7 @@ def _run(runs, data, changes, stop, pause):
     helpers.save_checkpoint = save_checkpoint_with_marks
     at(phase)
     try:
-        run_cells(changes, "helpers.log_results(", runs, data, before_cell)
+        run_cells(changes, "helpers.finish_wandb(run, results", runs, data, before_cell)
     except BaseException:
         traceback.print_exc()
         raise
