@@ -160,7 +160,7 @@ def test_a_cell_that_needs_what_is_not_there_says_what_to_run_first(corpus, tmp_
     names = r"\b(results|run|train_data|prepared|frames|submission)\b"
     uses = [source for source in code_cells() if re.search(names, re.sub(bodies, "", source, flags=re.S))]
     makes = ("run = make_run", "prepared, data_folder =", "LOSSES = {", "MADE_IN", "import platform", "config = {",
-             "def prepare")
+             "config = helpers.check_config(")
     missing = [source for source in uses if source not in told and not any(text in source for text in makes)]
     assert len(told) > 8 and not missing, missing
 

@@ -4,7 +4,6 @@ import copy
 import math
 import re
 from types import SimpleNamespace
-from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
@@ -477,7 +476,8 @@ def test_test_gives_the_phonemes_of_infers_logits_in_order(book, data):
 # ---- fit: what goes wrong in an epoch ----------------------------------------------------------------------
 
 def fit(book, run, folder):
-    run.folder, run.wandb, run.drive = folder, MagicMock(summary={}), None
+    run.folder, run.wandb, run.drive = folder, helpers.NoWandb(), None
+    run.code = helpers.code_of_network(run.model) | book.code_that_trains(run)
     run.message = helpers.start_or_resume(run, helpers.load_checkpoint(folder / "checkpoint.pt", run.config))
     return book.fit(run)
 
