@@ -473,7 +473,7 @@ def test_a_connection_that_is_lost_in_training_costs_a_minute_and_no_result(tmp_
         else:
             server.hangs_at = lambda request: True
 
-    result = start_in_a_process("online", "helpers.UPLOAD_SECONDS = 20", then=LOSE, during=lose)
+    result = start_in_a_process("online", "helpers.UPLOAD_SECONDS = 40", then=LOSE, during=lose)
     assert result.returncode == 0 and "MODE offline" in result.stdout, (result.stdout, result.stderr)
     assert f"wandb is online: {server.url}" in result.stdout
     assert "what is not uploaded yet is kept offline" in result.stdout and "wandb sync" in result.stdout
