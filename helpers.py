@@ -2087,8 +2087,10 @@ def finish_wandb(run, results=None, submission=None):
 
     _tell_wandb(run, UPLOAD_SECONDS, send)
     if run.wandb.settings.mode == "offline":
-        folder = shlex.quote(str(Path(run.wandb.dir).parent))
-        tell(run, f"To upload the curves later: wandb sync {folder}")
+        folder = Path(run.wandb.dir).parent
+        if folder.is_relative_to(Path.cwd()):
+            folder = folder.relative_to(Path.cwd())
+        tell(run, f"To upload the curves later: wandb sync {shlex.quote(str(folder))}")
 
 
 def open_drive(run, place):
