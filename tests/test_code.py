@@ -194,7 +194,7 @@ def again(runs, corpus, old=None, new=None, **changes):
      '"crossentropy": lambda data: nn.CrossEntropyLoss(label_smoothing=0.2)', "label_smoothing: 0.0 there, 0.2"),
     ("partial(optim.AdamW, ", "partial(optim.AdamW, betas=(0.8, 0.9), ", "given: nothing there, betas=(0.8, 0.9) now"),
     ("T_max=epochs)", "T_max=2 * epochs)", "SCHEDULERS"),
-    ("2 * (1600 / max(widths))", "3 * (1600 / max(widths))", "`learning_rate` has changed"),
+    ("2 * (1600 / max(widths))", "3 * (1600 / max(widths))", "`learning_rate_scale` has changed"),
 ], ids=lambda text: text[:30])
 def test_a_run_of_other_code_is_refused_and_the_difference_named(trained, corpus, old, new, named):
     before = (trained / "pencil" / "checkpoint.pt").read_bytes()

@@ -100,7 +100,7 @@ def test_both_orders_end_with_the_same_accuracy(corpus, turned, tmp_path, monkey
     for root in (corpus, turned):
         monkeypatch.setenv("HW1P2_DATA", str(root))
         monkeypatch.setenv("HW1P2_RUNS", str(tmp_path / root.parent.name))
-        for seed in (23, 24, 25):
+        for seed in (23, 24):
             config = {**book["config"], **TINY, "epochs": 4, "learning_rate": 0.003, "lr_scale": 1, "seed": seed,
                       "Name": f"seed {seed}", "wandb": "disabled"}
             run = book["make_run"](config)
