@@ -131,6 +131,12 @@ def shorten(text, width=200):
     return textwrap.shorten(str(text), width, placeholder=" ...")
 
 
+def first_ten(lines, more="more"):
+    """The first ten of these lines, and one that counts the others."""
+    rest = len(lines) - 10
+    return lines[:10] + ([f"... and {rest:,} {more}"] if rest > 0 else [])
+
+
 def last_words(text, width=300):
     """The end of a foreign text, at most `width` characters, beginning with a word."""
     end = text[-width:]
@@ -186,13 +192,6 @@ def atomic_write(path, size):
             temporary.unlink()
 
 
-class _LockFile(io.FileIO):
-    """A file that closes without a ResourceWarning when it is garbage-collected."""
-
-    def __del__(self):
-        self.close()
-
-
 def check_writable(folder):
     """Return the folder, made if need be; a RunError where files cannot be written into it."""
     folder = Path(folder)
@@ -203,6 +202,13 @@ def check_writable(folder):
         raise RunError(f"{folder} cannot be written to ({error}). Set the environment variable "
                        "HW1P2_RUNS to a folder that can, and restart the kernel.") from error
     return folder
+
+
+class _LockFile(io.FileIO):
+    """A file that closes without a ResourceWarning when it is garbage-collected."""
+
+    def __del__(self):
+        self.close()
 
 
 def take_lock(path, say=print):
@@ -533,8 +539,8 @@ def code_differences(saved, now):
             if "\n" in saved[name].strip() + now[name].strip():
                 changes = difflib.unified_diff(saved[name].splitlines(), now[name].splitlines(), n=0, lineterm="")
                 changes = [line for line in [*changes][2:] if not line.startswith("@@")]  # two lines of a header
-                lines += [f"`{name}` has changed; - there, + now:", *(f"  {line}" for line in changes[:10])]
-                lines += [f"  ... and {len(changes) - 10} more lines"] if len(changes) > 10 else []
+                lines.append(f"`{name}` has changed; - there, + now:")
+                lines += [f"  {line}" for line in first_ten(changes, "more lines")]
             else:
                 lines.append(f"{name}: {saved[name]} there, {now[name]} now")
     return lines
@@ -676,8 +682,8 @@ def _convert(contents, paths, coefficients):
 
 def _raise_faults(folder, faults):
     if faults:
-        more = [f"... and {len(faults) - 10:,} more"] if len(faults) > 10 else []
-        raise DataError(_printable("\n".join([f"{folder}: {len(faults):,} fault(s) in the data", *faults[:10], *more])))
+        lines = [f"{folder}: {len(faults):,} fault(s) in the data", *first_ten(faults)]
+        raise DataError(_printable("\n".join(lines)))
 
 
 def _printable(text):
@@ -857,7 +863,7 @@ def find_convention(means, stds):
     if first < 1.25 * second or first < 1e-3:  # features that were normalised before have no means
         return None
     for convention in CONVENTIONS:
-        order, factors = columns_of(convention, len(means))
+        order, _ = columns_of(convention, len(means))
         place = order.tolist().index
         liftered = stds[place(1)] < 2.4 * stds[place(11)]
         if means.abs().argmax() == place(0) and liftered == (convention == "HTK"):
@@ -1192,7 +1198,6 @@ def ignore_skipped_steps():
 
 
 # ---- Metrics -----------------------------------------------------------------------------------------------
-
 
 def confusion_matrix(labels, predictions):
     """Counts, int64 (42, 42): row = true phoneme, column = predicted; both arguments integer (n,)."""
@@ -1619,17 +1624,20 @@ def changes_by_hand(run, state):
     """
     if run.unsaved:
         return ""
+
+    def are_weights_of(known):
+        weights = weights_of(run.model)
+        return all(weights[name].cpu().equal(each) for name, each in known["model"].items())
+
     changed = []
     now, there = ([group["lr"] for group in optimizer["param_groups"]]
                   for optimizer in (run.optimizer.state_dict(), state["optimizer"]))
     if now != there:
         changed.append("the learning rate")
-    for known in (state, load_checkpoint(run.folder / "best.pt")):
-        weights = weights_of(run.model)
-        if known is not None and all(weights[name].cpu().equal(each) for name, each in known["model"].items()):
-            break
-    else:
-        changed.append("the weights")
+    if not are_weights_of(state):
+        best = load_checkpoint(run.folder / "best.pt")
+        if best is None or not are_weights_of(best):
+            changed.append("the weights")
     return f"{' and '.join(changed)} set by hand: not used, see section 7" if changed else ""
 
 
@@ -2388,8 +2396,7 @@ def _new_corpus(root):
             left_out = partial / "left-out.txt"  # only in a corpus of recordings
             reasons = left_out.read_text().splitlines() if left_out.exists() else []
             raise DataError("\n".join([f"{partial}: no utterances for {name}; expected some in each partition",
-                                       *[f"left out: {reason}" for reason in reasons[:10]],
-                                       *[f"... and {len(reasons) - 10:,} more"] * (len(reasons) > 10)]))
+                                       *first_ten([f"left out: {reason}" for reason in reasons])]))
     answers = partial / "test-clean" / "transcript"
     if not (partial / "answers.csv").exists():
         write_submission(partial / "answers.csv",
