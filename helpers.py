@@ -74,12 +74,19 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 # ---- Constants ---------------------------------------------------------------------------------------------
 
-PHONEMES = ("[SIL] AA AE AH AO AW AY B CH D DH EH ER EY F G HH IH IY JH K L M N NG OW OY P R S SH T TH UH UW V W Y "
-            "Z ZH [SOS] [EOS]").split()
+PHONEMES = (
+    "[SIL] AA AE AH AO AW AY B CH D DH EH ER EY F G HH IH IY JH K L M N NG OW OY P R S SH T TH UH UW V W Y "
+    "Z ZH [SOS] [EOS]"
+).split()
 MANNERS = {  # manner of articulation: its phonemes, in the order of the confusion matrix's picture
-    "silence": ["[SIL]"], "vowels": "IY IH EH AE AH ER UW UH AO AA OW EY AY OY AW".split(),
-    "glides, liquids": "Y W R L".split(), "nasals": "M N NG".split(), "stops": "P B T D K G".split(),
-    "affricates": "CH JH".split(), "fricatives": "F V TH DH S Z SH ZH HH".split()}
+    "silence": ["[SIL]"],
+    "vowels": "IY IH EH AE AH ER UW UH AO AA OW EY AY OY AW".split(),
+    "glides, liquids": "Y W R L".split(),
+    "nasals": "M N NG".split(),
+    "stops": "P B T D K G".split(),
+    "affricates": "CH JH".split(),
+    "fricatives": "F V TH DH S Z SH ZH HH".split(),
+}
 PARTITIONS = ("train-clean-100", "dev-clean", "test-clean")
 KINDS = ("mfcc", "transcript")  # folders of a partition; test has the first one only
 OLD_SPELLING = {"SIL": "[SIL]", "<sos>": "[SOS]", "<eos>": "[EOS]"}  # of the editions of 2022
@@ -88,15 +95,18 @@ LIBRISPEECH = "gilkeyio/librispeech-alignments"  # on the Hugging Face hub: 33,8
 LIBRISPEECH_REVISION = "0daa1eb43dda38ee6ce752e785555380e5628f5c"  # of 2023-11-22
 PRACTICE = "practice-corpus"  # the name of its folder
 EDITIONS = {  # Kaggle's names of the course's competitions, the default first: the folder of their data
-    "11785-spring-25-hw-1-p-2": "11785-s25-hw1p2", "11785-hw1p2-f24": None,
+    "11785-spring-25-hw-1-p-2": "11785-s25-hw1p2",
+    "11785-hw1p2-f24": None,
     "11785-hw-1-p-2-fall-2025-main": "11785-f25-hw1p2",
     "hw-1-p-2-spring-2026-student-competition": "11785-spring-2026-hw1p2",
     "hw-1-p-2-fall-2026-student-competition": None,
-    "hw-1-p-2-fall-2026-slack-competition": None}
+    "hw-1-p-2-fall-2026-slack-competition": None,
+}
 KAGGLE = Path("/kaggle")  # on Kaggle's own notebooks: input/ is what was attached, working/ is kept
 
 
 # ---- Errors and files --------------------------------------------------------------------------------------
+
 
 class DataError(ValueError):
     """Bad input data. The message names the file, what is wrong with it, and what was expected."""
@@ -122,8 +132,12 @@ def is_clutter(name):
 
 def find_files(folder, *patterns):
     """The sorted paths below a folder that match one of these patterns of `Path.glob`, without clutter."""
-    return sorted(path for pattern in patterns for path in Path(folder).glob(pattern)
-                  if not any(map(is_clutter, path.relative_to(folder).parts)))
+    return sorted(
+        path
+        for pattern in patterns
+        for path in Path(folder).glob(pattern)
+        if not any(map(is_clutter, path.relative_to(folder).parts))
+    )
 
 
 def shorten(text, width=200):
@@ -156,13 +170,17 @@ def _can_import(name):
 
 def install(*packages):
     """Install with pip what cannot be imported yet, such as "torchsummaryX==1.1.0"; a RunError where that fails."""
-    if wanted := [each for each in packages if not _can_import(each.split("=")[0].replace("-", "_"))]:
+    if wanted := [
+        each for each in packages if not _can_import(each.split("=")[0].replace("-", "_"))
+    ]:
         print("installing", *wanted)
         command = [sys.executable, "-m", "pip", "install", "--quiet", *wanted]
         pip = subprocess.run(command, capture_output=True, text=True)
         if pip.returncode:
-            raise RunError(f"pip could not install {' '.join(wanted)}: {last_words(pip.stderr)}\nIs there a connection?"
-                           + internet_hint())
+            raise RunError(
+                f"pip could not install {' '.join(wanted)}: {last_words(pip.stderr)}\nIs there a connection?"
+                + internet_hint()
+            )
         importlib.invalidate_caches()
         for name in {each.split("=")[0].replace("-", "_") for each in wanted}:
             sys.modules.pop(name, None)  # a mere folder of that name, imported before
@@ -185,8 +203,10 @@ def atomic_write(path, size):
         os.replace(temporary, path)
     except (OSError, safetensors.SafetensorError) as error:
         free = shutil.disk_usage(path.parent).free if path.parent.exists() else 0
-        raise RunError(f"{path} could not be written ({error}): {size / 1e6:.1f} MB are needed there, {free / 1e6:.1f} "
-                       "MB are free. What was there before is unchanged. Free some space and run again.") from error
+        raise RunError(
+            f"{path} could not be written ({error}): {size / 1e6:.1f} MB are needed there, {free / 1e6:.1f} "
+            "MB are free. What was there before is unchanged. Free some space and run again."
+        ) from error
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()
@@ -199,8 +219,10 @@ def check_writable(folder):
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
-        raise RunError(f"{folder} cannot be written to ({error}). Set the environment variable "
-                       "HW1P2_RUNS to a folder that can, and restart the kernel.") from error
+        raise RunError(
+            f"{folder} cannot be written to ({error}). Set the environment variable "
+            "HW1P2_RUNS to a folder that can, and restart the kernel."
+        ) from error
     return folder
 
 
@@ -225,16 +247,20 @@ def take_lock(path, say=print):
     try:
         if os.name == "nt":
             import msvcrt
+
             msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
         else:
             import fcntl
+
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):
         file.close()
         return None
     except OSError as error:
-        say(f"{path} cannot be locked on this file system ({error}): going on without a lock. Do not start a second "
-            "notebook that writes there at the same time.")
+        say(
+            f"{path} cannot be locked on this file system ({error}): going on without a lock. Do not start a second "
+            "notebook that writes there at the same time."
+        )
     return file
 
 
@@ -266,10 +292,17 @@ def map_in_threads(function, jobs):
 
 # ---- Config -------------------------------------------------------------------------------------------------
 
+
 def _is_name(value):
     """Can this text name a folder beside runs/cache, on every system?"""
-    return (isinstance(value, str) and value.isprintable() and not set(value) & set('/\\<>:"|?*[]')
-            and value == value.strip(" .") != "" and len(value.encode()) <= 200 and value.casefold() != "cache")
+    return (
+        isinstance(value, str)
+        and value.isprintable()
+        and not set(value) & set('/\\<>:"|?*[]')
+        and value == value.strip(" .") != ""
+        and len(value.encode()) <= 200
+        and value.casefold() != "cache"
+    )
 
 
 def _is_one_of(value, allowed):
@@ -281,7 +314,9 @@ def _spelled(value, allowed):
     """The one of the allowed values that this text stands for, in upper or lower case; other values as they are."""
     if not isinstance(value, str) or not isinstance(allowed, (list, tuple)):
         return value
-    options = allowed if isinstance(allowed, list) else allowed[3:]  # behind (type, lowest, highest)
+    options = (
+        allowed if isinstance(allowed, list) else allowed[3:]
+    )  # behind (type, lowest, highest)
     alike = [option for option in options if str(option).casefold() == value.casefold()]
     return value if value in alike or not alike else alike[0]
 
@@ -298,18 +333,29 @@ def check_config(config, options, defaults=None):
     Example: check_config({"epochs": np.int64(3)}, {"epochs": (int, 1, 10)})  # {"epochs": 3}
     """
     config = {**(defaults or {}), **config}
-    config = {key: value.item() if getattr(value, "ndim", None) == 0 else value for key, value in config.items()}
+    config = {
+        key: value.item() if getattr(value, "ndim", None) == 0 else value
+        for key, value in config.items()
+    }
     config = {key: _spelled(value, options.get(key)) for key, value in config.items()}
-    faults = [f"unknown key {key!r}; the keys are {', '.join(options)}" for key in config if key not in options]
+    faults = [
+        f"unknown key {key!r}; the keys are {', '.join(options)}"
+        for key in config
+        if key not in options
+    ]
     faults += [f"the key {key!r} is missing" for key in options if key not in config]
     for key, allowed in options.items():
         value = config.get(key)
         if allowed is str:
             good = _is_name(value)
-            hint = ("1 to 200 characters (bytes in UTF-8) that can name a folder: none of / \\ < > : \" | ? * [ ], no "
-                    "dot or blank at the ends; and not 'cache'")
+            hint = (
+                '1 to 200 characters (bytes in UTF-8) that can name a folder: none of / \\ < > : " | ? * [ ], no '
+                "dot or blank at the ends; and not 'cache'"
+            )
         elif isinstance(allowed, list):
-            named = str in allowed and isinstance(value, str) and all(map(_is_name, value.split("/")))
+            named = (
+                str in allowed and isinstance(value, str) and all(map(_is_name, value.split("/")))
+            )
             good = named or _is_one_of(value, allowed)
             hint = ", ".join("the name of a run" if each is str else repr(each) for each in allowed)
         else:
@@ -329,12 +375,20 @@ def variant_name(changes):
     """The name of a variant by its changes to the config, a dict: short enough for a folder, the same each time."""
     text = ",".join(f"{key}={value}" for key, value in sorted(changes.items())) or "base"
     name = re.sub(r"[^\w.,=+-]", "_", text)
-    return name if _is_name(name) else f"{name[:40].strip('.')}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
+    return (
+        name
+        if _is_name(name)
+        else f"{name[:40].strip('.')}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
+    )
 
 
 # ---- Code: what a run was made by --------------------------------------------------------------------------
 
-FOR_SPEED = ("fused", "foreach", "capturable")  # options of optimizers that do not change what they compute
+FOR_SPEED = (
+    "fused",
+    "foreach",
+    "capturable",
+)  # options of optimizers that do not change what they compute
 
 
 def _is_ours(thing):
@@ -346,7 +400,9 @@ def _is_ours(thing):
             return False  # built in
     else:
         path = thing.__code__.co_filename
-    libraries = [sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")]
+    libraries = [
+        sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")
+    ]
     installed = {"site-packages", "dist-packages"} & set(Path(path).parts)
     return not installed and not path.startswith(tuple(libraries))
 
@@ -363,7 +419,9 @@ def edited_hint():
     """A line for the user where this file was edited after its import; else ""."""
     if _read_source() in (_SOURCE, None):
         return ""
-    return "helpers.py was edited after it was imported: restart the kernel, or the edit has no effect"
+    return (
+        "helpers.py was edited after it was imported: restart the kernel, or the edit has no effect"
+    )
 
 
 @functools.lru_cache(100)
@@ -376,7 +434,7 @@ def _sources_in(text):
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
             first = min(each.lineno for each in [node, *node.decorator_list])
-            sources[first, node.name] = textwrap.dedent("".join(lines[first - 1:node.end_lineno]))
+            sources[first, node.name] = textwrap.dedent("".join(lines[first - 1 : node.end_lineno]))
         elif isinstance(node, ast.Lambda):
             others = sources.get((node.lineno, "<lambda>"), "")
             sources[node.lineno, "<lambda>"] = f"{others}({ast.get_source_segment(text, node)})\n"
@@ -387,7 +445,9 @@ def _source(function):
     """The source of a function or a lambda; None where it cannot be had, as in a plain Python prompt."""
     code = function.__code__
     imported = code.co_filename == __file__  # the file may have been edited since
-    text = _SOURCE if imported else "".join(linecache.getlines(code.co_filename, function.__globals__))
+    text = (
+        _SOURCE if imported else "".join(linecache.getlines(code.co_filename, function.__globals__))
+    )
     try:
         return _sources_in(text).get((code.co_firstlineno, code.co_name))
     except SyntaxError:
@@ -436,8 +496,12 @@ def _describe(name, value, texts, above=()):
     if isinstance(value, functools.partial):
         _describe(name, value.func, texts, above)
         given = {**dict(enumerate(value.args)), **value.keywords}
-        simple = {key: each for key, each in given.items() if key not in FOR_SPEED and _is_simple(each)}
-        texts[f"{name}, given"] = ", ".join(f"{key}={each!r}" for key, each in simple.items()) or "nothing"
+        simple = {
+            key: each for key, each in given.items() if key not in FOR_SPEED and _is_simple(each)
+        }
+        texts[f"{name}, given"] = (
+            ", ".join(f"{key}={each!r}" for key, each in simple.items()) or "nothing"
+        )
         for key in given.keys() - simple.keys() - {*FOR_SPEED}:
             _describe(f"{name}, {key}", given[key], texts, above)
     elif inspect.isfunction(value) and _is_ours(value):
@@ -452,8 +516,11 @@ def _describe(name, value, texts, above=()):
                 _describe(f"{key}, {used}" if enclosed else used, each, texts, above)
     elif inspect.isfunction(value) or inspect.isclass(value) or inspect.isbuiltin(value):
         texts.setdefault(name, f"{value.__module__}.{value.__qualname__}")
-        members = [each for parent in value.__mro__ if _is_ours(parent) for each in vars(parent).values()
-                   ] if inspect.isclass(value) else []
+        members = (
+            [each for parent in value.__mro__ if _is_ours(parent) for each in vars(parent).values()]
+            if inspect.isclass(value)
+            else []
+        )
         for member in members:
             member = getattr(member, "__func__", None) or getattr(member, "fget", None) or member
             if inspect.isfunction(member):
@@ -470,7 +537,11 @@ def _describe(name, value, texts, above=()):
             _describe(f"{name}.{key}", each, texts, above)
     else:  # an object: its class, and what it holds
         _describe(name, type(value), texts, above)
-        held = {key: each for key, each in getattr(value, "__dict__", {}).items() if not key.startswith("_")}
+        held = {
+            key: each
+            for key, each in getattr(value, "__dict__", {}).items()
+            if not key.startswith("_")
+        }
         if isinstance(value, torch.nn.Module):
             held.pop("training")
             held |= {**dict(value.named_parameters()), **dict(value.named_buffers())}
@@ -502,7 +573,9 @@ def code_of_network(model):
             # each setting by itself: other versions of torch print more or fewer of them
             settings = re.split(r", (?=\w+=)", layer.extra_repr())
             named = [setting.split("=", 1) for setting in settings if re.match(r"\w+=", setting)]
-            texts[name] = f"{type(layer).__name__}({'' if named and len(named) == len(settings) else settings[0]})"
+            texts[name] = (
+                f"{type(layer).__name__}({'' if named and len(named) == len(settings) else settings[0]})"
+            )
             texts |= {f"{name}, {key}": value for key, value in named}
             if _is_ours(type(layer)):
                 _describe(type(layer).__qualname__, type(layer), texts)
@@ -517,7 +590,9 @@ class _Bare(ast.NodeTransformer):
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
             if ast.get_docstring(node, clean=False) is not None:
                 node.body = node.body[1:] or [ast.Pass()]
-            node.decorator_list = [each for each in node.decorator_list if "torch.compile" not in ast.unparse(each)]
+            node.decorator_list = [
+                each for each in node.decorator_list if "torch.compile" not in ast.unparse(each)
+            ]
         if isinstance(node, ast.Call) and ast.unparse(node.func) == "torch.compile" and node.args:
             return node.args[0]
         return node
@@ -526,7 +601,10 @@ class _Bare(ast.NodeTransformer):
 def _is_same_code(one, other):
     """Do two sources differ in nothing but comments, layout, docstrings and `torch.compile`?"""
     try:  # both by the Python that runs now: its syntax trees differ from version to version
-        return one == other or len({ast.dump(_Bare().visit(ast.parse(each))) for each in (one, other)}) == 1
+        return (
+            one == other
+            or len({ast.dump(_Bare().visit(ast.parse(each))) for each in (one, other)}) == 1
+        )
     except SyntaxError:
         return False
 
@@ -537,8 +615,12 @@ def code_differences(saved, now):
     for name in saved:
         if name in now and not _is_same_code(saved[name], now[name]):
             if "\n" in saved[name].strip() + now[name].strip():
-                changes = difflib.unified_diff(saved[name].splitlines(), now[name].splitlines(), n=0, lineterm="")
-                changes = [line for line in [*changes][2:] if not line.startswith("@@")]  # two lines of a header
+                changes = difflib.unified_diff(
+                    saved[name].splitlines(), now[name].splitlines(), n=0, lineterm=""
+                )
+                changes = [
+                    line for line in [*changes][2:] if not line.startswith("@@")
+                ]  # two lines of a header
                 lines.append(f"`{name}` has changed; - there, + now:")
                 lines += [f"  {line}" for line in first_ten(changes, "more lines")]
             else:
@@ -548,6 +630,7 @@ def code_differences(saved, now):
 
 # ---- Device and precision ----------------------------------------------------------------------------------
 
+
 def pick_device():
     """(device, its name): "cuda", "mps" or "cpu"; a RunError where there is a GPU that this torch cannot use."""
     if not torch.cuda.is_available():
@@ -556,11 +639,15 @@ def pick_device():
         return "cpu", f"{platform.machine()} CPU, {os.cpu_count()} cores"
     name = torch.cuda.get_device_name()
     try:
-        torch.ones(8, device="cuda").sum().item()  # an old GPU is "available" and fails at its first operation
+        torch.ones(
+            8, device="cuda"
+        ).sum().item()  # an old GPU is "available" and fails at its first operation
     except RuntimeError as error:
-        raise RunError(f"torch {torch.__version__} cannot use this GPU, {name} ({str(error).splitlines()[0]}). Choose "
-                       "another one: on Kaggle Settings > Accelerator > GPU T4 x2, on Colab Runtime > Change runtime "
-                       "type > T4.") from None
+        raise RunError(
+            f"torch {torch.__version__} cannot use this GPU, {name} ({str(error).splitlines()[0]}). Choose "
+            "another one: on Kaggle Settings > Accelerator > GPU T4 x2, on Colab Runtime > Change runtime "
+            "type > T4."
+        ) from None
     others = torch.cuda.device_count() - 1
     return "cuda", name + (f" (the first of {others + 1}: a run uses one)" if others else "")
 
@@ -599,7 +686,9 @@ def _mfccs(array, coefficients):
     if array.dtype.kind != "f" or array.dtype.itemsize > 8:
         raise ValueError(f"dtype {array.dtype}; expected float32")
     if array.ndim != 2 or len(array) < 1 or array.shape[1] != coefficients:
-        raise ValueError(f"shape {array.shape}; expected (frames, {coefficients}) with at least one frame")
+        raise ValueError(
+            f"shape {array.shape}; expected (frames, {coefficients}) with at least one frame"
+        )
     with np.errstate(all="ignore"):
         # less the first row, a constant coefficient is exactly zero;
         # a rounding error over 1e-8 would be anything
@@ -609,7 +698,9 @@ def _mfccs(array, coefficients):
         array -= mean
         std = np.sqrt(np.square(array).mean(axis=0))
         array /= std + 1e-8
-    if not np.isfinite(std).all():  # infinite too where the values are so large that their squares overflow
+    if not np.isfinite(
+        std
+    ).all():  # infinite too where the values are so large that their squares overflow
         raise ValueError("NaN, infinite or absurdly large values; expected finite MFCCs")
     return array, first + mean, std
 
@@ -619,18 +710,29 @@ def _labels(array):
     if array.dtype.kind != "U":
         raise ValueError(f"dtype {array.dtype}; expected text, <U5")
     if array.ndim != 1 or len(array) < 3:
-        raise ValueError(f"shape {array.shape}; expected (frames + 2,) for [SOS], one phoneme per frame, [EOS]")
+        raise ValueError(
+            f"shape {array.shape}; expected (frames + 2,) for [SOS], one phoneme per frame, [EOS]"
+        )
     ends = [OLD_SPELLING.get(str(end), str(end)) for end in (array[0], array[-1])]
     if ends != ["[SOS]", "[EOS]"]:
-        raise ValueError(f"it starts with {str(array[0])!r} and ends with {str(array[-1])!r}; expected [SOS] and [EOS]")
+        raise ValueError(
+            f"it starts with {str(array[0])!r} and ends with {str(array[-1])!r}; expected [SOS] and [EOS]"
+        )
     array = array[1:-1]
-    offsets = np.flatnonzero(np.append(True, array[1:] != array[:-1]))  # a phoneme lasts: one lookup for all its frames
+    offsets = np.flatnonzero(
+        np.append(True, array[1:] != array[:-1])
+    )  # a phoneme lasts: one lookup for all its frames
     phonemes = array[offsets].tolist()
     phonemes = [OLD_SPELLING.get(phoneme, phoneme) for phoneme in phonemes]
     for t, phoneme in zip(offsets, phonemes):
         if phoneme not in _INDEX:
-            raise ValueError(f"{phoneme!r} at frame {t} is not a phoneme; expected one of {' '.join(_INDEX)}")
-    return np.repeat(np.array([_INDEX[phoneme] for phoneme in phonemes], np.uint8), np.diff(offsets, append=len(array)))
+            raise ValueError(
+                f"{phoneme!r} at frame {t} is not a phoneme; expected one of {' '.join(_INDEX)}"
+            )
+    return np.repeat(
+        np.array([_INDEX[phoneme] for phoneme in phonemes], np.uint8),
+        np.diff(offsets, append=len(array)),
+    )
 
 
 def _read(path):
@@ -651,7 +753,9 @@ def _load_npy(content):
         if file.read(1):
             raise ValueError("there is more in it")
         return array
-    except Exception as error:  # numpy's parser, Python's, and Python's tokenizer have a dozen kinds
+    except (
+        Exception
+    ) as error:  # numpy's parser, Python's, and Python's tokenizer have a dozen kinds
         raise ValueError(f"{error}; expected one whole array in an .npy file") from None
 
 
@@ -659,7 +763,9 @@ def _count_coefficients(paths):
     """How many MFCCs a frame has: the columns of the first file, or of most of the first five if they differ."""
     found = []
     for path in paths[:5]:
-        with contextlib.suppress(Exception):  # whatever is wrong with it is reported when its turn comes
+        with contextlib.suppress(
+            Exception
+        ):  # whatever is wrong with it is reported when its turn comes
             frames, coefficients = _load_npy(_read(path)).shape
             if 1 <= coefficients <= MOST_COEFFICIENTS:
                 found.append(coefficients)
@@ -676,7 +782,9 @@ def _convert(contents, paths, coefficients):
         except Exception as error:  # whatever a damaged file provokes, it is that file's fault
             faults.append(f"{path}: {error}")
     if not faults and arrays[1] is not None and len(arrays[1]) != len(arrays[0][0]):
-        faults.append(f"{paths[1]}: {len(arrays[1])} phonemes; expected {len(arrays[0][0])}, one per frame")
+        faults.append(
+            f"{paths[1]}: {len(arrays[1])} phonemes; expected {len(arrays[0][0])}, one per frame"
+        )
     return *arrays, faults
 
 
@@ -696,11 +804,15 @@ def _pack(folder, names, kinds, gap):
     paths = [[folder / kind / name for kind in kinds] for name in names]
     print(f"reading {len(names):,} utterances of {folder.name}")
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # numpy's and Python's, about what stands in a damaged header
+        warnings.simplefilter(
+            "ignore"
+        )  # numpy's and Python's, about what stands in a damaged header
         coefficients = _count_coefficients([mfcc for mfcc, *_ in paths])
         # room for as many frames as the files can hold; what is not written to takes no memory
         rows = sum(path.stat().st_size for path, *_ in paths if path.exists()) // (2 * coefficients)
-        frames = torch.from_numpy(np.zeros((rows + gap * (len(names) + 1), coefficients), np.float16))
+        frames = torch.from_numpy(
+            np.zeros((rows + gap * (len(names) + 1), coefficients), np.float16)
+        )
         labels, lengths, means, stds, faults, row = [np.zeros(0, np.uint8)], [], [], [], [], gap
         # reading small files is mostly waiting: threads do it;
         # Python 3.11's parser of their headers is not thread-safe
@@ -710,17 +822,20 @@ def _pack(folder, names, kinds, gap):
             faults += wrong
             if not faults:
                 mfcc, mean, std = mfccs
-                frames[row:row + len(mfcc)] = torch.from_numpy(mfcc)
+                frames[row : row + len(mfcc)] = torch.from_numpy(mfcc)
                 row += len(mfcc) + gap
                 lengths.append(len(mfcc))
                 means.append(mean)
                 stds.append(std)
                 labels += [] if phonemes is None else [phonemes]
     _raise_faults(folder, faults)
-    return {"frames": frames[:row], "offsets": torch.tensor([0, *itertools.accumulate(lengths)]),
-            "labels": torch.from_numpy(np.concatenate(labels)),
-            "means": torch.tensor(np.mean(means, axis=0), dtype=torch.float32),
-            "stds": torch.tensor(np.mean(stds, axis=0), dtype=torch.float32)}
+    return {
+        "frames": frames[:row],
+        "offsets": torch.tensor([0, *itertools.accumulate(lengths)]),
+        "labels": torch.from_numpy(np.concatenate(labels)),
+        "means": torch.tensor(np.mean(means, axis=0), dtype=torch.float32),
+        "stds": torch.tensor(np.mean(stds, axis=0), dtype=torch.float32),
+    }
 
 
 READING_CODE = {"_pack": _pack}  # what makes the numbers in the cache, with all that it uses
@@ -733,7 +848,11 @@ def _npy_files(folder):
     "x - Copy.npy", "x-Copy1.npy".
     """
     found = {*os.listdir(folder)}
-    copies = {name for name in found if (match := re.match("(.+?)( |-Copy)", name)) and f"{match[1]}.npy" in found}
+    copies = {
+        name
+        for name in found
+        if (match := re.match("(.+?)( |-Copy)", name)) and f"{match[1]}.npy" in found
+    }
     names = {name for name in found - copies if name.endswith(".npy") and not is_clutter(name)}
     return sorted(names), sorted(found - names)
 
@@ -743,30 +862,48 @@ def _list_utterances(folder, kinds, subset):
     names = {}
     for kind in kinds:
         if not (folder / kind).is_dir():
-            raise DataError(f"{folder / kind}: there is no such folder; expected ROOT/{{train-clean-100,dev-clean}}/"
-                            "{mfcc,transcript}/*.npy and ROOT/test-clean/mfcc/*.npy")
+            raise DataError(
+                f"{folder / kind}: there is no such folder; expected ROOT/{{train-clean-100,dev-clean}}/"
+                "{mfcc,transcript}/*.npy and ROOT/test-clean/mfcc/*.npy"
+            )
         names[kind], ignored = _npy_files(folder / kind)
         if ignored:
-            print(f"{folder.name}: ignored {len(ignored)} file(s) in {kind} that are not utterances: "
-                  + ", ".join(map(_printable, ignored[:5])))
+            print(
+                f"{folder.name}: ignored {len(ignored)} file(s) in {kind} that are not utterances: "
+                + ", ".join(map(_printable, ignored[:5]))
+            )
     if not names["mfcc"]:
-        raise DataError(f"{folder / 'mfcc'}: there are no .npy files in it; expected one for each utterance")
-    _raise_faults(folder, [f"{folder / kind / name}: no {'transcript' if kind == 'mfcc' else 'MFCC file'} of the same "
-                           f"name in {folder / other}" for kind, other in itertools.permutations(kinds, 2)
-                           for name in sorted({*names[kind]} - {*names[other]})])
+        raise DataError(
+            f"{folder / 'mfcc'}: there are no .npy files in it; expected one for each utterance"
+        )
+    _raise_faults(
+        folder,
+        [
+            f"{folder / kind / name}: no {'transcript' if kind == 'mfcc' else 'MFCC file'} of the same "
+            f"name in {folder / other}"
+            for kind, other in itertools.permutations(kinds, 2)
+            for name in sorted({*names[kind]} - {*names[other]})
+        ],
+    )
     mfccs = names["mfcc"]
     if int(subset * len(mfccs)) < 1:
-        raise DataError(f"{folder}: subset {subset} of its {len(mfccs)} utterances is none; expected at least one")
-    return mfccs[:int(subset * len(mfccs))]
+        raise DataError(
+            f"{folder}: subset {subset} of its {len(mfccs)} utterances is none; expected at least one"
+        )
+    return mfccs[: int(subset * len(mfccs))]
 
 
 def _cache_key(folder, names, kinds, gap):
     """A digest of all that changes what the cache holds: format, gap, and each file's name, size and time."""
+
     def stamp(name):
         with contextlib.suppress(OSError):  # a link to nowhere: reported when it is read
             stats = [os.stat(os.path.join(folder, kind, name)) for kind in kinds]
             return name, *((stat.st_size, stat.st_mtime_ns) for stat in stats)
-    return hashlib.sha256(repr(("packed 5", folder.name, gap, [*map_in_threads(stamp, names)])).encode()).hexdigest()
+
+    return hashlib.sha256(
+        repr(("packed 5", folder.name, gap, [*map_in_threads(stamp, names)])).encode()
+    ).hexdigest()
 
 
 def _as_tensor(text):
@@ -783,11 +920,16 @@ def _open_cache(path, key):
     Not ours is also what other code has made, before an edit of the functions of this section.
     """
     # the second way is for file systems that cannot map (some network disks): it reads the whole file
-    for load in (safetensors.torch.load_file, lambda path: safetensors.torch.load(path.read_bytes())):
+    for load in (
+        safetensors.torch.load_file,
+        lambda path: safetensors.torch.load(path.read_bytes()),
+    ):
         with contextlib.suppress(Exception):  # whatever is wrong with it, it is rebuilt
             packed = load(path)
             code = json.loads(_as_text(packed.pop("code")))
-            if _as_text(packed.pop("key")) == key and not code_differences(code, code_of(READING_CODE)):
+            if _as_text(packed.pop("key")) == key and not code_differences(
+                code, code_of(READING_CODE)
+            ):
                 return packed
 
 
@@ -846,7 +988,7 @@ def columns_of(convention, coefficients):
     if convention == "torchaudio":
         return order, torch.ones(coefficients)
     lifter = 1 + LIFTER / 2 * torch.sin(torch.pi * order / LIFTER)
-    lifter[0] = 2 ** 0.5
+    lifter[0] = 2**0.5
     return order.roll(-1), lifter.roll(-1)
 
 
@@ -874,13 +1016,16 @@ def find_convention(means, stds):
 def describe_columns(data):
     """A line for the user: whose columns an `AudioDataset` has, and where c0 is."""
     if data.convention is None:
-        return ("WARNING: these columns are neither HTK's nor torchaudio's MFCCs, so nobody knows how to stretch their "
-                "frequencies: config['warp'] and config['test_warps'] are not used")
+        return (
+            "WARNING: these columns are neither HTK's nor torchaudio's MFCCs, so nobody knows how to stretch their "
+            "frequencies: config['warp'] and config['test_warps'] are not used"
+        )
     place = {"HTK": "the last one", "torchaudio": "the first one"}[data.convention]
     return f"{data.coefficients} MFCCs per frame in {data.convention}'s order: c0, the loudness, is {place}"
 
 
 # ---- Windows and loaders -----------------------------------------------------------------------------------
+
 
 class AudioDataset(Dataset):
     """Frames of one partition, each with `context` frames on either side; zeros beyond the ends of its utterance.
@@ -911,7 +1056,16 @@ class AudioDataset(Dataset):
         For the partition "test-clean" there are no phonemes: data[0] is the frames alone.
     """
 
-    def __init__(self, root, partition="train-clean-100", context=50, subset=1, device="cpu", cache=None, like=None):
+    def __init__(
+        self,
+        root,
+        partition="train-clean-100",
+        context=50,
+        subset=1,
+        device="cpu",
+        cache=None,
+        like=None,
+    ):
         self.partition, self.context, self.gap = partition, context, max(GAP, context)
         packed = read_partition(root, partition, subset, self.gap, cache)
         self.coefficients = packed["frames"].shape[1]
@@ -920,9 +1074,13 @@ class AudioDataset(Dataset):
         else:
             self.convention = like.convention
             if like.coefficients != self.coefficients:
-                raise DataError(f"{Path(root) / partition / 'mfcc'}: {self.coefficients} MFCCs per frame; expected "
-                                f"{like.coefficients}, as in {like.partition}")
-        self.frames, self.offsets, self.stds = (packed[name].to(device) for name in ("frames", "offsets", "stds"))
+                raise DataError(
+                    f"{Path(root) / partition / 'mfcc'}: {self.coefficients} MFCCs per frame; expected "
+                    f"{like.coefficients}, as in {like.partition}"
+                )
+        self.frames, self.offsets, self.stds = (
+            packed[name].to(device) for name in ("frames", "offsets", "stds")
+        )
         self.labels = packed["labels"].to(device) if len(packed["labels"]) else None
         self.length, self.utterances = int(packed["offsets"][-1]), len(packed["offsets"]) - 1
         width, k = 2 * context + 1, self.coefficients
@@ -934,12 +1092,16 @@ class AudioDataset(Dataset):
     def __getitem__(self, index):
         if isinstance(index, torch.Tensor) and index.dim() == 1:
             return self._batch(index)
-        index = range(self.length)[int(index)]  # an IndexError where it is out of range; negative ones from the end
+        index = range(self.length)[
+            int(index)
+        ]  # an IndexError where it is out of range; negative ones from the end
         batch = self._batch(torch.tensor([index], device=self.frames.device))
         return batch[0] if self.labels is None else (batch[0][0], batch[1][0])
 
     def _batch(self, index):
-        gaps = torch.searchsorted(self.offsets, index, right=True)  # that lie before the frame: one per utterance
+        gaps = torch.searchsorted(
+            self.offsets, index, right=True
+        )  # that lie before the frame: one per utterance
         frames = torch.index_select(self.windows, 0, index + self.gap * gaps - self.context)
         frames = frames.view(len(index), -1, self.coefficients)
         return frames if self.labels is None else (frames, self.labels[index].long())
@@ -948,7 +1110,9 @@ class AudioDataset(Dataset):
         """(MFCCs float16 (T, k), phoneme indexes uint8 (T,) or None for test) of the i-th utterance."""
         first, last = self.offsets[i].item(), self.offsets[i + 1].item()
         shift = self.gap * (i + 1)
-        return self.frames[first + shift:last + shift], None if self.labels is None else self.labels[first:last]
+        return self.frames[
+            first + shift : last + shift
+        ], None if self.labels is None else self.labels[first:last]
 
 
 class Batches(Sampler):
@@ -958,7 +1122,13 @@ class Batches(Sampler):
     """
 
     def __init__(self, length, batch_size, shuffle=False, seed=23, device="cpu"):
-        self.length, self.batch_size, self.shuffle, self.seed, self.device = length, batch_size, shuffle, seed, device
+        self.length, self.batch_size, self.shuffle, self.seed, self.device = (
+            length,
+            batch_size,
+            shuffle,
+            seed,
+            device,
+        )
         self.epoch = 0
 
     def set_epoch(self, epoch):
@@ -973,7 +1143,7 @@ class Batches(Sampler):
             order = torch.randperm(self.length, generator=generator, device=self.device)
         else:
             order = torch.arange(self.length, device=self.device)
-        return iter(order.split(self.batch_size)[:len(self)])
+        return iter(order.split(self.batch_size)[: len(self)])
 
     def __len__(self):
         # BatchNorm cannot train on a single frame: where shuffling leaves one over, it waits for the next epoch
@@ -988,14 +1158,20 @@ def make_loader(dataset, batch_size, shuffle=False, seed=23):
     dataset: an AudioDataset; a DataError for others, such as torch's Subset.
     """
     if not isinstance(dataset, AudioDataset):
-        raise DataError(f"make_loader has got a {type(dataset).__name__}; expected an AudioDataset. A part of the "
-                        "utterances, or several partitions as one, is a folder of links to their files: see section "
-                        "12 of the notebook")
-    return DataLoader(dataset, sampler=Batches(len(dataset), batch_size, shuffle, seed, dataset.frames.device),
-                      batch_size=None)
+        raise DataError(
+            f"make_loader has got a {type(dataset).__name__}; expected an AudioDataset. A part of the "
+            "utterances, or several partitions as one, is a folder of links to their files: see section "
+            "12 of the notebook"
+        )
+    return DataLoader(
+        dataset,
+        sampler=Batches(len(dataset), batch_size, shuffle, seed, dataset.frames.device),
+        batch_size=None,
+    )
 
 
 # ---- Augmentation ------------------------------------------------------------------------------------------
+
 
 def _keep_mask(windows, size, param, device):
     """Bool (windows, size): False in a stretch of 0 ... param places, its width and its start uniform."""
@@ -1016,12 +1192,16 @@ def mask_frames(frames, augmentations="Both", freq_mask_param=4, time_mask_param
     augmentations: "FreqMask", "TimeMask", "Both" or None; a ValueError for others.
     """
     if augmentations not in ("FreqMask", "TimeMask", "Both", None):
-        raise ValueError(f"there is no mask {augmentations!r}; expected 'FreqMask', 'TimeMask', 'Both' or None")
+        raise ValueError(
+            f"there is no mask {augmentations!r}; expected 'FreqMask', 'TimeMask', 'Both' or None"
+        )
     bits = frames.view(torch.int16 if frames.dtype == torch.float16 else torch.int32)
     for name, axis, param in (("FreqMask", 2, freq_mask_param), ("TimeMask", 1, time_mask_param)):
         if augmentations in (name, "Both"):
             kept = _keep_mask(len(frames), frames.shape[axis], param, frames.device)
-            bits.mul_(kept.unsqueeze(3 - axis))  # by 1 or 0: as integers, a CPU does it five times as fast
+            bits.mul_(
+                kept.unsqueeze(3 - axis)
+            )  # by 1 or 0: as integers, a CPU does it five times as fast
     return frames
 
 
@@ -1031,16 +1211,23 @@ def _natural_maps(factors, coefficients, bands):
     The way goes back to the log energies of the bands, on HTK's mel scale from 0 to 8 kHz, and returns by
     the cosine transform. Returns float32 (factors, k, k): cepstra (..., k) @ map are the warped ones.
     """
+
     def mel(hertz):
         return 2595 * torch.log10(1 + hertz / 700)
 
     step = mel(torch.tensor(8000.0)) / (bands + 1)
     centres = 700 * (10 ** (torch.arange(1, bands + 1) * step / 2595) - 1)  # of the bands, in Hz
-    position = (mel(factors[:, None] * centres) / step - 1).clamp(0, bands - 1)  # (factors, bands), in bands
-    read = (1 - (position[:, None] - torch.arange(bands)[:, None]).abs()).clamp(min=0)  # (factors, from, to)
+    position = (mel(factors[:, None] * centres) / step - 1).clamp(
+        0, bands - 1
+    )  # (factors, bands), in bands
+    read = (1 - (position[:, None] - torch.arange(bands)[:, None]).abs()).clamp(
+        min=0
+    )  # (factors, from, to)
     # the orthonormal one, (bands, k); torchaudio's `create_dct` gives the same, but training does not need torchaudio
-    dct = torch.cos(math.pi / bands * (torch.arange(bands) + 0.5)[:, None] * torch.arange(coefficients))
-    dct[:, 0] *= 0.5 ** 0.5
+    dct = torch.cos(
+        math.pi / bands * (torch.arange(bands) + 0.5)[:, None] * torch.arange(coefficients)
+    )
+    dct[:, 0] *= 0.5**0.5
     dct *= (2 / bands) ** 0.5
     return dct.T @ read @ dct
 
@@ -1056,8 +1243,12 @@ def warp_maps(strength, data, count=41, dtype=torch.float32):
     """
     if strength == 0 or data.convention is None:
         return None
-    bands = max(28 if data.convention == "HTK" else 40, data.coefficients)  # as many as their usual makers take
-    maps = _natural_maps(torch.linspace(1 - strength, 1 + strength, count), data.coefficients, bands)
+    bands = max(
+        28 if data.convention == "HTK" else 40, data.coefficients
+    )  # as many as their usual makers take
+    maps = _natural_maps(
+        torch.linspace(1 - strength, 1 + strength, count), data.coefficients, bands
+    )
     # a column of the data is a natural coefficient times `scale`: in its order, with its factor, over its std
     order, factors = columns_of(data.convention, data.coefficients)
     maps = maps[:, order][:, :, order].to(data.stds.device)
@@ -1074,6 +1265,7 @@ def warp_frames(frames, maps):
 
 
 # ---- Network -----------------------------------------------------------------------------------------------
+
 
 class Dropout(torch.nn.Dropout):
     """torch's draws a random number for each unit; on a CPU, here four share one (p in steps of 1/65536).
@@ -1101,13 +1293,23 @@ class Dropout(torch.nn.Dropout):
             return x * keep.to(x.dtype) / (1 - self.rate_now).to(x.dtype)
         if x.device.type != "cpu":
             return super().forward(x)
-        bits = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-2**63, None).view(torch.int16)
-        keep = bits[:x.numel()].view_as(x) >= round(self.p * 2**16) - 2**15
+        bits = (
+            torch.empty(-(-x.numel() // 4), dtype=torch.int64)
+            .random_(-(2**63), None)
+            .view(torch.int16)
+        )
+        keep = bits[: x.numel()].view_as(x) >= round(self.p * 2**16) - 2**15
         return x * keep.to(x.dtype).mul_(1 / (1 - self.p))
 
 
-DROPOUTS = (torch.nn.Dropout, torch.nn.Dropout1d, torch.nn.Dropout2d, torch.nn.Dropout3d, torch.nn.AlphaDropout,
-            torch.nn.FeatureAlphaDropout)
+DROPOUTS = (
+    torch.nn.Dropout,
+    torch.nn.Dropout1d,
+    torch.nn.Dropout2d,
+    torch.nn.Dropout3d,
+    torch.nn.AlphaDropout,
+    torch.nn.FeatureAlphaDropout,
+)
 
 
 def hidden_layers(model):
@@ -1149,12 +1351,14 @@ def print_layers(model, frames):
     try:
         install("torchsummaryX==1.1.0")
         from torchsummaryX import summary
+
         summary(model, frames)
     except Exception as error:  # it cannot be installed, or does not know what to make of a module
         print(f"no table of the layers ({error!r:.200}):\n{model}")
 
 
 # ---- Loss and schedule --------------------------------------------------------------------------------------
+
 
 def loss_weight(criterion, phonemes):
     """How much the mean loss of a batch weighs in the mean of an epoch; phonemes: int64 (B,).
@@ -1185,8 +1389,10 @@ def check_schedule(scheduler, step, epochs, steps):
     times = epochs * steps if step == "batch" else epochs
     planned = getattr(scheduler, "total_steps", times)  # OneCycleLR has it
     if planned != times:
-        raise RunError(f"{name} is made for {planned:,} steps, but with step={step!r} it is stepped {times:,} times: "
-                       f"{epochs:,} epochs of {steps:,} batches")
+        raise RunError(
+            f"{name} is made for {planned:,} steps, but with step={step!r} it is stepped {times:,} times: "
+            f"{epochs:,} epochs of {steps:,} batches"
+        )
 
 
 @contextlib.contextmanager
@@ -1199,16 +1405,21 @@ def ignore_skipped_steps():
 
 # ---- Metrics -----------------------------------------------------------------------------------------------
 
+
 def confusion_matrix(labels, predictions):
     """Counts, int64 (42, 42): row = true phoneme, column = predicted; both arguments integer (n,)."""
     n = len(PHONEMES)
-    return np.bincount(np.asarray(labels, np.int64) * n + np.asarray(predictions), minlength=n * n).reshape(n, n)
+    return np.bincount(
+        np.asarray(labels, np.int64) * n + np.asarray(predictions), minlength=n * n
+    ).reshape(n, n)
 
 
 def accuracy_by_phoneme(confusion):
     """A table of a confusion matrix: each phoneme that occurs, its frames, its accuracy (0-1); the best one first."""
     frames = confusion.sum(1)
-    table = pd.DataFrame({"phoneme": PHONEMES, "frames": frames, "accuracy": confusion.diagonal() / frames.clip(1)})
+    table = pd.DataFrame(
+        {"phoneme": PHONEMES, "frames": frames, "accuracy": confusion.diagonal() / frames.clip(1)}
+    )
     return table[frames > 0].sort_values("accuracy", ascending=False)
 
 
@@ -1216,14 +1427,25 @@ def top_confusions(confusion, count=10):
     """A table of the most common confusions of a confusion matrix: which phonemes, how many frames, their shares."""
     wrong = confusion * (1 - np.eye(len(confusion), dtype=int))
     pairs = np.dstack(np.unravel_index(wrong.ravel().argsort()[::-1][:count], wrong.shape))[0]
-    return pd.DataFrame([{"true": PHONEMES[i], "taken for": PHONEMES[j], "frames": wrong[i, j],
-                          "% of its frames": 100 * wrong[i, j] / max(confusion[i].sum(), 1),
-                          "% of all errors": 100 * wrong[i, j] / max(wrong.sum(), 1)} for i, j in pairs])
+    return pd.DataFrame(
+        [
+            {
+                "true": PHONEMES[i],
+                "taken for": PHONEMES[j],
+                "frames": wrong[i, j],
+                "% of its frames": 100 * wrong[i, j] / max(confusion[i].sum(), 1),
+                "% of all errors": 100 * wrong[i, j] / max(wrong.sum(), 1),
+            }
+            for i, j in pairs
+        ]
+    )
 
 
 def share_within_manners(confusion):
     """The share (0-1) of the errors in a confusion matrix between phonemes of one of the MANNERS; 0 without errors."""
-    manner = np.array([[phoneme in group for phoneme in PHONEMES] for group in MANNERS.values()], int)
+    manner = np.array(
+        [[phoneme in group for phoneme in PHONEMES] for group in MANNERS.values()], int
+    )
     same = (manner.T @ manner).astype(bool)  # (42, 42); [SOS] and [EOS] are in no group
     right = confusion.diagonal().sum()
     return (confusion[same].sum() - right) / max(confusion.sum() - right, 1)
@@ -1254,15 +1476,24 @@ def calibration(confidences, correct, bins=10):
     which = np.digitize(confidences, np.linspace(0, 1, bins + 1)[1:-1], right=True)
     count = np.bincount(which, minlength=bins)
     with np.errstate(invalid="ignore"):  # 0 / 0 in an empty bin
-        confidence, accuracy = (np.bincount(which, weights, bins) / count for weights in (confidences, correct))
-    return confidence, accuracy, count, float(np.nansum(np.abs(confidence - accuracy) * count) / count.sum())
+        confidence, accuracy = (
+            np.bincount(which, weights, bins) / count for weights in (confidences, correct)
+        )
+    return (
+        confidence,
+        accuracy,
+        count,
+        float(np.nansum(np.abs(confidence - accuracy) * count) / count.sum()),
+    )
 
 
 # ---- Figures -----------------------------------------------------------------------------------------------
 
+
 def set_up_notebook():
     """Let figures appear in the notebook, whatever MPLBACKEND says, and tqdm not warn of missing widgets."""
     from IPython import get_ipython
+
     if shell := get_ipython():
         shell.run_line_magic("matplotlib", "inline")
     warnings.filterwarnings("ignore", "IProgress not found")  # its bar is of text then
@@ -1271,8 +1502,16 @@ def set_up_notebook():
 def draw_frames(axis, frames):
     """Draw MFCCs (T, k) along time into matplotlib's axis: red above the mean, blue below."""
     frames = frames.float().cpu().numpy()
-    axis.imshow(frames.T, aspect="auto", origin="lower", cmap="RdBu_r", vmin=-3, vmax=3,
-                interpolation="nearest", extent=(0, len(frames), -0.5, frames.shape[1] - 0.5))
+    axis.imshow(
+        frames.T,
+        aspect="auto",
+        origin="lower",
+        cmap="RdBu_r",
+        vmin=-3,
+        vmax=3,
+        interpolation="nearest",
+        extent=(0, len(frames), -0.5, frames.shape[1] - 0.5),
+    )
 
 
 def draw_phones(axis, labels, color="black"):
@@ -1281,12 +1520,20 @@ def draw_phones(axis, labels, color="black"):
     for first, end in zip(boundaries, boundaries[1:]):
         axis.axvline(first, color="lightgrey", linewidth=0.5)
         if end - first > 3:
-            axis.text((first + end) / 2, 0.5, PHONEMES[labels[first]].strip("[]"), ha="center", va="center", fontsize=9,
-                      color=color)
+            axis.text(
+                (first + end) / 2,
+                0.5,
+                PHONEMES[labels[first]].strip("[]"),
+                ha="center",
+                va="center",
+                fontsize=9,
+                color=color,
+            )
     axis.set(ylim=(0, 1), yticks=[])
 
 
 # ---- Decoding ----------------------------------------------------------------------------------------------
+
 
 def count_transitions(labels, offsets, states=40):
     """How often each phoneme occurs, and what follows it from frame to frame inside the utterances; add-one smoothed.
@@ -1314,10 +1561,12 @@ def viterbi(scores, transitions, offsets):
     lengths, order = offsets.diff().sort(descending=True)
     first = offsets[:-1][order].to(device)
     lengths = np.array(lengths.tolist())
-    active = (lengths > np.arange(lengths[0])[:, None]).sum(1).tolist()  # how many utterances have a frame t
+    active = (
+        (lengths > np.arange(lengths[0])[:, None]).sum(1).tolist()
+    )  # how many utterances have a frame t
     best = scores.clone()  # the score of the best path to each state, up to a constant of the frame
     for t in range(1, len(active)):
-        frame = first[:active[t]] + t
+        frame = first[: active[t]] + t
         total = (best[frame - 1].unsqueeze(2) + transitions).amax(1)
         best[frame] += total - total.amax(1, keepdim=True)  # small numbers stay exact
     # backwards, the state before a known one is the best one for it; behind the last frame there is none
@@ -1325,8 +1574,8 @@ def viterbi(scores, transitions, offsets):
     state = torch.full((len(first),), states, device=device)
     path = torch.empty(len(scores), dtype=torch.int64, device=device)
     for t in reversed(range(len(active))):
-        frame = first[:active[t]] + t
-        state[:active[t]] = path[frame] = (best[frame] + to_next[state[:active[t]]]).argmax(1)
+        frame = first[: active[t]] + t
+        state[: active[t]] = path[frame] = (best[frame] + to_next[state[: active[t]]]).argmax(1)
     return path
 
 
@@ -1349,7 +1598,7 @@ class Decoder:
     def __call__(self, log_posteriors, offsets):
         """Log posteriors, float32 (n, 42) -> indexes of the 40 phonemes, int64 (n,)."""
         prior = self.prior.to(log_posteriors.device)
-        scores = log_posteriors[:, :len(prior)] - self.prior_scale * prior
+        scores = log_posteriors[:, : len(prior)] - self.prior_scale * prior
         return viterbi(scores, self.transition_weight * self.transitions.to(scores.device), offsets)
 
     def save(self, path):
@@ -1394,15 +1643,29 @@ class Decoder:
             self.prior_scale, self.transition_weight = pairs[int(np.argmax(others))]
             inside, part_offsets = part(half, len(halves))
             path[inside] = self(log_posteriors[inside], part_offsets)
-        self.prior_scale, self.transition_weight = pairs[int(np.argmax(np.sum([*right.values()], axis=0)))]
+        self.prior_scale, self.transition_weight = pairs[
+            int(np.argmax(np.sum([*right.values()], axis=0)))
+        ]
         return path
 
 
 # ---- Checkpoint --------------------------------------------------------------------------------------------
 
 # keys that may change when a run is resumed, because the trained weights do not depend on them
-FREE_KEYS = ("Name", "recipe", "test_warps", "smoothing", "data", "competition", "shorten", "wandb", "artifacts",
-             "drive", "kaggle_submit", "ablations")
+KEYS_FREE_ON_RESUME = (
+    "Name",
+    "recipe",
+    "test_warps",
+    "smoothing",
+    "data",
+    "competition",
+    "shorten",
+    "wandb",
+    "artifacts",
+    "drive",
+    "kaggle_submit",
+    "ablations",
+)
 
 _RUN_LOCKS = weakref.WeakValueDictionary()  # path -> lock
 
@@ -1417,8 +1680,10 @@ def lock_run(folder, say=print):
     if lock is None or lock.closed:
         lock = take_lock(path, say)
     if lock is None:
-        raise RunError(f"{folder}: another notebook is training in this folder. Stop it (Kernel > Shut Down), or give "
-                       "this run another config['Name'].")
+        raise RunError(
+            f"{folder}: another notebook is training in this folder. Stop it (Kernel > Shut Down), or give "
+            "this run another config['Name']."
+        )
     _RUN_LOCKS[path] = lock
     return lock
 
@@ -1430,7 +1695,9 @@ def _with_plain_numbers(value):
     if isinstance(value, dict):
         plain = copy.copy(value)  # a state dict stays one
         plain.clear()  # or a key would keep its type
-        plain.update({_with_plain_numbers(key): _with_plain_numbers(each) for key, each in value.items()})
+        plain.update(
+            {_with_plain_numbers(key): _with_plain_numbers(each) for key, each in value.items()}
+        )
         return plain
     if type(value) in (list, tuple):
         return type(value)(map(_with_plain_numbers, value))
@@ -1476,16 +1743,21 @@ def save_checkpoint(path, state):
     except Exception as error:  # torch and pickle raise a dozen kinds
         found = _unreadable(state, path.stem)
         if found is None:
-            raise RunError(f"{path}: what was written could not be read back ({str(error)[:200]}). What was there "
-                           "before is unchanged. If it happens again, the disk is damaged.") from error
+            raise RunError(
+                f"{path}: what was written could not be read back ({str(error)[:200]}). What was there "
+                "before is unchanged. If it happens again, the disk is damaged."
+            ) from error
         name, value = found
-        raise RunError(f"{path} was not written: {name} is {value!r:.100}, a {type(value).__name__}, and could not be "
-                       "read again. Make it a number, a text, a tensor, or a list or a dict of these. What was there "
-                       "before is unchanged.") from error
+        raise RunError(
+            f"{path} was not written: {name} is {value!r:.100}, a {type(value).__name__}, and could not be "
+            "read again. Make it a number, a text, a tensor, or a list or a dict of these. What was there "
+            "before is unchanged."
+        ) from error
 
 
 def _config_differences(saved, config, free, off, switches):
     """Lines that say which keys, except `free` ones, have other values in two configs; see `load_checkpoint`."""
+
     def value_in(values, key):
         return values.get(key, off.get(key))
 
@@ -1503,14 +1775,16 @@ def _config_differences(saved, config, free, off, switches):
         if key in free or there == now or unknown and not there and not now:
             continue
         there, now = f"{there!r} there{by(saved, key)}", f"{now!r} now{by(config, key)}"
-        lines.append(f"{key}: {there}, {now}" + " (a key that was added since)" * (key not in saved))
+        lines.append(
+            f"{key}: {there}, {now}" + " (a key that was added since)" * (key not in saved)
+        )
     return lines
 
 
 def load_checkpoint(path, config=None, planned=True, off=None, switches=None):
     """The dict of `save_checkpoint`, on the CPU; None where there is no such file.
 
-    config: if given, it must agree with the checkpoint's own "config" in all keys but FREE_KEYS, and "epochs" where the
+    config: if given, it must agree with the checkpoint's own "config" in all keys but KEYS_FREE_ON_RESUME, and "epochs" where the
     schedule does not depend on it (is not `planned`) and dropout_scale is not "auto".
     off: {key: its value in a run that did not know it yet}; for other keys that is 0, False or None.
     switches: {(key, value): {key: value}}, which values a key's value sets: for the message.
@@ -1528,38 +1802,63 @@ def load_checkpoint(path, config=None, planned=True, off=None, switches=None):
         if config is not None:
             state["history"]  # best.pt has none: nothing to resume
     except Exception as error:  # torch and pickle raise a dozen kinds, none of them readable
-        raise RunError(f"{path}: damaged, or not a checkpoint of this notebook ({type(error).__name__}). Restore a "
-                       "copy of it, or choose another config['Name'] for a fresh run.") from None
+        raise RunError(
+            f"{path}: damaged, or not a checkpoint of this notebook ({type(error).__name__}). Restore a "
+            "copy of it, or choose another config['Name'] for a fresh run."
+        ) from None
     if config is not None:
         planned = planned or config["dropout_scale"] == "auto"
-        free = FREE_KEYS if planned else (*FREE_KEYS, "epochs")
+        free = KEYS_FREE_ON_RESUME if planned else (*KEYS_FREE_ON_RESUME, "epochs")
         differences = _config_differences(saved, config, free, off or {}, switches or {})
         if differences:
-            raise RunError(f"{path}: this run was started with another config:\n  " + "\n  ".join(differences) +
-                           "\nSet these back to resume it, or choose another config['Name'] for a fresh run."
-                           + (" (The schedule or dropout_scale 'auto' is planned for a fixed number of epochs.)"
-                              if any(line.startswith("epochs") for line in differences) else ""))
+            raise RunError(
+                f"{path}: this run was started with another config:\n  "
+                + "\n  ".join(differences)
+                + "\nSet these back to resume it, or choose another config['Name'] for a fresh run."
+                + (
+                    " (The schedule or dropout_scale 'auto' is planned for a fixed number of epochs.)"
+                    if any(line.startswith("epochs") for line in differences)
+                    else ""
+                )
+            )
     return state
 
 
 # what makes the weights of every run, beside the notebook's functions
-TRAINING_CODE = {"scale_dropout": scale_dropout, "Batches": Batches, "AudioDataset._batch": AudioDataset._batch,
-                 **READING_CODE}
+TRAINING_CODE = {
+    "scale_dropout": scale_dropout,
+    "Batches": Batches,
+    "AudioDataset._batch": AudioDataset._batch,
+    **READING_CODE,
+}
 
 
 def check_code(folder, state, code):
     """A RunError that names what differs where the code that has made a checkpoint is not `code`, of `code_of`."""
     if differences := code_differences(state.get("code", {}), code):
-        raise RunError(f"{folder}: this run was made by other code:\n  " + "\n  ".join(differences) +
-                       "\nUndo the edit to go on with this run, or choose another config['Name'] for a fresh run.")
+        raise RunError(
+            f"{folder}: this run was made by other code:\n  "
+            + "\n  ".join(differences)
+            + "\nUndo the edit to go on with this run, or choose another config['Name'] for a fresh run."
+        )
 
 
 def save_best(run, row):
     """Write the weights of a run to best.pt, with all that it takes to predict by them. row: of this epoch."""
-    columns = {name: getattr(run.train_loader.dataset, name) for name in ("coefficients", "convention")}
-    save_checkpoint(run.folder / "best.pt", {
-        "model": weights_of(run.model), "config": run.config, "code": run.code, "columns": columns,
-        "precision": str(run.precision).removeprefix("torch."), **row})
+    columns = {
+        name: getattr(run.train_loader.dataset, name) for name in ("coefficients", "convention")
+    }
+    save_checkpoint(
+        run.folder / "best.pt",
+        {
+            "model": weights_of(run.model),
+            "config": run.config,
+            "code": run.code,
+            "columns": columns,
+            "precision": str(run.precision).removeprefix("torch."),
+            **row,
+        },
+    )
 
 
 def load_best(folder, model):
@@ -1575,7 +1874,9 @@ def load_best(folder, model):
         load_weights(model, best.pop("model"))
     except RuntimeError as error:
         lines = "\n  ".join(line.strip() for line in str(error).splitlines()[:4])
-        raise RunError(f"{folder}: its best weights are of another network than this one:\n  {lines}") from None
+        raise RunError(
+            f"{folder}: its best weights are of another network than this one:\n  {lines}"
+        ) from None
     return best
 
 
@@ -1597,8 +1898,12 @@ def load_weights(model, weights):
 def snapshot(run):
     """A dict of the states of a run's model, optimizer, scheduler and scaler, and of torch's random generators."""
     states = {name: getattr(run, name).state_dict() for name in STATEFUL}
-    return {**states, "model": weights_of(run.model), "random": torch.get_rng_state(),
-            "random_cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []}
+    return {
+        **states,
+        "model": weights_of(run.model),
+        "random": torch.get_rng_state(),
+        "random_cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+    }
 
 
 def restore(state, run):
@@ -1610,8 +1915,10 @@ def restore(state, run):
             elif state[name]:  # the scaler's is empty where it was not needed
                 getattr(run, name).load_state_dict(state[name])
     except (RuntimeError, ValueError, KeyError) as error:
-        raise RunError(f"the checkpoint has another {name} than this code makes ({str(error).splitlines()[0]}) "
-                       "Choose another config['Name'] for a fresh run.") from None
+        raise RunError(
+            f"the checkpoint has another {name} than this code makes ({str(error).splitlines()[0]}) "
+            "Choose another config['Name'] for a fresh run."
+        ) from None
     torch.set_rng_state(state["random"])
     if torch.cuda.is_available() and len(state["random_cuda"]) == torch.cuda.device_count():
         torch.cuda.set_rng_state_all(state["random_cuda"])
@@ -1630,8 +1937,10 @@ def changes_by_hand(run, state):
         return all(weights[name].cpu().equal(each) for name, each in known["model"].items())
 
     changed = []
-    now, there = ([group["lr"] for group in optimizer["param_groups"]]
-                  for optimizer in (run.optimizer.state_dict(), state["optimizer"]))
+    now, there = (
+        [group["lr"] for group in optimizer["param_groups"]]
+        for optimizer in (run.optimizer.state_dict(), state["optimizer"])
+    )
     if now != there:
         changed.append("the learning rate")
     if not are_weights_of(state):
@@ -1645,12 +1954,16 @@ def check_parts(run):
     """Raise a RunError where the model or the train_loader that a run has now cannot be trained with, or resumed."""
     parallel = (torch.nn.DataParallel, torch.nn.parallel.DistributedDataParallel)
     if any(isinstance(layer, parallel) for layer in run.model.modules()):
-        raise RunError("a run uses one GPU: the copies that DataParallel makes of a network would not compute in the "
-                       f"run's precision, {run.precision}. Train the network itself, its `.module`.")
+        raise RunError(
+            "a run uses one GPU: the copies that DataParallel makes of a network would not compute in the "
+            f"run's precision, {run.precision}. Train the network itself, its `.module`."
+        )
     if not isinstance(run.train_loader.sampler, Batches):
-        raise RunError(f"run.train_loader has a {type(run.train_loader.sampler).__name__}; expected a loader of "
-                       "`make_loader`, whose order a resumed run repeats. To let rare phonemes count more, as with a "
-                       "WeightedRandomSampler, take a weighted loss: see the README.")
+        raise RunError(
+            f"run.train_loader has a {type(run.train_loader.sampler).__name__}; expected a loader of "
+            "`make_loader`, whose order a resumed run repeats. To let rare phonemes count more, as with a "
+            "WeightedRandomSampler, take a weighted loss: see the README."
+        )
 
 
 def start_or_resume(run, checkpoint):
@@ -1664,16 +1977,27 @@ def start_or_resume(run, checkpoint):
     Returns a line for the user: whether it is a new run, or how many epochs are there.
     """
     data = run.train_loader.dataset
-    facts = {"frames": len(data), "sum of labels": int(data.labels.sum())}  # tells other data, wherever they lie
+    facts = {
+        "frames": len(data),
+        "sum of labels": int(data.labels.sum()),
+    }  # tells other data, wherever they lie
     if checkpoint is None:
-        checkpoint = {"config": run.config, "code": run.code, "data": facts, "history": [],
-                      "wandb_id": secrets.token_hex(4),
-                      "precision": str(run.precision).removeprefix("torch."), **snapshot(run)}
+        checkpoint = {
+            "config": run.config,
+            "code": run.code,
+            "data": facts,
+            "history": [],
+            "wandb_id": secrets.token_hex(4),
+            "precision": str(run.precision).removeprefix("torch."),
+            **snapshot(run),
+        }
         (run.folder / "best.pt").unlink(missing_ok=True)  # of a run whose checkpoint was deleted
         save_checkpoint(run.folder / "checkpoint.pt", checkpoint)
     elif checkpoint["data"] != facts:
-        raise RunError(f"{run.folder} was trained on other data ({checkpoint['data']} there, {facts} now): choose "
-                       "another config['Name'] for a fresh run.")
+        raise RunError(
+            f"{run.folder} was trained on other data ({checkpoint['data']} there, {facts} now): choose "
+            "another config['Name'] for a fresh run."
+        )
     check_code(run.folder, checkpoint, run.code)
     restore(checkpoint, run)
     run.unsaved = False
@@ -1684,21 +2008,30 @@ def start_or_resume(run, checkpoint):
     if done < epochs:
         return f"{run.folder}: {done} of {epochs} epochs are there, resuming"
     best = load_best(run.folder, run.model)
-    return (f"{run.folder}: {done} of {epochs} epochs are there, nothing left to train; the weights are those of the "
-            f"best one, epoch {best['epoch']}")
+    return (
+        f"{run.folder}: {done} of {epochs} epochs are there, nothing left to train; the weights are those of the "
+        f"best one, epoch {best['epoch']}"
+    )
 
 
 # ---- Folders, wandb, Drive ---------------------------------------------------------------------------------
 
 DRIVE = Path("/content/drive")  # where Colab mounts Google Drive
-DRIVE_SECONDS = 9 * 60  # between two copies to Drive, unless an epoch takes longer: a kill may lose ten minutes
+DRIVE_SECONDS = (
+    9 * 60
+)  # between two copies to Drive, unless an epoch takes longer: a kill may lose ten minutes
 DRIVE_SLOTS = ("checkpoint-a.zip", "checkpoint-b.zip")  # written in turn
 LOGIN_SECONDS = 25  # how long wandb's login may take, once wandb is loaded
 WANDB_SECONDS = 60  # how long it may take to start a run, or to take its rows
 UPLOAD_SECONDS = 100  # how long it may take for the last rows and the files
 LAST_SECONDS = 20  # how long it may take to end after a failure
-WANDB_MODES = {"online": "online", "run": "online", "offline": "offline", "dryrun": "offline",
-               "disabled": "disabled"}
+WANDB_MODES = {
+    "online": "online",
+    "run": "online",
+    "offline": "offline",
+    "dryrun": "offline",
+    "disabled": "disabled",
+}
 # Logs in as wandb itself does, and asks the server. The exit status 3: no key is configured, 4: no answer,
 # 1: another reason, which is printed. _exit, because wandb's own end may wait for the network.
 WANDB_LOGIN = """
@@ -1727,7 +2060,9 @@ def tell(run, line):
 def runs_folder():
     """The folder of the runs: $HW1P2_RUNS, else /kaggle/working/runs on Kaggle, else runs/ here."""
     kaggle = KAGGLE / "working"
-    return path_from_environment("HW1P2_RUNS") or (kaggle / "runs" if kaggle.is_dir() else Path("runs"))
+    return path_from_environment("HW1P2_RUNS") or (
+        kaggle / "runs" if kaggle.is_dir() else Path("runs")
+    )
 
 
 def read_runs(folder=None):
@@ -1745,17 +2080,25 @@ def read_runs(folder=None):
 def compare_runs(runs):
     """A table of runs, {name: (config, history)}, with the best first: epochs, accuracy, and what differs.
 
-    The last columns are the keys, but FREE_KEYS, in which their configs differ. The accuracies (0-1) are those of the
+    The last columns are the keys, but KEYS_FREE_ON_RESUME, in which their configs differ. The accuracies (0-1) are those of the
     best epoch; runs without one are left out.
     """
     rows = {}
     for name, (config, history) in runs.items():
         if history:
             best = max(history, key=lambda row: row["val_acc"])
-            rows[name] = {"val_acc": best["val_acc"], "train_acc": best["train_acc"], "in epoch": best["epoch"],
-                          "epochs": f"{len(history)} of {config['epochs']}"}
+            rows[name] = {
+                "val_acc": best["val_acc"],
+                "train_acc": best["train_acc"],
+                "in epoch": best["epoch"],
+                "epochs": f"{len(history)} of {config['epochs']}",
+            }
     configs = pd.DataFrame({name: pd.Series(runs[name][0], dtype=object) for name in rows}).T
-    differ = [key for key in configs if key not in (*FREE_KEYS, "epochs") and configs[key].map(repr).nunique() > 1]
+    differ = [
+        key
+        for key in configs
+        if key not in (*KEYS_FREE_ON_RESUME, "epochs") and configs[key].map(repr).nunique() > 1
+    ]
     table = pd.DataFrame(rows.values(), index=list(rows))
     table = table.join(configs[differ])
     return table.sort_values("val_acc", ascending=False, kind="stable") if rows else table
@@ -1778,16 +2121,23 @@ def load_secrets(*names, seconds=30):
 
     seconds: how long to wait for them. Colab never answers without its browser window, nor Kaggle without Internet.
     """
+
     def fetch(name):
         with contextlib.suppress(Exception):  # no such secret, or no access to it
             if "google.colab" in sys.modules:
                 from google.colab import userdata
+
                 os.environ[name] = userdata.get(name)
             elif KAGGLE.is_dir():
                 from kaggle_secrets import UserSecretsClient
+
                 os.environ[name] = UserSecretsClient().get_secret(name)
 
-    threads = [threading.Thread(target=fetch, args=[name], daemon=True) for name in names if not os.environ.get(name)]
+    threads = [
+        threading.Thread(target=fetch, args=[name], daemon=True)
+        for name in names
+        if not os.environ.get(name)
+    ]
     end = time.monotonic() + seconds
     for thread in threads:
         thread.start()
@@ -1804,7 +2154,9 @@ def wandb_mode(run):
     """
     choice, text = run.config["wandb"], os.environ.pop("WANDB_MODE", "").strip(" \t\r\n'\"")
     if mode := WANDB_MODES.get(text.lower()):
-        os.environ["WANDB_MODE"] = mode  # wandb refuses any other spelling, whatever mode it is given
+        os.environ["WANDB_MODE"] = (
+            mode  # wandb refuses any other spelling, whatever mode it is given
+        )
     elif text:
         tell(run, f"WANDB_MODE={text} is ignored: expected online, offline or disabled")
     if choice == "auto" and mode:
@@ -1815,9 +2167,15 @@ def wandb_mode(run):
     environment = {**os.environ, **({} if choice == "auto" else {"WANDB_MODE": "online"})}
     command = [sys.executable, "-c", WANDB_LOGIN.format(seconds=LOGIN_SECONDS)]
     try:
-        login = subprocess.run(command, env=environment, stdin=subprocess.DEVNULL, text=True,
-                               stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
-                               timeout=LOGIN_SECONDS + 60)  # loading Python and wandb, too
+        login = subprocess.run(
+            command,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            timeout=LOGIN_SECONDS + 60,
+        )  # loading Python and wandb, too
         status, why = login.returncode, login.stdout
     except subprocess.TimeoutExpired:
         status = 4
@@ -1870,6 +2228,7 @@ def _stop_wandb():
     _wandb_lock = threading.Lock()  # the old one may never be free again
     with contextlib.suppress(Exception):
         import psutil  # comes with Jupyter
+
         for child in psutil.Process().children():
             if "wandb" in child.name():
                 child.kill()
@@ -1902,19 +2261,31 @@ def _without_wandb():
 def _init_wandb(run, mode):
     """Start a wandb run in this mode."""
     import wandb  # here, because it takes a second, and benchmarks do without
-    os.environ.setdefault("WANDB_DATA_DIR", str(cache_folder() / "wandb"))  # where it prepares uploads
+
+    os.environ.setdefault(
+        "WANDB_DATA_DIR", str(cache_folder() / "wandb")
+    )  # where it prepares uploads
     return wandb.init(
-        mode=mode, id=run.wandb_id, group=run.group, dir=str(run.folder.resolve()),
+        mode=mode,
+        id=run.wandb_id,
+        group=run.group,
+        dir=str(run.folder.resolve()),
         resume="allow" if mode == "online" else None,  # offline, some versions warn of it
         project=os.environ.get("WANDB_PROJECT") or "hw1p2",
-        name=os.environ.get("WANDB_NAME") or run.config["Name"][:120], config=_wandb_config(run),
-        settings=wandb.Settings(silent=True, console="off", init_timeout=WANDB_SECONDS // 2))
+        name=os.environ.get("WANDB_NAME") or run.config["Name"][:120],
+        config=_wandb_config(run),
+        settings=wandb.Settings(silent=True, console="off", init_timeout=WANDB_SECONDS // 2),
+    )
 
 
 def _wandb_config(run):
     """The config with what else is to be known of a run."""
-    return {**run.config, **run.details, "python": platform.python_version(),
-            "torch": torch.__version__}
+    return {
+        **run.config,
+        **run.details,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+    }
 
 
 def _open_wandb(run, mode):
@@ -1924,15 +2295,20 @@ def _open_wandb(run, mode):
         try:
             run.wandb = within(WANDB_SECONDS, _init_wandb, run, mode)
             return
-        except Exception as error:  # its service does not start, the server refuses: a dozen reasons
+        except (
+            Exception
+        ) as error:  # its service does not start, the server refuses: a dozen reasons
             _stop_wandb()
             why = shorten(str(error) or type(error).__name__)
             if mode == "online" and again and re.search("in use|deleted|409", why):
                 again = False
                 if "in use" not in why:  # by a start that was stopped, and that is ended now
                     run.wandb_id = secrets.token_hex(4)
-                    tell(run, f"wandb does not take this run ({why}): it goes on as the new run "
-                              f"{run.wandb_id}")
+                    tell(
+                        run,
+                        f"wandb does not take this run ({why}): it goes on as the new run "
+                        f"{run.wandb_id}",
+                    )
             elif mode == "online":
                 mode = "offline"
                 tell(run, f"wandb does not start this run ({why}): it is kept offline")
@@ -1995,8 +2371,11 @@ def _tell_wandb(run, seconds, send):
                 within(LAST_SECONDS, run.wandb.finish)
         _stop_wandb()
         if mode == "online":
-            tell(run, f"wandb fails ({why}): what is not uploaded yet is kept offline, and so is all "
-                      "that follows")
+            tell(
+                run,
+                f"wandb fails ({why}): what is not uploaded yet is kept offline, and so is all "
+                "that follows",
+            )
             _open_wandb(run, "offline")
         else:
             tell(run, f"wandb fails ({why}): it goes on without it")
@@ -2007,7 +2386,11 @@ def _tell_wandb(run, seconds, send):
 def _send_config(run):
     """Send what is new in the config, and the text of the model."""
     known = run.wandb.config  # what a sweep has set in it is locked
-    new = {key: value for key, value in _wandb_config(run).items() if key not in known or known[key] != value}
+    new = {
+        key: value
+        for key, value in _wandb_config(run).items()
+        if key not in known or known[key] != value
+    }
     known.update(new, allow_val_change=True)
     # in wandb's own folder: uploaded without a link to it
     architecture = Path(run.wandb.dir, "model_arch.txt")
@@ -2038,13 +2421,17 @@ def log_history(run):
         with atomic_write(run.folder / "history.csv", 200 * len(run.history)) as temporary:
             pd.DataFrame(run.history).to_csv(temporary, index=False)
     else:
-        (run.folder / "history.csv").unlink(missing_ok=True)  # of a run whose checkpoint was deleted
+        (run.folder / "history.csv").unlink(
+            missing_ok=True
+        )  # of a run whose checkpoint was deleted
     _tell_wandb(run, WANDB_SECONDS, _send_rows)
 
 
 def _summary(results):
     """The numbers of a run's results, by name."""
-    summary = {f"best_{key}": results.best[key] for key in ("epoch", "val_acc", "val_loss", "train_acc")}
+    summary = {
+        f"best_{key}": results.best[key] for key in ("epoch", "val_acc", "val_loss", "train_acc")
+    }
     summary |= {f"val_acc, {name}": float(accuracy) for name, accuracy in results.accuracy.items()}
     if results.test_acc is not None:
         summary["test_acc"] = float(results.test_acc)
@@ -2057,9 +2444,11 @@ def save_results(run, results):
     results: of the notebook's `evaluate_best`, with `test_acc`, None where it is not known.
     """
     confusion = pd.DataFrame(results.confusion, PHONEMES, PHONEMES)
-    for name, text in (("results.json", json.dumps(_summary(results), indent=1)),
-                       ("confusion.csv", confusion.to_csv(index_label="true")),
-                       ("by_phoneme.csv", results.by_phoneme.to_csv(index=False))):
+    for name, text in (
+        ("results.json", json.dumps(_summary(results), indent=1)),
+        ("confusion.csv", confusion.to_csv(index_label="true")),
+        ("by_phoneme.csv", results.by_phoneme.to_csv(index=False)),
+    ):
         with atomic_write(run.folder / name, len(text)) as temporary:
             temporary.write_text(text, "utf-8")
 
@@ -2067,13 +2456,28 @@ def save_results(run, results):
 def _send_results(run, results, submission):
     """Send the results: summary, confusion matrix, accuracy of each phoneme, and files as an artifact."""
     import wandb
+
     run.wandb.summary.update(_summary(results))
-    table = wandb.Table(columns=["Actual", "Predicted", "nPredictions"], data=[
-        [PHONEMES[i], PHONEMES[j], int(results.confusion[i, j])] for i in range(40) for j in range(40)])
-    chart = wandb.plot_table("wandb/confusion_matrix/v1", table, {name: name for name in table.columns},
-                             {"title": "Confusion"})
-    run.wandb.log({"confusion_matrix": chart, "by_phoneme": wandb.Table(dataframe=results.by_phoneme)})
-    if run.config["artifacts"]:  # its name may have 128 letters, digits, dots, dashes and underscores
+    table = wandb.Table(
+        columns=["Actual", "Predicted", "nPredictions"],
+        data=[
+            [PHONEMES[i], PHONEMES[j], int(results.confusion[i, j])]
+            for i in range(40)
+            for j in range(40)
+        ],
+    )
+    chart = wandb.plot_table(
+        "wandb/confusion_matrix/v1",
+        table,
+        {name: name for name in table.columns},
+        {"title": "Confusion"},
+    )
+    run.wandb.log(
+        {"confusion_matrix": chart, "by_phoneme": wandb.Table(dataframe=results.by_phoneme)}
+    )
+    if run.config[
+        "artifacts"
+    ]:  # its name may have 128 letters, digits, dots, dashes and underscores
         name = re.sub(r"[^\w.-]", "-", run.config["Name"], flags=re.ASCII)[:100]
         artifact = wandb.Artifact(f"{name}-{run.wandb_id}", "result")
         artifact.add_file(str(submission), policy="immutable")  # no copy of its own
@@ -2087,6 +2491,7 @@ def finish_wandb(run, results=None, submission=None):
     results: see `save_results`. submission: the path of the CSV, for the artifact.
     Offline, the command that uploads the run later is told.
     """
+
     def send(run):
         _send_rows(run)
         if results is not None:
@@ -2112,10 +2517,13 @@ def open_drive(run, place):
         return None
     try:
         from google.colab import drive
+
         drive.mount(str(DRIVE))
     except Exception as error:  # Google's own kinds
-        raise RunError(f"Google Drive could not be mounted ({type(error).__name__}: {str(error)[:200]}). Run the cell "
-                       "again and allow the access that Google asks for, or set config['drive'] = False.") from error
+        raise RunError(
+            f"Google Drive could not be mounted ({type(error).__name__}: {str(error)[:200]}). Run the cell "
+            "again and allow the access that Google asks for, or set config['drive'] = False."
+        ) from error
     drive_folder = DRIVE / "MyDrive" / "hw1p2-runs" / place
     if epochs := restore_from_drive(run.folder, drive_folder):
         tell(run, f"{run.folder}: fetched from Google Drive, {epochs} epoch(s)")
@@ -2126,8 +2534,10 @@ def session_warning(drive, practice):
     """A line for Colab, where files are lost when the session ends; "" with Drive, or for the practice corpus."""
     if "google.colab" not in sys.modules or drive or practice:
         return ""
-    return ("NOTHING HERE OUTLIVES THIS COLAB SESSION, which ends after 12 hours or earlier: config['drive'] = True "
-            "keeps the checkpoints on Google Drive.")
+    return (
+        "NOTHING HERE OUTLIVES THIS COLAB SESSION, which ends after 12 hours or earlier: config['drive'] = True "
+        "keeps the checkpoints on Google Drive."
+    )
 
 
 def _epochs_in(archive):
@@ -2145,7 +2555,11 @@ def _epochs_in(archive):
 
 def _epochs_here(folder):
     with contextlib.suppress(Exception):  # none there, or damaged: reported by `load_checkpoint`
-        return len(torch.load(folder / "checkpoint.pt", map_location="cpu", mmap=True, weights_only=True)["history"])
+        return len(
+            torch.load(folder / "checkpoint.pt", map_location="cpu", mmap=True, weights_only=True)[
+                "history"
+            ]
+        )
     return -1
 
 
@@ -2171,8 +2585,10 @@ def copy_to_drive(folder, drive_folder, next_in=float("inf")):
         for path in folder.glob("*.csv"):
             shutil.copyfile(path, drive_folder / path.name)  # in place too
     except OSError as error:
-        print(f"the copy on Google Drive could not be updated ({error}). The run in {folder} is not affected; the next "
-              "epoch tries again, and so does the cell of section 9.")
+        print(
+            f"the copy on Google Drive could not be updated ({error}). The run in {folder} is not affected; the next "
+            "epoch tries again, and so does the cell of section 9."
+        )
 
 
 def restore_from_drive(folder, drive_folder):
@@ -2181,26 +2597,35 @@ def restore_from_drive(folder, drive_folder):
     Returns how many epochs were fetched, 0 where none.
     """
     try:
-        epochs, slot = max((_epochs_in(slot), slot) for slot in map(drive_folder.joinpath, DRIVE_SLOTS))
+        epochs, slot = max(
+            (_epochs_in(slot), slot) for slot in map(drive_folder.joinpath, DRIVE_SLOTS)
+        )
         if epochs <= _epochs_here(folder):
             return 0
         with zipfile.ZipFile(slot) as archive:
-            for name in archive.namelist():  # the checkpoint comes last: killed before, the next start fetches it again
+            for name in (
+                archive.namelist()
+            ):  # the checkpoint comes last: killed before, the next start fetches it again
                 content = archive.read(name)
                 with atomic_write(folder / Path(name).name, len(content)) as temporary:
                     temporary.write_bytes(content)
     except OSError as error:
-        raise RunError(f"{drive_folder} on Google Drive cannot be read ({error}): restart the session, or set "
-                       "config['drive'] = False.") from error
+        raise RunError(
+            f"{drive_folder} on Google Drive cannot be read ({error}): restart the session, or set "
+            "config['drive'] = False."
+        ) from error
     return epochs
 
 
 # ---- Submission --------------------------------------------------------------------------------------------
 
+
 def write_submission(path, predictions):
     """Write Kaggle's CSV: header `id,label`, ids from 0, and the phoneme names (n,) of the test frames, in order."""
     with atomic_write(path, 12 * len(predictions)) as temporary:
-        pd.DataFrame({"label": predictions}).to_csv(temporary, index_label="id", lineterminator="\n")
+        pd.DataFrame({"label": predictions}).to_csv(
+            temporary, index_label="id", lineterminator="\n"
+        )
 
 
 def _read_table(path, any_case=False):
@@ -2229,12 +2654,16 @@ def read_submission(path, frames=None):
     """
     table = _read_table(path)
     if frames is not None and len(table) != frames:
-        raise DataError(f"{path}: {len(table):,} rows; expected {frames:,}, one for each frame of test-clean")
+        raise DataError(
+            f"{path}: {len(table):,} rows; expected {frames:,}, one for each frame of test-clean"
+        )
     wrong = (table["id"] != table.index.astype(str)) | ~table["label"].isin(PHONEMES)
     if wrong.any():
         i = int(wrong.argmax())
-        raise DataError(f"{path}: line {i + 2} is {','.join(table.loc[i])!r}; expected the id {i} and the name of a "
-                        "phoneme, such as AA or [SIL]")
+        raise DataError(
+            f"{path}: line {i + 2} is {','.join(table.loc[i])!r}; expected the id {i} and the name of a "
+            "phoneme, such as AA or [SIL]"
+        )
     return table["label"].to_numpy(str)
 
 
@@ -2251,9 +2680,11 @@ def check_sample_submission(data_folder, frames):
     for path in filter(Path.is_file, samples):  # no folder, no link to nowhere
         ids = _read_table(path, any_case=True)["id"]
         if not np.array_equal(np.sort(pd.to_numeric(ids, errors="coerce")), np.arange(frames)):
-            raise DataError(f"{path}: the sample submission has {len(ids):,} rows, ids {', '.join(ids[:3])} ...; "
-                            f"expected {frames:,}, one for each frame of {data_folder / 'test-clean'}, ids from "
-                            "0. If it belongs to something else, move it away.")
+            raise DataError(
+                f"{path}: the sample submission has {len(ids):,} rows, ids {', '.join(ids[:3])} ...; "
+                f"expected {frames:,}, one for each frame of {data_folder / 'test-clean'}, ids from "
+                "0. If it belongs to something else, move it away."
+            )
 
 
 def competition_of(data_folder, competition):
@@ -2266,7 +2697,9 @@ def competition_of(data_folder, competition):
         return competition
     if "competitions" in parts[:-1]:  # a folder of Kaggle's, and of kagglehub's
         return parts[parts.index("competitions") + 1]
-    return next((name for name, folder in EDITIONS.items() if {name, folder} & {*parts}), competition)
+    return next(
+        (name for name, folder in EDITIONS.items() if {name, folder} & {*parts}), competition
+    )
 
 
 def submission_message(run):
@@ -2281,26 +2714,34 @@ def submission_message(run):
 
 def hand_in_hint(run, submission, competition):
     """What it takes to hand a run in, as text: the CSV, the message, the course's code, the wandb run."""
-    lines = [f"To hand it in: submit {submission} at kaggle.com/competitions/{competition}",
-             f"with the message {submission_message(run)}",
-             "The course's submission code goes below this cell: it takes `model`, which has the best weights."]
+    lines = [
+        f"To hand it in: submit {submission} at kaggle.com/competitions/{competition}",
+        f"with the message {submission_message(run)}",
+        "The course's submission code goes below this cell: it takes `model`, which has the best weights.",
+    ]
     if run.wandb.settings.mode != "online":
-        lines.append("It looks for the wandb run on the server: upload it first; then the message is "
-                     "HW1P2|WB=entity/project/run_id.")
+        lines.append(
+            "It looks for the wandb run on the server: upload it first; then the message is "
+            "HW1P2|WB=entity/project/run_id."
+        )
     return "\n".join(lines)
 
 
 def kaggle_causes(competition):
     """Why Kaggle may refuse a download or a submission, and what to do."""
-    return ("The usual causes: the rules are not accepted yet (press Join on "
-            f"kaggle.com/competitions/{competition}), or the token is missing or has expired: create one in your "
-            "account's settings on kaggle.com, and put it into ~/.kaggle/, the environment (KAGGLE_API_TOKEN) or "
-            "Colab's or Kaggle's secrets; never into a cell." + internet_hint())
+    return (
+        "The usual causes: the rules are not accepted yet (press Join on "
+        f"kaggle.com/competitions/{competition}), or the token is missing or has expired: create one in your "
+        "account's settings on kaggle.com, and put it into ~/.kaggle/, the environment (KAGGLE_API_TOKEN) or "
+        "Colab's or Kaggle's secrets; never into a cell." + internet_hint()
+    )
 
 
 def _kaggle_command():
     """The official `kaggle` command: of this Python's environment, activated or not, else of the PATH."""
-    if command := shutil.which("kaggle", path=os.path.dirname(sys.executable)) or shutil.which("kaggle"):
+    if command := shutil.which("kaggle", path=os.path.dirname(sys.executable)) or shutil.which(
+        "kaggle"
+    ):
         return [command]
     if not _can_import("kaggle"):
         raise RunError("the kaggle command is not installed: pip install kaggle")
@@ -2310,11 +2751,25 @@ def _kaggle_command():
 def submit(path, message, competition):
     """Submit a CSV with the official `kaggle` command. Returns what it printed; a RunError says what went wrong."""
     load_secrets("KAGGLE_API_TOKEN", "KAGGLE_USERNAME", "KAGGLE_KEY")
-    command = [*_kaggle_command(), "competitions", "submit", "-c", competition, "-f", str(path), "-m", message]
+    command = [
+        *_kaggle_command(),
+        "competitions",
+        "submit",
+        "-c",
+        competition,
+        "-f",
+        str(path),
+        "-m",
+        message,
+    ]
     result = subprocess.run(command, capture_output=True, text=True)
     output = (result.stdout + result.stderr).strip()
-    if result.returncode or re.search(r"\b40[13]\b|Could not submit", output):  # it may print these and exit with 0
-        raise RunError(f"{path} could not be submitted: {last_words(output)}\n{kaggle_causes(competition)}")
+    if result.returncode or re.search(
+        r"\b40[13]\b|Could not submit", output
+    ):  # it may print these and exit with 0
+        raise RunError(
+            f"{path} could not be submitted: {last_words(output)}\n{kaggle_causes(competition)}"
+        )
     return output
 
 
@@ -2328,12 +2783,18 @@ def import_torchaudio():
     """torchaudio; a RunError that says what to install where it is missing or is made for another torch."""
     try:
         import torchaudio.compliance.kaldi
-    except (ImportError, OSError) as error:  # "undefined symbol", where it is made for another torch
-        minor = min(int(torch.__version__.split(".")[1]), 11)  # 2.11 is the last, and fits torch up to 2.14
+    except (
+        ImportError,
+        OSError,
+    ) as error:  # "undefined symbol", where it is made for another torch
+        minor = min(
+            int(torch.__version__.split(".")[1]), 11
+        )  # 2.11 is the last, and fits torch up to 2.14
         raise RunError(
             f"torchaudio, which makes the MFCCs of a corpus, cannot be imported beside torch "
-            f"{torch.__version__} ({shorten(error)}): pip install \"torchaudio==2.{minor}.*\", and "
-            f"restart the kernel.{internet_hint()}") from error
+            f'{torch.__version__} ({shorten(error)}): pip install "torchaudio==2.{minor}.*", and '
+            f"restart the kernel.{internet_hint()}"
+        ) from error
     return torchaudio
 
 
@@ -2351,8 +2812,18 @@ def speech_features(audio, rate):
     """
     samples = _resampler(rate)(torch.from_numpy(audio)) * 2**15
     mfcc = import_torchaudio().compliance.kaldi.mfcc(
-        samples[None], num_ceps=28, num_mel_bins=28, low_freq=0, high_freq=8000, htk_compat=True, use_energy=False,
-        cepstral_lifter=LIFTER, window_type="hamming", preemphasis_coefficient=0, dither=0)
+        samples[None],
+        num_ceps=28,
+        num_mel_bins=28,
+        low_freq=0,
+        high_freq=8000,
+        htk_compat=True,
+        use_energy=False,
+        cepstral_lifter=LIFTER,
+        window_type="hamming",
+        preemphasis_coefficient=0,
+        dither=0,
+    )
     return mfcc.numpy()
 
 
@@ -2364,7 +2835,7 @@ def label_frames(phones, frames):
     centres = (np.arange(frames) * HOP + WINDOW / 2) / SAMPLE_RATE
     labels = np.full(frames, "[SIL]", "<U5")
     for phoneme, start, end in phones:
-        labels[np.searchsorted(centres, start):np.searchsorted(centres, end)] = phoneme
+        labels[np.searchsorted(centres, start) : np.searchsorted(centres, end)] = phoneme
     return labels
 
 
@@ -2372,7 +2843,10 @@ def _write_utterance(folder, name, audio, rate, phones):
     """Write the features and labels of an utterance into a partition's folder."""
     mfcc = speech_features(audio, rate)
     np.save(folder / "mfcc" / f"{name}.npy", mfcc)
-    np.save(folder / "transcript" / f"{name}.npy", np.array(["[SOS]", *label_frames(phones, len(mfcc)), "[EOS]"]))
+    np.save(
+        folder / "transcript" / f"{name}.npy",
+        np.array(["[SOS]", *label_frames(phones, len(mfcc)), "[EOS]"]),
+    )
 
 
 @contextlib.contextmanager
@@ -2389,61 +2863,100 @@ def _new_corpus(root):
     try:
         yield partial
     except OSError as error:
-        raise RunError(f"{root} could not be made ({error}): {shutil.disk_usage(partial).free / 1e6:,.0f} MB are free. "
-                       "Free some space and run again.") from error
+        raise RunError(
+            f"{root} could not be made ({error}): {shutil.disk_usage(partial).free / 1e6:,.0f} MB are free. "
+            "Free some space and run again."
+        ) from error
     for name in PARTITIONS:
         if not _npy_files(partial / name / "mfcc")[0]:
             left_out = partial / "left-out.txt"  # only in a corpus of recordings
             reasons = left_out.read_text().splitlines() if left_out.exists() else []
-            raise DataError("\n".join([f"{partial}: no utterances for {name}; expected some in each partition",
-                                       *first_ten([f"left out: {reason}" for reason in reasons])]))
+            raise DataError(
+                "\n".join(
+                    [
+                        f"{partial}: no utterances for {name}; expected some in each partition",
+                        *first_ten([f"left out: {reason}" for reason in reasons]),
+                    ]
+                )
+            )
     answers = partial / "test-clean" / "transcript"
     if not (partial / "answers.csv").exists():
-        write_submission(partial / "answers.csv",
-                         np.concatenate([np.load(answers / name)[1:-1] for name in _npy_files(answers)[0]]))
+        write_submission(
+            partial / "answers.csv",
+            np.concatenate([np.load(answers / name)[1:-1] for name in _npy_files(answers)[0]]),
+        )
     shutil.rmtree(answers)
     partial.rename(root)
 
 
 # Who, did what, where, when: one of each makes a sentence (our own words).
-GRAMMAR = [[" ".join(entry.split()) for entry in entries.split(",")] for entries in ("""
+GRAMMAR = [
+    [" ".join(entry.split()) for entry in entries.split(",")]
+    for entries in (
+        """
     the baker, my youngest cousin, a cheerful farmer, both sailors, three noisy boys, the shy girl in yellow,
-    her uncle George, an author from Asia, a wise judge""", """
+    her uncle George, an author from Asia, a wise judge""",
+        """
     mended a wooden chair, cooked a huge pot of soup, counted eleven white sheep, watched a long television show,
     measured the depth of the pool, shared a warm blanket, hung a bright picture, threw the ball too far,
-    carried a basket of oranges""", """
+    carried a basket of oranges""",
+        """
     in the kitchen, near the old bridge, at the railway station, under a maple tree, around the corner,
-    above the valley, down by the harbor, on the tennis court, in our backyard""", """
+    above the valley, down by the harbor, on the tennis court, in our backyard""",
+        """
     before breakfast, on Thursday afternoon, because the bus was late, when the bell rang, although it was raining,
-    in less than an hour, with great pleasure, as usual, with both eyes shut""")]
+    in less than an hour, with great pleasure, as usual, with both eyes shut""",
+    )
+]
 # The first utterance of each partition has all 39 phones: no class is missing, however small the corpus is.
-PANGRAMS = [" ".join(sentence.split()) + "." for sentence in """
+PANGRAMS = [
+    " ".join(sentence.split()) + "."
+    for sentence in """
     They knew that noisy young boy very well: he put his hot yellow jacket on the chair, then sang
     both songs about measuring fish, while I paused for a good word with her father. My father thought the
     usual choice was good: wash the huge brown jar, take each thing out, then enjoy a bowl of very hot yams
     with sugar and pears. Our loyal judge took a vision of the yacht shop to church; there both birds sang,
-    you gave them all a clean white hat, and I heard my father laugh out loud at the zoo""".split(".")]
+    you gave them all a clean white hat, and I heard my father laugh out loud at the zoo""".split(
+        "."
+    )
+]
 # eSpeak NG's variants of en-us that sound like people, for train, dev, test; none with `breath`, which always differs
-VOICES = [voices.split() for voices in (
-    """Alex Andrea Andy Annie AnxiousAndy Denis Diogo Gene Henrique Hugo Jacky Lee Mario Michael Nguyen adam anika aunty
+VOICES = [
+    voices.split()
+    for voices in (
+        """Alex Andrea Andy Annie AnxiousAndy Denis Diogo Gene Henrique Hugo Jacky Lee Mario Michael Nguyen adam anika aunty
     belinda benjamin boris ed edward f1 grandma grandpa gustave ian iven iven3 klatt klatt2 klatt4 klatt6 m1 m3 m5 m7
     marcelo max michel norbert pablo paul quincy rob steph steph3 travis""",
-    "Gene2 Mike david f4 iven2 john klatt3 m2 m6 pedro steph2",
-    "antonio edward2 iven4 klatt5 linda m4 m8 miguel mike2 robert shelby")]
+        "Gene2 Mike david f4 iven2 john klatt3 m2 m6 pedro steph2",
+        "antonio edward2 iven4 klatt5 linda m4 m8 miguel mike2 robert shelby",
+    )
+]
 # eSpeak NG's mnemonics of American English as ARPAbet. Two phones share the interval half and half: an
 # r-coloured vowel is the vowel and R. T is also the flap of "city" (t#) and the glottal stop of "button" (?),
 # as in CMUdict; ";" is the glide that links a high vowel to the next vowel and belongs to the first.
-ARPABET = dict(pair.split("=") for pair in """0=AA A:=AA O=AO O2=AO O:=AO a=AE aa=AE V=AH @=AH @2=AH @-=AH a#=AH E=EH
+ARPABET = dict(
+    pair.split("=")
+    for pair in """0=AA A:=AA O=AO O2=AO O:=AO a=AE aa=AE V=AH @=AH @2=AH @-=AH a#=AH E=EH
     I=IH I2=IH I#=IH i=IY i:=IY ;=IY U=UH u:=UW 3=ER 3:=ER aI=AY aU=AW eI=EY oU=OW OI=OY A@=AA+R O@=AO+R o@=AO+R
     e@=EH+R i@3=IH+R U@=UH+R i@=IY+AH aI@=AY+AH aI3=AY+ER aU@=AW+ER @L=AH+L n-=N m-=M r-=R b=B tS=CH d=D D=DH f=F g=G
-    h=HH dZ=JH k=K l=L m=M n=N N=NG p=P r=R s=S S=SH t=T t2=T t#=T ?=T T=TH v=V w=W j=Y z=Z Z=ZH""".split())
+    h=HH dZ=JH k=K l=L m=M n=N N=NG p=P r=R s=S S=SH t=T t2=T t#=T ?=T T=TH v=V w=W j=Y z=Z Z=ZH""".split()
+)
 ESPEAK_RATE = 22050  # Hz
 
 
-class _Event(ctypes.Structure):  # espeak_EVENT of eSpeak NG's speak_lib.h, its union as the text that we need of it
-    _fields_ = [("type", ctypes.c_int), ("unique_identifier", ctypes.c_uint), ("text_position", ctypes.c_int),
-                ("length", ctypes.c_int), ("audio_position", ctypes.c_int), ("sample", ctypes.c_int),
-                ("user_data", ctypes.c_void_p), ("phoneme", ctypes.c_char * 8)]
+class _Event(
+    ctypes.Structure
+):  # espeak_EVENT of eSpeak NG's speak_lib.h, its union as the text that we need of it
+    _fields_ = [
+        ("type", ctypes.c_int),
+        ("unique_identifier", ctypes.c_uint),
+        ("text_position", ctypes.c_int),
+        ("length", ctypes.c_int),
+        ("audio_position", ctypes.c_int),
+        ("sample", ctypes.c_int),
+        ("user_data", ctypes.c_void_p),
+        ("phoneme", ctypes.c_char * 8),
+    ]
 
 
 _ESPEAK = threading.Lock()  # it has one state for the whole process
@@ -2454,13 +2967,21 @@ def _synthesize(text, voice, rate, pitch):
     with _ESPEAK:
         try:
             import espeakng_loader  # here, because only the practice corpus needs it
-            espeak, data = ctypes.CDLL(espeakng_loader.get_library_path()), espeakng_loader.get_data_path()
+
+            espeak, data = (
+                ctypes.CDLL(espeakng_loader.get_library_path()),
+                espeakng_loader.get_data_path(),
+            )
         except (ImportError, RuntimeError, OSError) as error:
-            raise ImportError("eSpeak NG, which speaks the practice corpus, does not load "
-                              f"({error}): pip install espeakng-loader.{internet_hint()}") from error
+            raise ImportError(
+                "eSpeak NG, which speaks the practice corpus, does not load "
+                f"({error}): pip install espeakng-loader.{internet_hint()}"
+            ) from error
         audio, events = [], []
 
-        @ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(ctypes.c_short), ctypes.c_int, ctypes.POINTER(_Event))
+        @ctypes.CFUNCTYPE(
+            ctypes.c_int, ctypes.POINTER(ctypes.c_short), ctypes.c_int, ctypes.POINTER(_Event)
+        )
         def callback(samples, count, event):
             if samples and count > 0:
                 audio.append(np.ctypeslib.as_array(samples, (count,)).copy())
@@ -2471,11 +2992,17 @@ def _synthesize(text, voice, rate, pitch):
                     events.append((event[i].sample, event[i].phoneme.decode().lstrip("',%=")))
 
         try:
-            if voice and not Path(data, "voices", "!v", voice).is_file():  # eSpeak would take its plain voice
-                raise DataError(f"eSpeak NG has no voice en-us+{voice}: expected a variant in {data}/voices/!v")
+            if (
+                voice and not Path(data, "voices", "!v", voice).is_file()
+            ):  # eSpeak would take its plain voice
+                raise DataError(
+                    f"eSpeak NG has no voice en-us+{voice}: expected a variant in {data}/voices/!v"
+                )
             # 2: AUDIO_OUTPUT_SYNCHRONOUS; 1: PHONEME_EVENTS; 0x8000: DONT_EXIT, return an error instead
             if espeak.espeak_Initialize(2, 0, os.fsencode(data), 1 | 0x8000) != ESPEAK_RATE:
-                raise ImportError("eSpeak NG does not find its data: reinstall espeakng-loader with pip")
+                raise ImportError(
+                    "eSpeak NG does not find its data: reinstall espeakng-loader with pip"
+                )
             espeak.espeak_SetSynthCallback(callback)
             espeak.espeak_SetVoiceByName(f"en-us+{voice}".rstrip("+").encode())
             espeak.espeak_SetParameter(1, rate, 0)  # espeakRATE
@@ -2496,13 +3023,19 @@ def speak(text, voice="", rate=175, pitch=50):
     Returns (audio, phones): float32 (samples,) at 22,050 Hz; a list of (phoneme, start, end) in seconds, ARPAbet or
     [SIL]. Raises ImportError where eSpeak NG does not load, DataError for an unknown voice or phoneme.
     """
-    with ThreadPoolExecutor(1) as thread:  # the main thread's Ctrl-C would be lost inside eSpeak's callback
+    with ThreadPoolExecutor(
+        1
+    ) as thread:  # the main thread's Ctrl-C would be lost inside eSpeak's callback
         audio, events = thread.submit(_synthesize, text, voice, rate, pitch).result()
     audio, phones = np.concatenate(audio).astype(np.float32) / 2**15, []
     for (start, mnemonic), (end, _) in zip(events, [*events[1:], (len(audio), "")]):
         if not mnemonic.startswith("_") and mnemonic not in ARPABET:
-            raise DataError(f"eSpeak NG's phoneme {mnemonic!r} has no ARPAbet phone; known: {list(ARPABET)}")
-        names = ["[SIL]"] if mnemonic.startswith("_") else ARPABET[mnemonic].split("+")  # pauses are _ : _! and so on
+            raise DataError(
+                f"eSpeak NG's phoneme {mnemonic!r} has no ARPAbet phone; known: {list(ARPABET)}"
+            )
+        names = (
+            ["[SIL]"] if mnemonic.startswith("_") else ARPABET[mnemonic].split("+")
+        )  # pauses are _ : _! and so on
         boundaries = np.linspace(start, end, len(names) + 1) / ESPEAK_RATE
         phones += zip(names, boundaries, boundaries[1:])
     return audio, phones
@@ -2514,7 +3047,9 @@ def practice_utterance(partition, index, seed=23):
     Partitions share neither sentences nor voices. Returns (text, voice, rate, pitch), the arguments of `speak`.
     """
     rng = np.random.default_rng((seed, partition, index))
-    numbers = np.random.default_rng(seed).permutation(9**4)[partition::3]  # of this partition's sentences
+    numbers = np.random.default_rng(seed).permutation(9**4)[
+        partition::3
+    ]  # of this partition's sentences
     which = np.unravel_index(numbers[index % len(numbers)], [9] * 4)
     text = " ".join(entries[i] for entries, i in zip(GRAMMAR, which))
     text = PANGRAMS[partition] if index == 0 else text[0].upper() + text[1:] + "."
@@ -2537,19 +3072,26 @@ def make_practice_corpus(root, utterances=(370, 52, 52), seed=23):
         for p, i in ((p, i) for p, count in enumerate(utterances) for i in range(count)):
             audio, phones = speak(*practice_utterance(p, i, seed))
             rng = np.random.default_rng((seed, p, i, 1))
-            silence = (rng.uniform(1 / 8, 1 / 2, 2) * ESPEAK_RATE).astype(int)  # around it; eSpeak starts at once
+            silence = (rng.uniform(1 / 8, 1 / 2, 2) * ESPEAK_RATE).astype(
+                int
+            )  # around it; eSpeak starts at once
             audio, shift = np.pad(audio, silence), silence[0] / ESPEAK_RATE
             noise = rng.standard_normal(len(audio), dtype=np.float32)
-            audio += noise * np.float32(audio.std() * 10 ** (-rng.uniform(20, 40) / 20))  # 20 to 40 dB below
+            audio += noise * np.float32(
+                audio.std() * 10 ** (-rng.uniform(20, 40) / 20)
+            )  # 20 to 40 dB below
             phones = [(phoneme, start + shift, end + shift) for phoneme, start, end in phones]
             _write_utterance(partial / PARTITIONS[p], f"{i:06d}", audio, ESPEAK_RATE, phones)
         if [len(_npy_files(partial / name / "mfcc")[0]) for name in PARTITIONS] != [*utterances]:
-            raise RunError(f"{partial} was changed by another process while it was made. Run again.")
+            raise RunError(
+                f"{partial} was changed by another process while it was made. Run again."
+            )
 
 
 def _has_rows(path):
     """Has this parquet file rows? True where it cannot be read: that is reported later."""
     import pyarrow.parquet  # comes with datasets
+
     with contextlib.suppress(OSError, pyarrow.ArrowException):
         return pyarrow.parquet.read_metadata(path).num_rows > 0
     return True
@@ -2562,19 +3104,37 @@ def _sources(source, revision):
         files = [file for file in files if _has_rows(file)]
         if not files:
             raise DataError(f"{source}: there are no .parquet files in it, or none that has rows")
-        named = [[name for name in PARTITIONS if file.name.replace("_", "-").startswith(name)] for file in files]
-        return [(str(file), {"path": "parquet", "data_files": str(file), "split": "train"},
-                 partitions or 3 * PARTITIONS[:1] + PARTITIONS[1:]) for file, partitions in zip(files, named)]
+        named = [
+            [name for name in PARTITIONS if file.name.replace("_", "-").startswith(name)]
+            for file in files
+        ]
+        return [
+            (
+                str(file),
+                {"path": "parquet", "data_files": str(file), "split": "train"},
+                partitions or 3 * PARTITIONS[:1] + PARTITIONS[1:],
+            )
+            for file, partitions in zip(files, named)
+        ]
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)):
-        raise DataError(f"{source}: no such file or folder; expected .parquet, or a dataset's name on the hub")
+        raise DataError(
+            f"{source}: no such file or folder; expected .parquet, or a dataset's name on the hub"
+        )
     revision = revision or (LIBRISPEECH_REVISION if source == LIBRISPEECH else None)
-    return [(f"{source}, {name}", {"path": source, "split": name.replace("-", "_"), "revision": revision}, [name])
-            for name in PARTITIONS]
+    return [
+        (
+            f"{source}, {name}",
+            {"path": source, "split": name.replace("-", "_"), "revision": revision},
+            [name],
+        )
+        for name in PARTITIONS
+    ]
 
 
 def _convert_row(job):
     """Write an utterance; job: (folder, row). Returns (id, number of unknown words, why it is left out or None)."""
     import soundfile
+
     folder, row = job
     phones = row["phonemes"] or []
     if isinstance(phones, dict):  # a list of structs in older versions of datasets
@@ -2584,25 +3144,37 @@ def _convert_row(job):
     try:
         audio, rate = soundfile.read(io.BytesIO(row["audio"]["bytes"]), dtype="float32")
     except (RuntimeError, TypeError) as error:
-        raise DataError(f"{row['id']}: the audio cannot be decoded ({error}); expected FLAC") from None
+        raise DataError(
+            f"{row['id']}: the audio cannot be decoded ({error}); expected FLAC"
+        ) from None
     if audio.ndim != 1:
         raise DataError(f"{row['id']}: the audio has {audio.shape[1]} channels; expected one")
     shortest = math.ceil(WINDOW * rate / SAMPLE_RATE)
     if len(audio) < shortest:
-        raise DataError(f"{row['id']}: the audio has {len(audio)} samples at {rate} Hz, too few for a frame; "
-                        f"expected at least {shortest}, 25 ms")
+        raise DataError(
+            f"{row['id']}: the audio has {len(audio)} samples at {rate} Hz, too few for a frame; "
+            f"expected at least {shortest}, 25 ms"
+        )
     if not np.isfinite(np.array([(phone["start"], phone["end"]) for phone in phones], float)).all():
         raise DataError(f"{row['id']}: a phone without start or end; expected both, in seconds")
     missing = len(audio) / rate - max(phone["end"] for phone in phones)
     if abs(missing) > 0.5:
-        return row["id"], 0, f"its phones end {abs(missing):.2f} s {'before' if missing > 0 else 'after'} the audio"
+        return (
+            row["id"],
+            0,
+            f"its phones end {abs(missing):.2f} s {'before' if missing > 0 else 'after'} the audio",
+        )
     spans = []
     for phone in sorted(phones, key=lambda phone: phone["start"]):
         silent = phone["phoneme"] in ("sil", "sp", "spn", "", None)  # spn: an unknown word
-        spans.append(("[SIL]" if silent else phone["phoneme"].rstrip("012"), phone["start"], phone["end"]))
+        spans.append(
+            ("[SIL]" if silent else phone["phoneme"].rstrip("012"), phone["start"], phone["end"])
+        )
         if spans[-1][0] not in _INDEX:
-            raise DataError(f"{row['id']}: the phone {phone['phoneme']!r} at {phone['start']:.2f} s is unknown; "
-                            f"expected {' '.join(PHONEMES[1:40])}, with a stress digit or without, sil, sp or spn")
+            raise DataError(
+                f"{row['id']}: the phone {phone['phoneme']!r} at {phone['start']:.2f} s is unknown; "
+                f"expected {' '.join(PHONEMES[1:40])}, with a stress digit or without, sil, sp or spn"
+            )
     _write_utterance(folder, row["id"], audio, rate, spans)
     return row["id"], sum(phone["phoneme"] == "spn" for phone in phones), None
 
@@ -2611,7 +3183,9 @@ def _check_ids(rows, seen):
     """The same rows; a DataError where an id is no name of a file, or was `seen` (a set, which grows) before."""
     for row in rows:
         if row["id"] is None or not re.fullmatch(r"[\w-]{1,100}", str(row["id"])):
-            raise DataError(f"the id {row['id']!r} is no name of a file; expected one such as 103-1240-0000")
+            raise DataError(
+                f"the id {row['id']!r} is no name of a file; expected one such as 103-1240-0000"
+            )
         if row["id"] in seen:
             raise DataError(f"{row['id']}: this id is there twice; expected each once")
         seen.add(row["id"])
@@ -2633,9 +3207,15 @@ def make_librispeech_corpus(root, source=LIBRISPEECH, revision=None):
     """
     import_torchaudio()
     from datasets import Audio, load_dataset
+
     sources, records = _sources(source, revision), []
     # what was begun from other files, or another revision of them, is made from the start
-    made_from = ascii([(*each, os.stat(each[0]).st_mtime_ns if os.path.exists(each[0]) else 0) for each in sources])
+    made_from = ascii(
+        [
+            (*each, os.stat(each[0]).st_mtime_ns if os.path.exists(each[0]) else 0)
+            for each in sources
+        ]
+    )
     note = Path(f"{root}.partial", "made-from.txt")
     if note.parent.exists() and not (note.exists() and note.read_text() == made_from):
         shutil.rmtree(note.parent)
@@ -2643,35 +3223,51 @@ def make_librispeech_corpus(root, source=LIBRISPEECH, revision=None):
         note.write_text(made_from)
         for number, (name, arguments, partitions) in enumerate(sources):
             try:
-                stream = load_dataset(**arguments, streaming=True).select_columns(["id", "audio", "phonemes"])
-                stream = stream.cast_column("audio", Audio(decode=False))  # decoding it needs torchcodec
+                stream = load_dataset(**arguments, streaming=True).select_columns(
+                    ["id", "audio", "phonemes"]
+                )
+                stream = stream.cast_column(
+                    "audio", Audio(decode=False)
+                )  # decoding it needs torchcodec
                 for i in range(stream.num_shards):
                     done = partial / f"{number:03d}-{i:03d}.json"
                     if not done.exists():
-                        rows = _check_ids(stream.shard(stream.num_shards, i), {record[0] for record in records})
+                        rows = _check_ids(
+                            stream.shard(stream.num_shards, i), {record[0] for record in records}
+                        )
                         jobs = zip(map(partial.joinpath, itertools.cycle(partitions)), rows)
                         shard = [*map_in_threads(_convert_row, jobs)]
                         with atomic_write(done, 0) as temporary:
                             temporary.write_text(json.dumps(shard))
                     records += map(tuple, json.loads(done.read_text()))
-                    print(f"{name}: part {i + 1} of {stream.num_shards}, {len(records):,} utterances so far")
+                    print(
+                        f"{name}: part {i + 1} of {stream.num_shards}, {len(records):,} utterances so far"
+                    )
             except DataError as error:
                 raise DataError(f"{name}: {error}") from None
             except Exception as error:  # a dozen kinds, of four libraries
                 if Path(name).exists() and not isinstance(error, OSError):
-                    raise DataError(f"{name}: unreadable parquet ({error!r:.300}); expected LibriSpeech alignments "
-                                    "(id, audio, phonemes)") from error
-                there = sum(path.stat().st_size for path in partial.rglob("*") if path.is_file()) / 1e6
-                raise RunError(f"{name}: {error!r:.300}. Check the connection and run again.{internet_hint()} In "
-                               f"all, LibriSpeech needs about 5,600 MB; {there:,.0f} MB are there, kept in {partial}."
-                               ) from error
+                    raise DataError(
+                        f"{name}: unreadable parquet ({error!r:.300}); expected LibriSpeech alignments "
+                        "(id, audio, phonemes)"
+                    ) from error
+                there = (
+                    sum(path.stat().st_size for path in partial.rglob("*") if path.is_file()) / 1e6
+                )
+                raise RunError(
+                    f"{name}: {error!r:.300}. Check the connection and run again.{internet_hint()} In "
+                    f"all, LibriSpeech needs about 5,600 MB; {there:,.0f} MB are there, kept in {partial}."
+                ) from error
         left_out = [f"{name}: {why}\n" for name, _, why in sorted(records) if why]
         (partial / "left-out.txt").write_text("".join(left_out))
-    print(f"{root}: {len(records) - len(left_out):,} utterances; {len(left_out):,} left out (their ids are in "
-          f"left-out.txt); {sum(unknown for _, unknown, _ in records):,} unknown words (spn) count as silence")
+    print(
+        f"{root}: {len(records) - len(left_out):,} utterances; {len(left_out):,} left out (their ids are in "
+        f"left-out.txt); {sum(unknown for _, unknown, _ in records):,} unknown words (spn) count as silence"
+    )
 
 
 # ---- Where the data are ------------------------------------------------------------------------------------
+
 
 def _roots(places):
     """The folders that hold train-clean-100/mfcc: these places, or up to four levels below them.
@@ -2682,7 +3278,9 @@ def _roots(places):
     for depth in range(5):
         deeper = []
         for folder in folders:
-            real = os.path.realpath(folder)  # what several links lead to, or a link back up, counts once
+            real = os.path.realpath(
+                folder
+            )  # what several links lead to, or a link back up, counts once
             if real in seen or folder.name in PARTITIONS + KINDS:
                 continue
             seen.add(real)
@@ -2690,8 +3288,13 @@ def _roots(places):
                 roots.append(folder)
             elif depth < 4:
                 with contextlib.suppress(OSError):  # no folder, or one that may not be read
-                    deeper += sorted(Path(entry) for entry in os.scandir(folder) if entry.is_dir()
-                                     and not is_clutter(entry.name) and not entry.name.endswith(".partial"))
+                    deeper += sorted(
+                        Path(entry)
+                        for entry in os.scandir(folder)
+                        if entry.is_dir()
+                        and not is_clutter(entry.name)
+                        and not entry.name.endswith(".partial")
+                    )
         folders = deeper
     return roots
 
@@ -2702,21 +3305,35 @@ def _one_root(roots, places):
         return roots[0]
     looked = ", ".join(map(str, places))
     if roots:
-        raise DataError(f"{', '.join(map(str, roots))}: each of them holds train-clean-100/mfcc; expected one folder. "
-                        f"Looked through: {looked}. Say which: by the environment variable HW1P2_DATA, with "
-                        "config['data'] = 'auto'.")
+        raise DataError(
+            f"{', '.join(map(str, roots))}: each of them holds train-clean-100/mfcc; expected one folder. "
+            f"Looked through: {looked}. Say which: by the environment variable HW1P2_DATA, with "
+            "config['data'] = 'auto'."
+        )
     missing = "" if any(map(os.path.isdir, places)) else "there is no such folder; "
-    raise DataError(f"{looked}: {missing}expected a folder, there or up to four levels below, with "
-                    "{train-clean-100,dev-clean}/{mfcc,transcript}/*.npy and test-clean/mfcc/*.npy")
+    raise DataError(
+        f"{looked}: {missing}expected a folder, there or up to four levels below, with "
+        "{train-clean-100,dev-clean}/{mfcc,transcript}/*.npy and test-clean/mfcc/*.npy"
+    )
 
 
 def _places():
     """(Folders beside the notebook that are named as the course's data, what is attached to a notebook of Kaggle's)."""
-    beside = [folder for folder in sorted(Path().iterdir()) if folder.is_dir() and not is_clutter(folder.name)
-              and re.search(r"hw-?1-?p-?2|11785|^archive$", folder.name, re.IGNORECASE)]
+    beside = [
+        folder
+        for folder in sorted(Path().iterdir())
+        if folder.is_dir()
+        and not is_clutter(folder.name)
+        and re.search(r"hw-?1-?p-?2|11785|^archive$", folder.name, re.IGNORECASE)
+    ]
     groups = {"competitions": "*", "datasets": "*/*", "notebooks": "*/*"}  # the last two by owner
-    return beside, [mount for folder in sorted((KAGGLE / "input").glob("*")) for mount in
-                    (sorted(folder.glob(groups[folder.name])) if folder.name in groups else [folder])]
+    return beside, [
+        mount
+        for folder in sorted((KAGGLE / "input").glob("*"))
+        for mount in (
+            sorted(folder.glob(groups[folder.name])) if folder.name in groups else [folder]
+        )
+    ]
 
 
 def _download(competition):
@@ -2724,12 +3341,15 @@ def _download(competition):
     install("kagglehub")
     load_secrets("KAGGLE_API_TOKEN", "KAGGLE_USERNAME", "KAGGLE_KEY")
     from kagglehub import competition_download
+
     try:  # it resumes a broken download, compares the checksum, unpacks, and knows Colab's secrets
         folder = Path(competition_download(competition))
     except Exception as error:  # its own, of the network, of the archive, of the disk
-        raise RunError(f"Kaggle's data could not be fetched ({type(error).__name__}: {str(error)[:300]}).\n"
-                       f"{kaggle_causes(competition)} Or the disk is full: 9 GB are needed. What is there is kept: "
-                       "run again.") from error
+        raise RunError(
+            f"Kaggle's data could not be fetched ({type(error).__name__}: {str(error)[:300]}).\n"
+            f"{kaggle_causes(competition)} Or the disk is full: 9 GB are needed. What is there is kept: "
+            "run again."
+        ) from error
     return _one_root(_roots([folder]), [folder])
 
 
@@ -2749,7 +3369,9 @@ def get_data(choice, cache, competition):
         beside, attached = _places()
         named = [mount for mount in attached if mount.name == competition]
         own = "answers.csv"  # lies in a corpus that another copy of this project has made
-        roots = [folder for folder in _roots(beside + named) if not (folder / own).exists()] or _roots(attached)
+        roots = [
+            folder for folder in _roots(beside + named) if not (folder / own).exists()
+        ] or _roots(attached)
         if roots:
             root = _one_root(roots, beside + attached)
             if KAGGLE in root.parents and competition not in root.parts:
@@ -2758,8 +3380,10 @@ def get_data(choice, cache, competition):
         if choice == "kaggle":
             return _download(competition)
         if beside + attached:
-            print(f"no train-clean-100/mfcc in {', '.join(map(str, beside + attached))}: taking the practice corpus"
-                  + (f". For the course's data, attach {competition} (Add Input)" if attached else ""))
+            print(
+                f"no train-clean-100/mfcc in {', '.join(map(str, beside + attached))}: taking the practice corpus"
+                + (f". For the course's data, attach {competition} (Add Input)" if attached else "")
+            )
     name, make, packages = PRACTICE, make_practice_corpus, ["espeakng-loader"]
     if choice == "librispeech":
         name, make, packages = "librispeech", make_librispeech_corpus, ["datasets", "soundfile"]

@@ -4,7 +4,10 @@ from pathlib import Path
 import pytest
 import torch
 
-sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).with_name("benchmarks"))]
+sys.path[:0] = [
+    str(Path(__file__).resolve().parents[1]),
+    str(Path(__file__).with_name("benchmarks")),
+]
 
 import helpers  # noqa: E402
 

@@ -13,7 +13,13 @@ from unittest import mock
 
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOK = ROOT / "hw1p2_starter.ipynb"
-TINY = {"archetype": "pyramid", "num_layers": 2, "context": 5, "batch_size": 256, "epochs": 2}  # seconds on a CPU
+TINY = {
+    "archetype": "pyramid",
+    "num_layers": 2,
+    "context": 5,
+    "batch_size": 256,
+    "epochs": 2,
+}  # seconds on a CPU
 CELLS = itertools.count()  # that were executed
 
 
@@ -50,8 +56,13 @@ class Session:
 
     def __init__(self, runs, data=None, changes=None, wandb_mode="disabled"):
         self.changes, self.namespace = changes, {"__name__": "notebook"}
-        self.environment = {"HW1P2_RUNS": str(runs), "MPLBACKEND": "Agg", "TQDM_DISABLE": "1",
-                            "WANDB_MODE": wandb_mode, "WANDB_SILENT": "true"}
+        self.environment = {
+            "HW1P2_RUNS": str(runs),
+            "MPLBACKEND": "Agg",
+            "TQDM_DISABLE": "1",
+            "WANDB_MODE": wandb_mode,
+            "WANDB_SILENT": "true",
+        }
         self.environment |= {"HW1P2_DATA": str(data)} if data else {}
 
     def __getitem__(self, name):
@@ -59,7 +70,10 @@ class Session:
 
     @contextlib.contextmanager
     def _surroundings(self):
-        with mock.patch.dict(os.environ, self.environment), mock.patch.object(sys, "path", [str(ROOT), *sys.path]):
+        with (
+            mock.patch.dict(os.environ, self.environment),
+            mock.patch.object(sys, "path", [str(ROOT), *sys.path]),
+        ):
             yield
             if "plt" in self.namespace:
                 self.namespace["plt"].close("all")
@@ -82,7 +96,11 @@ class Session:
     def run_all(self, until=None, before_cell=None):
         """All cells in their order, up to the one that contains `until`, with the changes to the config."""
         cells = code_cells(self.changes)
-        stop = len(cells) if until is None else next(i for i, source in enumerate(cells) if until in source)
+        stop = (
+            len(cells)
+            if until is None
+            else next(i for i, source in enumerate(cells) if until in source)
+        )
         self.execute(*cells[:stop], before_cell=before_cell)
 
     def run(self, *texts):
@@ -97,16 +115,40 @@ def definitions():
 
     What is not installed is left out.
     """
-    wanted = {"device", "device_name", "data_device", "config", "ARCHETYPES", "ACTIVATIONS", "INITIALIZATIONS",
-              "NETWORKS", "LOSSES", "OPTIMIZERS", "SCHEDULERS", "AUGMENTATIONS", "ORIGINAL", "DEFAULTS", "SHORTER",
-              "BEFORE", "SWITCHES", "MADE_IN"}
+    wanted = {
+        "device",
+        "device_name",
+        "data_device",
+        "config",
+        "ARCHETYPES",
+        "ACTIVATIONS",
+        "INITIALIZATIONS",
+        "NETWORKS",
+        "LOSSES",
+        "OPTIMIZERS",
+        "SCHEDULERS",
+        "AUGMENTATIONS",
+        "ORIGINAL",
+        "DEFAULTS",
+        "SHORTER",
+        "BEFORE",
+        "SWITCHES",
+        "MADE_IN",
+    }
     namespace = {"__name__": "notebook"}
 
     def sets(node):
-        targets = {name.id for name in ast.walk(node) if isinstance(name, ast.Name) and isinstance(name.ctx, ast.Store)}
+        targets = {
+            name.id
+            for name in ast.walk(node)
+            if isinstance(name, ast.Name) and isinstance(name.ctx, ast.Store)
+        }
         return isinstance(node, (ast.Assign, ast.If)) and bool(targets & wanted)
 
-    with mock.patch.dict(os.environ, {"MPLBACKEND": "Agg"}), mock.patch.object(sys, "path", [str(ROOT), *sys.path]):
+    with (
+        mock.patch.dict(os.environ, {"MPLBACKEND": "Agg"}),
+        mock.patch.object(sys, "path", [str(ROOT), *sys.path]),
+    ):
         for node in (node for source in code_cells() for node in ast.parse(source).body):
             imports = isinstance(node, (ast.Import, ast.ImportFrom))
             if imports or isinstance(node, (ast.FunctionDef, ast.ClassDef)) or sets(node):
@@ -119,26 +161,34 @@ def execute(changes, runs):
     """Execute the notebook in a kernel of its own, as `jupyter nbconvert --execute` does."""
     import nbformat  # here, as the benchmarks also run on machines without these two
     from nbclient import NotebookClient
+
     notebook = nbformat.read(NOTEBOOK, as_version=4)
-    index = next(i for i, cell in enumerate(notebook.cells) if "parameters" in cell.metadata.get("tags", []))
+    index = next(
+        i for i, cell in enumerate(notebook.cells) if "parameters" in cell.metadata.get("tags", [])
+    )
     notebook.cells.insert(index + 1, nbformat.v4.new_code_cell(f"config.update({changes!r})"))
-    environment = {key: value for key, value in os.environ.items() if not key.startswith(("WANDB", "HW1P2"))}
+    environment = {
+        key: value for key, value in os.environ.items() if not key.startswith(("WANDB", "HW1P2"))
+    }
     environment |= {"HW1P2_RUNS": str(runs), "HOME": str(runs)}
-    client = NotebookClient(notebook, timeout=600, kernel_name="python3", resources={"metadata": {"path": str(ROOT)}})
+    client = NotebookClient(
+        notebook, timeout=600, kernel_name="python3", resources={"metadata": {"path": str(ROOT)}}
+    )
     return client.execute(env=environment)
 
 
 def wandb_records(folder):
     """The records of the newest offline run: LevelDB's log format (32 KiB blocks, 7-byte headers) after 7 bytes."""
     from wandb.proto import wandb_internal_pb2
+
     [*_, path] = sorted(folder.glob("wandb/offline-run-*/*.wandb"))
     data, position, whole = path.read_bytes(), 7, b""
     while position + 7 <= len(data):
         if 32768 - position % 32768 < 7:  # too little room for a header: the next block
             position += 32768 - position % 32768
             continue
-        length, kind = struct.unpack("<HB", data[position + 4:position + 7])
-        whole += data[position + 7:position + 7 + length]
+        length, kind = struct.unpack("<HB", data[position + 4 : position + 7])
+        whole += data[position + 7 : position + 7 + length]
         position += 7 + length
         if kind in (1, 4):  # a full record, or its last part
             yield wandb_internal_pb2.Record.FromString(whole)

@@ -7,7 +7,10 @@ import torch
 
 from helpers import PHONEMES
 
-FLOAT16 = {"rtol": 1.001 * 2**-11, "atol": 2**-25}  # the rounding errors of float16, relative and near zero
+FLOAT16 = {
+    "rtol": 1.001 * 2**-11,
+    "atol": 2**-25,
+}  # the rounding errors of float16, relative and near zero
 
 
 def write_partition(root, partition, lengths, seed=0):
@@ -17,10 +20,14 @@ def write_partition(root, partition, lengths, seed=0):
     for kind in ("mfcc",) if partition == "test-clean" else ("mfcc", "transcript"):
         (folder / kind).mkdir(parents=True, exist_ok=True)
     for i, length in enumerate(lengths):
-        mfcc = rng.normal(10 * rng.normal(size=28), rng.uniform(0.1, 20, 28), (length, 28)).astype(np.float32)
+        mfcc = rng.normal(10 * rng.normal(size=28), rng.uniform(0.1, 20, 28), (length, 28)).astype(
+            np.float32
+        )
         np.save(folder / "mfcc" / f"{i:04d}.npy", mfcc)
         if partition != "test-clean":
-            labels = np.repeat(rng.choice(PHONEMES[:40], length), rng.integers(1, 9, length))[:length]
+            labels = np.repeat(rng.choice(PHONEMES[:40], length), rng.integers(1, 9, length))[
+                :length
+            ]
             np.save(folder / "transcript" / f"{i:04d}.npy", np.array(["[SOS]", *labels, "[EOS]"]))
     return folder
 
@@ -30,24 +37,40 @@ def read_partition(root, partition, subset=1):
 
     Raises ValueError where the files are not what they should be.
     """
-    names = sorted(name for name in os.listdir(root / partition / "mfcc")
-                   if name.endswith(".npy") and not name.startswith("."))
+    names = sorted(
+        name
+        for name in os.listdir(root / partition / "mfcc")
+        if name.endswith(".npy") and not name.startswith(".")
+    )
     if partition != "test-clean":
-        names = names[:int(subset * len(names))]
+        names = names[: int(subset * len(names))]
     utterances = []
     for name in names:
         mfcc = np.load(root / partition / "mfcc" / name, allow_pickle=False)
-        if mfcc.dtype.kind != "f" or mfcc.ndim != 2 or mfcc.shape[1] != 28 or not np.isfinite(mfcc).all():
+        if (
+            mfcc.dtype.kind != "f"
+            or mfcc.ndim != 2
+            or mfcc.shape[1] != 28
+            or not np.isfinite(mfcc).all()
+        ):
             raise ValueError(f"{name}: MFCCs")
         largest = np.abs(mfcc.astype(np.float64)).max(axis=0)
-        largest[largest == 0] = 1  # everything is divided by it, so that no square is too large for float64
+        largest[largest == 0] = (
+            1  # everything is divided by it, so that no square is too large for float64
+        )
         mfcc = mfcc / largest
         with np.errstate(over="ignore"):
             mfcc = (mfcc - mfcc.mean(axis=0)) / (mfcc.std(axis=0) + 1e-8 / largest)
         labels = None
         if partition != "test-clean":
-            transcript = np.load(root / partition / "transcript" / name, allow_pickle=False).tolist()
-            if (transcript[0], transcript[-1], len(transcript)) != ("[SOS]", "[EOS]", len(mfcc) + 2):
+            transcript = np.load(
+                root / partition / "transcript" / name, allow_pickle=False
+            ).tolist()
+            if (transcript[0], transcript[-1], len(transcript)) != (
+                "[SOS]",
+                "[EOS]",
+                len(mfcc) + 2,
+            ):
                 raise ValueError(f"{name}: transcript")
             labels = [PHONEMES[:40].index(phoneme) for phoneme in transcript[1:-1]]
         utterances.append((mfcc, labels))
@@ -57,17 +80,23 @@ def read_partition(root, partition, subset=1):
 def windows_of(mfcc, context):
     """List of T windows (2 * context + 1, 28) of one utterance (T, 28), zeros beyond its ends."""
     padded = np.pad(mfcc, ((context, context), (0, 0)))
-    return [padded[t:t + 2 * context + 1] for t in range(len(mfcc))]
+    return [padded[t : t + 2 * context + 1] for t in range(len(mfcc))]
 
 
 def contents(root):
     """The bytes of each file below a folder, without the files of locks."""
-    return {str(path.relative_to(root)): path.read_bytes() for path in root.rglob("*")
-            if path.is_file() and path.suffix != ".lock"}
+    return {
+        str(path.relative_to(root)): path.read_bytes()
+        for path in root.rglob("*")
+        if path.is_file() and path.suffix != ".lock"
+    }
 
 
 def packed_equal(first, second):
-    return all(first[key].dtype == second[key].dtype and torch.equal(first[key], second[key]) for key in first)
+    return all(
+        first[key].dtype == second[key].dtype and torch.equal(first[key], second[key])
+        for key in first
+    )
 
 
 def check_windows(dataset, utterances, inside=5):
@@ -77,8 +106,11 @@ def check_windows(dataset, utterances, inside=5):
     indexes, windows, labels, first = [], [], [], 0
     for mfcc, phonemes in utterances:
         length = len(mfcc)
-        wanted = {*range(min(context + 1, length)), *range(max(length - context - 1, 0), length),
-                  *np.linspace(0, length - 1, inside).astype(int).tolist()}
+        wanted = {
+            *range(min(context + 1, length)),
+            *range(max(length - context - 1, 0), length),
+            *np.linspace(0, length - 1, inside).astype(int).tolist(),
+        }
         every = windows_of(mfcc, context)
         for t in sorted(wanted):
             indexes.append(first + t)
@@ -101,5 +133,7 @@ def check_windows(dataset, utterances, inside=5):
 def labels_at_centres(phones, frames):
     """Frame by frame: the last of the phones (name, start, end) that holds the centre of its window, else silence."""
     centres = [(160 * t + 200) / 16000 for t in range(frames)]
-    return [[phone for phone, start, end in [("[SIL]", 0, 999), *phones] if start <= centre < end][-1]
-            for centre in centres]
+    return [
+        [phone for phone, start, end in [("[SIL]", 0, 999), *phones] if start <= centre < end][-1]
+        for centre in centres
+    ]

@@ -21,10 +21,16 @@ TRAINING, CHECK, RESULTS = "run = make_run(config)\n", "def options", "results =
 LAST = "# @title The last entries of the wandb run"
 QUICK = {**TINY, "batch_size": 128}
 SECTION = (ROOT / "README.md").read_text("utf-8").split("## Change something")[1].split("\n## ")[0]
-BLOCKS = {re.search(r'config\.update\(Name="(.*?)"', block)[1]: block
-          for block in re.findall(r"```python\n(.*?)```", SECTION, re.S)}
-[FOLD] = [block for cell in json.loads(NOTEBOOK.read_text("utf-8"))["cells"]
-          for block in re.findall(r"```python\n(.*?)```", "".join(cell["source"]), re.S) if "fold-0" in block]
+BLOCKS = {
+    re.search(r'config\.update\(Name="(.*?)"', block)[1]: block
+    for block in re.findall(r"```python\n(.*?)```", SECTION, re.S)
+}
+[FOLD] = [
+    block
+    for cell in json.loads(NOTEBOOK.read_text("utf-8"))["cells"]
+    for block in re.findall(r"```python\n(.*?)```", "".join(cell["source"]), re.S)
+    if "fold-0" in block
+]
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -47,6 +53,7 @@ def session(corpus, tmp_path):
 
 
 # ---- The README's additions --------------------------------------------------------------------------------
+
 
 def run_with(block, runs, data, stop_at_step=None):
     """The whole notebook with a block of the README before the check; interrupted at this step of the optimizer."""
@@ -75,7 +82,9 @@ def test_an_addition_runs_to_the_csv_and_resumed_ends_with_the_same_bits(small, 
     whole = run_with(BLOCKS[name], tmp_path / "whole", small)
     steps = len(whole["train_loader"])
     assert len(whole["history"]) == 2 and whole["run"].config["Name"] == name
-    labels = helpers.read_submission(tmp_path / "whole" / name / "submission.csv", len(whole["test_data"]))
+    labels = helpers.read_submission(
+        tmp_path / "whole" / name / "submission.csv", len(whole["test_data"])
+    )
     assert list(labels) == list(whole["predictions"])
     with pytest.raises(KeyboardInterrupt):
         run_with(BLOCKS[name], tmp_path / "stopped", small, stop_at_step=steps + steps // 2)
@@ -97,15 +106,23 @@ def test_the_residual_networks_rates_are_scaled_by_its_width(small, tmp_path, ca
     assert run.history[0]["learning_rate"] == pytest.approx(0.001 * 2 * (1600 / 1024) ** 0.5)
     rates = [layer.p for layer in run.model.modules() if isinstance(layer, nn.Dropout)]
     assert rates == pytest.approx([2 * 0.2 * 1024 / 1600] * 6)
-    assert "the rates of its 6 dropout layers x 0.10 in the first epoch, x 2.00 in the last" in capsys.readouterr().out
+    assert (
+        "the rates of its 6 dropout layers x 0.10 in the first epoch, x 2.00 in the last"
+        in capsys.readouterr().out
+    )
 
 
 def test_an_addition_may_come_when_the_notebook_has_run(session):
     session.run(TRAINING)
     session.execute(BLOCKS["noise"], BLOCKS["weighted"])
     session.run(TRAINING, RESULTS)
-    assert session["run"].config["loss"] == "weighted" and session["run"].config["augmentations"] == "noise"
-    assert session["criterion"] is session["run"].criterion and session["criterion"].weight is not None
+    assert (
+        session["run"].config["loss"] == "weighted"
+        and session["run"].config["augmentations"] == "noise"
+    )
+    assert (
+        session["criterion"] is session["run"].criterion and session["criterion"].weight is not None
+    )
 
 
 def test_a_fold_of_links_is_trained_on(session, corpus):
@@ -113,8 +130,10 @@ def test_a_fold_of_links_is_trained_on(session, corpus):
         session.execute(FOLD)
     session.environment["HW1P2_DATA"] = str(session["fold"])  # what the cell has set
     session.run(TRAINING, RESULTS, "predictions = test(run")
-    names = {name: sorted(path.name for path in (session["fold"] / name / "mfcc").iterdir())
-             for name in helpers.PARTITIONS}
+    names = {
+        name: sorted(path.name for path in (session["fold"] / name / "mfcc").iterdir())
+        for name in helpers.PARTITIONS
+    }
     assert names["dev-clean"] == [f"{i:06d}.npy" for i in range(0, 24, 5)]
     assert len(names["train-clean-100"]) == 24 - 5 and len(names["test-clean"]) == 3
     train = session["train_data"]
@@ -130,6 +149,7 @@ def test_a_typing_error_is_refused_before_anything_is_loaded(corpus, tmp_path):
 
 
 # ---- Losses ------------------------------------------------------------------------------------------------
+
 
 def weighted(train_data, **options):
     weight = torch.linspace(0.1, 5, 42)
@@ -148,18 +168,33 @@ class Focal(nn.CrossEntropyLoss):
         return ((1 - likely) ** 2 * loss).mean()
 
 
-LOSSES = {"weighted": weighted, "weighted and smoothed": partial(weighted, label_smoothing=0.2),
-          "without silence": partial(weighted, ignore_index=0), "plain": lambda data: nn.CrossEntropyLoss(),
-          "margin": lambda data: nn.MultiMarginLoss(weight=torch.linspace(0.1, 5, 42)),
-          "without silence, unweighted": lambda data: nn.CrossEntropyLoss(ignore_index=0),
-          "focal": lambda data: Focal(), "a function": lambda data: nn.functional.cross_entropy}
+LOSSES = {
+    "weighted": weighted,
+    "weighted and smoothed": partial(weighted, label_smoothing=0.2),
+    "without silence": partial(weighted, ignore_index=0),
+    "plain": lambda data: nn.CrossEntropyLoss(),
+    "margin": lambda data: nn.MultiMarginLoss(weight=torch.linspace(0.1, 5, 42)),
+    "without silence, unweighted": lambda data: nn.CrossEntropyLoss(ignore_index=0),
+    "focal": lambda data: Focal(),
+    "a function": lambda data: nn.functional.cross_entropy,
+}
 
 
 @pytest.mark.parametrize("name", LOSSES)
 def test_the_loss_of_a_data_set_does_not_depend_on_the_batch_size(session, name):
     session["LOSSES"]["mine"] = LOSSES[name]
-    run = session.call("make_run", session["config"], {"loss": "mine", "learning_rate": 0, "warp": 0,
-                                                       "augmentations": None, "dropout": 0, "batch_norm": False})
+    run = session.call(
+        "make_run",
+        session["config"],
+        {
+            "loss": "mine",
+            "learning_rate": 0,
+            "warp": 0,
+            "augmentations": None,
+            "dropout": 0,
+            "batch_norm": False,
+        },
+    )
     data = run.val_loader.dataset
     with torch.no_grad():
         frames, phonemes = data[torch.arange(len(data))]
@@ -174,17 +209,22 @@ def test_the_loss_of_a_data_set_does_not_depend_on_the_batch_size(session, name)
 def test_labelsmoothing_is_torchs(session):
     run = session.call("make_run", session["config"], {"loss": "labelsmoothing"})
     logits, phonemes = torch.randn(50, 42), torch.randint(40, (50,))
-    assert run.criterion(logits, phonemes) == nn.CrossEntropyLoss(label_smoothing=0.1)(logits, phonemes)
+    assert run.criterion(logits, phonemes) == nn.CrossEntropyLoss(label_smoothing=0.1)(
+        logits, phonemes
+    )
 
 
 @pytest.mark.parametrize("reduction", ["sum", "none"])
 def test_a_loss_that_is_no_mean_is_refused(session, reduction):
     session["LOSSES"]["mine"] = lambda data: nn.CrossEntropyLoss(reduction=reduction)
-    with pytest.raises(RunError, match=f"LOSSES\\['mine'\\] has the reduction '{reduction}'; expected the mean"):
+    with pytest.raises(
+        RunError, match=f"LOSSES\\['mine'\\] has the reduction '{reduction}'; expected the mean"
+    ):
         session.call("make_run", session["config"], {"loss": "mine"})
 
 
 # ---- Schedules ---------------------------------------------------------------------------------------------
+
 
 def fit_with(session, make, **changes):
     """Train with a schedule of one's own; `changes` are of the entry, and "epochs" of the config."""
@@ -196,15 +236,21 @@ def fit_with(session, make, **changes):
 
 
 def test_a_second_reducelronplateau_gets_the_loss(session):
-    run = fit_with(session, lambda optimizer, *_: lr_scheduler.ReduceLROnPlateau(optimizer, threshold=1e9, patience=0),
-                   step="val_loss", epochs=3)
+    run = fit_with(
+        session,
+        lambda optimizer, *_: lr_scheduler.ReduceLROnPlateau(optimizer, threshold=1e9, patience=0),
+        step="val_loss",
+        epochs=3,
+    )
     assert [row["learning_rate"] for row in run.history] == pytest.approx(
-        run.history[0]["learning_rate"] * np.array([1, 0.1, 0.01]))
+        run.history[0]["learning_rate"] * np.array([1, 0.1, 0.01])
+    )
 
 
 def test_a_schedule_of_ones_own_is_planned_or_not_as_its_entry_says(session):
     def make(optimizer, *_):
         return lr_scheduler.StepLR(optimizer, 1)
+
     fit_with(session, make, planned=False)
     assert len(fit_with(session, make, planned=False, epochs=3).history) == 3
     session["config"]["Name"] = "planned"
@@ -217,18 +263,43 @@ def one_cycle(optimizer, epochs, steps):
     return lr_scheduler.OneCycleLR(optimizer, max_lr=0.01, epochs=epochs, steps_per_epoch=steps)
 
 
-@pytest.mark.parametrize("make, step, text", [
-    (lambda optimizer, *_: lr_scheduler.StepLR(optimizer, 1), "batches", "step='batches': expected 'epoch', 'batch'"),
-    (lambda optimizer, *_: lr_scheduler.ReduceLROnPlateau(optimizer), "epoch", "needs to know the loss.*'val_loss'"),
-    (one_cycle, "epoch", r"OneCycleLR is made for \d+ steps, but with step='epoch' it is stepped 2 times"),
-    (lambda optimizer, epochs, _: one_cycle(optimizer, epochs, 1), "batch", "made for 2 steps, .* stepped .* times")])
-def test_a_schedule_that_would_be_stepped_wrongly_is_refused_before_the_training(session, make, step, text):
+@pytest.mark.parametrize(
+    "make, step, text",
+    [
+        (
+            lambda optimizer, *_: lr_scheduler.StepLR(optimizer, 1),
+            "batches",
+            "step='batches': expected 'epoch', 'batch'",
+        ),
+        (
+            lambda optimizer, *_: lr_scheduler.ReduceLROnPlateau(optimizer),
+            "epoch",
+            "needs to know the loss.*'val_loss'",
+        ),
+        (
+            one_cycle,
+            "epoch",
+            r"OneCycleLR is made for \d+ steps, but with step='epoch' it is stepped 2 times",
+        ),
+        (
+            lambda optimizer, epochs, _: one_cycle(optimizer, epochs, 1),
+            "batch",
+            "made for 2 steps, .* stepped .* times",
+        ),
+    ],
+)
+def test_a_schedule_that_would_be_stepped_wrongly_is_refused_before_the_training(
+    session, make, step, text
+):
     with pytest.raises(RunError, match=text):
         fit_with(session, make, step=step)
-    assert not (session["run"].folder if "run" in session.namespace else helpers.Path("none")).exists()
+    assert not (
+        session["run"].folder if "run" in session.namespace else helpers.Path("none")
+    ).exists()
 
 
 # ---- Networks ----------------------------------------------------------------------------------------------
+
 
 class Plain(nn.Module):
     """The way most people write it: one dropout layer for all, defined last."""
@@ -247,12 +318,17 @@ def linear(input_size, output_size, config):
 
 
 def without_linear(input_size, output_size, config):
-    return nn.Sequential(nn.Conv1d(2 * config["context"] + 1, output_size, input_size // (2 * config["context"] + 1)),
-                         nn.Flatten())
+    return nn.Sequential(
+        nn.Conv1d(
+            2 * config["context"] + 1, output_size, input_size // (2 * config["context"] + 1)
+        ),
+        nn.Flatten(),
+    )
 
 
-@pytest.mark.parametrize("make, width, factor", [(Plain, 320, 2 * 5 ** 0.5), (linear, 1600, 1),
-                                                 (without_linear, None, 1)])
+@pytest.mark.parametrize(
+    "make, width, factor", [(Plain, 320, 2 * 5**0.5), (linear, 1600, 1), (without_linear, None, 1)]
+)
 def test_rates_of_a_network_of_ones_own(session, make, width, factor):
     session["NETWORKS"]["mine"] = make
     session["config"]["archetype"] = "mine"
@@ -263,7 +339,9 @@ def test_rates_of_a_network_of_ones_own(session, make, width, factor):
     scale = helpers.scale_dropout(run.model, run.config, len(session["train_data"]), 2)
     for epoch in (1, 2, 2):  # the rate that it was made with is not forgotten
         scale = helpers.scale_dropout(run.model, run.config, len(session["train_data"]), epoch)
-        assert [layer.p for layer in layers] == pytest.approx([scale * 0.25 * (width or 0) / 1600] * len(layers))
+        assert [layer.p for layer in layers] == pytest.approx(
+            [scale * 0.25 * (width or 0) / 1600] * len(layers)
+        )
     assert len(layers) == (width is not None)
     assert run.history[1]["train_loss"] < run.history[0]["train_loss"]
 
@@ -272,7 +350,9 @@ def test_a_network_of_ones_own_computes_in_the_runs_precision(session):
     session["NETWORKS"]["mine"] = Plain
     run = session.call("make_run", session["config"], {"archetype": "mine"})
     seen = []
-    run.model.first.register_forward_hook(lambda layer, inputs, output: seen.append((inputs[0].dtype, output.dtype)))
+    run.model.first.register_forward_hook(
+        lambda layer, inputs, output: seen.append((inputs[0].dtype, output.dtype))
+    )
     frames, _ = next(iter(run.train_loader))
     for run.precision in (torch.float32, torch.bfloat16):
         assert session.call("forward", run, frames).dtype == torch.float32
@@ -288,18 +368,23 @@ def test_what_a_run_cannot_be_trained_with_is_refused_in_a_sentence(session):
     run.model = whole
     sampler = WeightedRandomSampler(torch.ones(len(session["train_data"])), 100)
     run.train_loader = DataLoader(session["train_data"], 100, sampler=sampler)
-    with pytest.raises(RunError, match="has a WeightedRandomSampler; expected a loader of `make_loader`.*README"):
+    with pytest.raises(
+        RunError, match="has a WeightedRandomSampler; expected a loader of `make_loader`.*README"
+    ):
         session.call("fit", run)
 
 
 def test_a_subset_or_several_sets_are_refused_with_what_to_do(corpus):
     data = helpers.AudioDataset(corpus, "dev-clean")
     for other in (Subset(data, range(10)), ConcatDataset([data, data])):
-        with pytest.raises(DataError, match=f"has got a {type(other).__name__}; .*a folder of links.*section 12"):
+        with pytest.raises(
+            DataError, match=f"has got a {type(other).__name__}; .*a folder of links.*section 12"
+        ):
             helpers.make_loader(other, 8)
 
 
 # ---- torch.compile -----------------------------------------------------------------------------------------
+
 
 def test_compiled_dropout_keeps_the_mean_as_its_rate_changes():
     model = nn.Sequential(nn.Identity(), helpers.Dropout(0.1))
@@ -329,12 +414,18 @@ def compile_a_part(model):
     return model
 
 
-COMPILED = {"whole": lambda model: torch.compile(model, backend="eager"), "in place": compile_in_place,
-            "a part": compile_a_part, "not": lambda model: model}
+COMPILED = {
+    "whole": lambda model: torch.compile(model, backend="eager"),
+    "in place": compile_in_place,
+    "a part": compile_a_part,
+    "not": lambda model: model,
+}
 
 
-@pytest.mark.parametrize("before, after", [("whole", "not"), ("not", "whole"), ("a part", "whole"),
-                                           ("in place", "a part")])
+@pytest.mark.parametrize(
+    "before, after",
+    [("whole", "not"), ("not", "whole"), ("a part", "whole"), ("in place", "a part")],
+)
 def test_a_compiled_run_opens_without_compile_and_the_other_way_round(session, before, after):
     session["config"].update(scheduler="steplr", dropout_scale=1)
     for epochs, how in ((1, before), (2, after)):
@@ -352,11 +443,15 @@ def test_a_compiled_run_opens_without_compile_and_the_other_way_round(session, b
 
 # ---- Seeds -------------------------------------------------------------------------------------------------
 
+
 def test_the_seed_decides_weights_and_order_and_is_the_runs_own(session):
     def first_weight(changes):
         run = session.call("make_run", session["config"], changes)
         run.train_loader.sampler.set_epoch(1)
-        return run.model.model[0].weight[0, 0].item(), next(iter(run.train_loader.sampler))[:5].tolist()
+        return run.model.model[0].weight[0, 0].item(), next(iter(run.train_loader.sampler))[
+            :5
+        ].tolist()
+
     first = first_weight({})
     torch.manual_seed(99)  # has no effect
     assert first_weight({"Name": "again"}) == first
@@ -378,16 +473,19 @@ def test_an_epoch_of_one_seed_is_none_of_another():
 
 # ---- Variants and sweeps -----------------------------------------------------------------------------------
 
+
 def test_what_a_variant_sets_wins_over_recipe_and_shorten(tmp_path):
     session = Session(tmp_path, changes={"recipe": "original", "data": "practice"})
     session.run_all(until="def load_data")
     (tmp_path / "cache" / "practice-corpus").mkdir(parents=True)
     original = session["ORIGINAL"]
-    for changes, expected in (({}, {**original, "epochs": 2, "batch_size": 512}),
-                              ({"warp": 0.2}, {**original, "warp": 0.2, "epochs": 2}),
-                              ({"lr_scale": 4, "epochs": 150}, {**original, "lr_scale": 4, "epochs": 150}),
-                              ({"batch_size": 2048}, {"batch_size": 2048, "epochs": 2}),
-                              ({"recipe": "best"}, {"warp": 0.2, "lr_scale": "auto", "epochs": 2})):
+    for changes, expected in (
+        ({}, {**original, "epochs": 2, "batch_size": 512}),
+        ({"warp": 0.2}, {**original, "warp": 0.2, "epochs": 2}),
+        ({"lr_scale": 4, "epochs": 150}, {**original, "lr_scale": 4, "epochs": 150}),
+        ({"batch_size": 2048}, {"batch_size": 2048, "epochs": 2}),
+        ({"recipe": "best"}, {"warp": 0.2, "lr_scale": "auto", "epochs": 2}),
+    ):
         prepared, _ = session.call("prepare", session["config"], changes)
         assert {key: prepared[key] for key in expected} == expected
         assert session.call("prepare", prepared)[0] == prepared  # prepared again, it stays as it is
@@ -397,14 +495,23 @@ def test_variants_of_recipe_original_are_different_runs(session):
     session.run("def run_variant")
     session["config"]["recipe"] = "original"
     session.namespace["base"] = {"epochs": 1}
-    configs = [session.call("run_variant", changes)[0] for changes in ({}, {"warp": 0.2}, {"lr_scale": 4})]
-    assert [(config["warp"], config["lr_scale"]) for config in configs] == [(0, 1), (0.2, 1), (0, 4)]
+    configs = [
+        session.call("run_variant", changes)[0] for changes in ({}, {"warp": 0.2}, {"lr_scale": 4})
+    ]
+    assert [(config["warp"], config["lr_scale"]) for config in configs] == [
+        (0, 1),
+        (0.2, 1),
+        (0, 4),
+    ]
 
 
-def test_a_trial_of_a_sweep_has_the_whole_config_its_best_accuracy_and_its_files(corpus, tmp_path, monkeypatch):
+def test_a_trial_of_a_sweep_has_the_whole_config_its_best_accuracy_and_its_files(
+    corpus, tmp_path, monkeypatch
+):
     """As wandb's agent calls it: `wandb.init` gives a run whose config the sweep has set."""
     import wandb
     from test_wandb import finished_records
+
     session = Session(tmp_path, corpus, {**TINY, "recipe": "original"}, wandb_mode="offline")
     session.run_all(until=TRAINING)
     session.run("def trial")
@@ -414,6 +521,7 @@ def test_a_trial_of_a_sweep_has_the_whole_config_its_best_accuracy_and_its_files
     def init_of_a_sweep(**options):
         started.append(init(**options, mode="offline", config={"warp": 0.1, "epochs": 2}))
         return started[-1]
+
     monkeypatch.setattr(wandb, "init", init_of_a_sweep)
     session.call("trial")
     [run] = started

@@ -38,27 +38,37 @@ def test_the_second_load_is_the_first_without_reading(small, tmp_path, monkeypat
     forbid_reading(monkeypatch)
     second = helpers.read_partition(small, partition, cache=tmp_path / "deep" / "cache")
     assert packed_equal(first, plain) and packed_equal(second, plain)
-    assert {path.suffix for path in (tmp_path / "deep" / "cache").iterdir()} <= {".safetensors", ".lock"}
-    check_windows(AudioDataset(small, partition, 7, cache=tmp_path / "deep" / "cache"),
-                  read_partition(small, partition))
+    assert {path.suffix for path in (tmp_path / "deep" / "cache").iterdir()} <= {
+        ".safetensors",
+        ".lock",
+    }
+    check_windows(
+        AudioDataset(small, partition, 7, cache=tmp_path / "deep" / "cache"),
+        read_partition(small, partition),
+    )
 
 
 def test_contexts_up_to_the_gap_share_one_cache(small, tmp_path, monkeypatch):
     AudioDataset(small, "dev-clean", 50, cache=tmp_path)
     forbid_reading(monkeypatch)
     for context in (0, 1, 30, 50):
-        check_windows(AudioDataset(small, "dev-clean", context, cache=tmp_path), read_partition(small, "dev-clean"))
+        check_windows(
+            AudioDataset(small, "dev-clean", context, cache=tmp_path),
+            read_partition(small, "dev-clean"),
+        )
     with pytest.raises(AssertionError, match="were read"):
         AudioDataset(small, "dev-clean", 51, cache=tmp_path)
 
 
 def rewrite(function, *kinds, name="0001.npy", same_time=False):
     """A change: the arrays of one utterance go through a function; the files get a later time, or keep theirs."""
+
     def change(folder):
         for path in (folder / kind / name for kind in kinds):
             time = path.stat().st_mtime_ns
             np.save(path, function(np.load(path)))
             os.utime(path, ns=(time, time if same_time else path.stat().st_mtime_ns + 1))
+
     return change
 
 
@@ -67,13 +77,18 @@ def for_both(function):
     return lambda folder: [function(folder / kind / "0002.npy") for kind in ("mfcc", "transcript")]
 
 
-CHANGES = {"same size": rewrite(lambda mfcc: mfcc[::-1], "mfcc"),
-           "other size, same time": rewrite(lambda array: np.delete(array, 1, axis=0), "mfcc", "transcript",
-                                            same_time=True),
-           "transcript": rewrite(lambda text: np.where(text == text[1], "OY", text).astype("<U5"), "transcript"),
-           "a file more": for_both(lambda path: shutil.copy(path, path.with_name("0000b.npy"))),
-           "a file less": for_both(lambda path: path.unlink()),
-           "another name": for_both(lambda path: path.rename(path.with_name("9.npy")))}
+CHANGES = {
+    "same size": rewrite(lambda mfcc: mfcc[::-1], "mfcc"),
+    "other size, same time": rewrite(
+        lambda array: np.delete(array, 1, axis=0), "mfcc", "transcript", same_time=True
+    ),
+    "transcript": rewrite(
+        lambda text: np.where(text == text[1], "OY", text).astype("<U5"), "transcript"
+    ),
+    "a file more": for_both(lambda path: shutil.copy(path, path.with_name("0000b.npy"))),
+    "a file less": for_both(lambda path: path.unlink()),
+    "another name": for_both(lambda path: path.rename(path.with_name("9.npy"))),
+}
 
 
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
@@ -85,14 +100,25 @@ def test_a_stale_cache_is_rebuilt(small, tmp_path, change):
     assert not packed_equal(old, new)
 
 
-@pytest.mark.parametrize("changes", [{"subset": 0.5}, {"gap": 60}, {"subset": 0.75, "gap": 1000},
-                                     {"partition": "train-clean-100"}, {"partition": "test-clean"}], ids=str)
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"subset": 0.5},
+        {"gap": 60},
+        {"subset": 0.75, "gap": 1000},
+        {"partition": "train-clean-100"},
+        {"partition": "test-clean"},
+    ],
+    ids=str,
+)
 def test_other_arguments_have_another_cache(small, tmp_path, changes):
     helpers.read_partition(small, "dev-clean", cache=tmp_path)
     arguments = {"partition": "dev-clean", **changes}
     for _ in range(2):
-        assert packed_equal(helpers.read_partition(small, cache=tmp_path, **arguments),
-                            helpers.read_partition(small, **arguments))
+        assert packed_equal(
+            helpers.read_partition(small, cache=tmp_path, **arguments),
+            helpers.read_partition(small, **arguments),
+        )
 
 
 def test_damage_after_caching_is_seen(small, tmp_path):
@@ -104,13 +130,27 @@ def test_damage_after_caching_is_seen(small, tmp_path):
 
 
 NOISE = np.random.default_rng(0).bytes(100)
-ANOTHER = {"frames": torch.zeros(3, 28), "labels": torch.zeros(3)}  # a whole file of the same container
+ANOTHER = {
+    "frames": torch.zeros(3, 28),
+    "labels": torch.zeros(3),
+}  # a whole file of the same container
 
 
-@pytest.mark.parametrize("damage", [
-    *(lambda data, share=share: data[:int(share * len(data))] for share in (0, 0.001, 0.1, 0.5, 0.9, 0.999)),
-    lambda data: data[:-1], lambda data: NOISE, lambda data: b"\0" * len(data), lambda data: NOISE + data[100:],
-    lambda data: safetensors.torch.save(ANOTHER), lambda data: safetensors.torch.save(ANOTHER, {"key": "another"})])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        *(
+            lambda data, share=share: data[: int(share * len(data))]
+            for share in (0, 0.001, 0.1, 0.5, 0.9, 0.999)
+        ),
+        lambda data: data[:-1],
+        lambda data: NOISE,
+        lambda data: b"\0" * len(data),
+        lambda data: NOISE + data[100:],
+        lambda data: safetensors.torch.save(ANOTHER),
+        lambda data: safetensors.torch.save(ANOTHER, {"key": "another"}),
+    ],
+)
 def test_partial_and_foreign_caches_are_rebuilt(small, tmp_path, monkeypatch, damage):
     cache = tmp_path / "cache"
     expected = helpers.read_partition(small, "dev-clean")
@@ -126,18 +166,31 @@ def test_the_cache_of_another_partition_under_this_name_is_not_taken(small, tmp_
     expected = helpers.read_partition(small, "dev-clean")
     for partition in ("dev-clean", "train-clean-100"):
         helpers.read_partition(small, partition, cache=tmp_path)
-    [dev], [train] = tmp_path.glob("dev-clean*.safetensors"), tmp_path.glob("train-clean-100*.safetensors")
+    [dev], [train] = (
+        tmp_path.glob("dev-clean*.safetensors"),
+        tmp_path.glob("train-clean-100*.safetensors"),
+    )
     dev.write_bytes(train.read_bytes())
     assert packed_equal(helpers.read_partition(small, "dev-clean", cache=tmp_path), expected)
 
 
-@pytest.mark.parametrize("owner, name, number", [(Path, "mkdir", errno.EACCES), (Path, "mkdir", errno.EROFS),
-                                                 (os, "fsync", errno.ENOSPC), (os, "replace", errno.ENOSPC)])
-def test_a_cache_that_cannot_be_written_does_not_stop_loading(small, tmp_path, monkeypatch, capsys, owner, name,
-                                                              number):
+@pytest.mark.parametrize(
+    "owner, name, number",
+    [
+        (Path, "mkdir", errno.EACCES),
+        (Path, "mkdir", errno.EROFS),
+        (os, "fsync", errno.ENOSPC),
+        (os, "replace", errno.ENOSPC),
+    ],
+)
+def test_a_cache_that_cannot_be_written_does_not_stop_loading(
+    small, tmp_path, monkeypatch, capsys, owner, name, number
+):
     expected = helpers.read_partition(small, "dev-clean")
     monkeypatch.setattr(owner, name, Mock(side_effect=OSError(number, os.strerror(number))))
-    assert packed_equal(helpers.read_partition(small, "dev-clean", cache=tmp_path / "cache"), expected)
+    assert packed_equal(
+        helpers.read_partition(small, "dev-clean", cache=tmp_path / "cache"), expected
+    )
     assert "going on without a cache" in capsys.readouterr().out
     assert [path.suffix for path in tmp_path.glob("cache/*")] in ([], [".lock"])
 
@@ -150,7 +203,9 @@ def test_a_cache_that_is_there_is_read_where_nothing_can_be_written(small, tmp_p
 
 
 def test_without_mmap_the_cache_is_read(small, tmp_path, monkeypatch):
-    monkeypatch.setattr(safetensors.torch, "safe_open", Mock(side_effect=OSError("No such device (os error 19)")))
+    monkeypatch.setattr(
+        safetensors.torch, "safe_open", Mock(side_effect=OSError("No such device (os error 19)"))
+    )
     expected = helpers.read_partition(small, "dev-clean")
     assert packed_equal(helpers.read_partition(small, "dev-clean", cache=tmp_path), expected)
     forbid_reading(monkeypatch)
@@ -160,15 +215,19 @@ def test_without_mmap_the_cache_is_read(small, tmp_path, monkeypatch):
 def test_a_cache_that_cannot_be_read_again_does_not_stop_loading(small, tmp_path, monkeypatch):
     monkeypatch.setattr(helpers, "_open_cache", lambda *args: None)
     for _ in range(2):
-        assert packed_equal(helpers.read_partition(small, "dev-clean", cache=tmp_path),
-                            helpers.read_partition(small, "dev-clean"))
+        assert packed_equal(
+            helpers.read_partition(small, "dev-clean", cache=tmp_path),
+            helpers.read_partition(small, "dev-clean"),
+        )
 
 
 def test_a_cache_folder_that_cannot_be_made_does_not_stop_loading(small, tmp_path, capsys):
     (tmp_path / "file").touch()
     for cache in (tmp_path / "file", tmp_path / "file" / "cache"):
-        assert packed_equal(helpers.read_partition(small, "dev-clean", cache=cache),
-                            helpers.read_partition(small, "dev-clean"))
+        assert packed_equal(
+            helpers.read_partition(small, "dev-clean", cache=cache),
+            helpers.read_partition(small, "dev-clean"),
+        )
         assert "going on without a cache" in capsys.readouterr().out
 
 
@@ -178,9 +237,12 @@ def test_of_two_loads_at_once_one_reads(small, tmp_path, monkeypatch):
     def counted(*args):
         calls.append(args)
         return read(*args)
+
     monkeypatch.setattr(helpers, "_pack", counted)
     with ThreadPoolExecutor(4) as pool:
-        results = list(pool.map(lambda _: helpers.read_partition(small, "dev-clean", cache=tmp_path), range(4)))
+        results = list(
+            pool.map(lambda _: helpers.read_partition(small, "dev-clean", cache=tmp_path), range(4))
+        )
     assert len(calls) == 1
     assert all(packed_equal(result, results[0]) for result in results)
 

@@ -64,35 +64,61 @@ SOURCE = '''
 def described(old=None, new=None):
     names = define(SOURCE if old is None else SOURCE.replace(old, new))
     assert old is None or old in SOURCE
-    parts = {name: names[name] for name in ("train", "Layer")} | {f"TABLE[{key}]": names["TABLE"][key] for key in "ab"}
+    parts = {name: names[name] for name in ("train", "Layer")} | {
+        f"TABLE[{key}]": names["TABLE"][key] for key in "ab"
+    }
     return code_of(parts)
 
 
-@pytest.mark.parametrize("old, new, named", [
-    ("range(3)", "range(4)", "`train` has changed"), ("RATE * x", "RATE + x", "`twice` has changed"),
-    ("RATE = 0.5", "RATE = 0.25", "RATE: 0.5 there, 0.25 now"), ("return twice", "return 1 + twice", "`Layer.forward`"),
-    ("x ** power", "x + power", r"TABLE\[a\]"), ("make(2)", "make(3)", r"TABLE\[a\], power: 2 there, 3 now"),
-    ("momentum=0.9", "momentum=0.8", r"TABLE\[b\], given: momentum=0.9 there, momentum=0.8 now"),
-    ("optim.SGD", "optim.Adam", r"TABLE\[b\]: torch.optim.sgd.SGD there"),
-    ("    x = twice(x)\n    ", "    x = x\n        x = twice(x)\n    ", "`train`")], ids=str)
+@pytest.mark.parametrize(
+    "old, new, named",
+    [
+        ("range(3)", "range(4)", "`train` has changed"),
+        ("RATE * x", "RATE + x", "`twice` has changed"),
+        ("RATE = 0.5", "RATE = 0.25", "RATE: 0.5 there, 0.25 now"),
+        ("return twice", "return 1 + twice", "`Layer.forward`"),
+        ("x ** power", "x + power", r"TABLE\[a\]"),
+        ("make(2)", "make(3)", r"TABLE\[a\], power: 2 there, 3 now"),
+        (
+            "momentum=0.9",
+            "momentum=0.8",
+            r"TABLE\[b\], given: momentum=0.9 there, momentum=0.8 now",
+        ),
+        ("optim.SGD", "optim.Adam", r"TABLE\[b\]: torch.optim.sgd.SGD there"),
+        ("    x = twice(x)\n    ", "    x = x\n        x = twice(x)\n    ", "`train`"),
+    ],
+    ids=str,
+)
 def test_an_edit_is_named(old, new, named):
     [first, *_] = differences = code_differences(described(), described(old, new))
     assert re.search(named, first), differences
 
 
-@pytest.mark.parametrize("old, new", [
-    ("# the loop", "# another comment"), ("Twice as much.", "Two times."), ("range(3)", "range( 3 )"),
-    ("x = twice(x)", "x = (twice(\n                x))"), ("fused=True", "fused=False"),
-    ("\n    def make", "\n    def unused():\n        pass\n\n\n    def make"),
-    ("return torch.relu(x)", "return torch.compile(torch.relu)(x)"),
-    ("def twice", "@torch.compile\n    def twice")], ids=str)
+@pytest.mark.parametrize(
+    "old, new",
+    [
+        ("# the loop", "# another comment"),
+        ("Twice as much.", "Two times."),
+        ("range(3)", "range( 3 )"),
+        ("x = twice(x)", "x = (twice(\n                x))"),
+        ("fused=True", "fused=False"),
+        ("\n    def make", "\n    def unused():\n        pass\n\n\n    def make"),
+        ("return torch.relu(x)", "return torch.compile(torch.relu)(x)"),
+        ("def twice", "@torch.compile\n    def twice"),
+    ],
+    ids=str,
+)
 def test_what_changes_no_number_is_no_difference(old, new):
     assert code_differences(described(), described(old, new)) == []
 
 
 def test_a_difference_shows_the_lines():
     lines = code_differences(described(), described("range(3)", "range(4)"))
-    assert lines == ["`train` has changed; - there, + now:", "  -    for _ in range(3):", "  +    for _ in range(4):"]
+    assert lines == [
+        "`train` has changed; - there, + now:",
+        "  -    for _ in range(3):",
+        "  +    for _ in range(4):",
+    ]
 
 
 def test_what_refers_to_itself_is_described_once():
@@ -117,7 +143,9 @@ def test_what_refers_to_itself_is_described_once():
         TABLE = {}
         TABLE["itself"] = TABLE
     """)
-    code = code_of({"count": names["make"](), "loss": names["Loss"]().loss, "table": names["TABLE"]})
+    code = code_of(
+        {"count": names["make"](), "loss": names["Loss"]().loss, "table": names["TABLE"]}
+    )
     assert "count(n - 1)" in code["count"] and "helper(None)" in code["helper"]
     assert "return helper" in code["Loss.loss"] and code["table"] == "dict"
 
@@ -127,7 +155,10 @@ def test_an_edit_of_helpers_after_the_import_is_said_and_is_not_what_runs(monkey
     before = code_of({"mask": helpers.mask_frames})
     monkeypatch.setattr(helpers, "_read_source", lambda: "def mask_frames(): pass")
     assert "restart the kernel" in helpers.edited_hint()
-    assert code_of({"mask": helpers.mask_frames}) == before and "def mask_frames(frames" in before["mask_frames"]
+    assert (
+        code_of({"mask": helpers.mask_frames}) == before
+        and "def mask_frames(frames" in before["mask_frames"]
+    )
     monkeypatch.setattr(helpers, "_read_source", lambda: None)  # the file is not there
     assert helpers.edited_hint() == ""
 
@@ -144,8 +175,11 @@ def test_a_loss_is_known_by_what_it_holds():
         return code_of({"loss": torch.nn.CrossEntropyLoss(**options)})
 
     assert code_differences(loss(label_smoothing=0.1), loss(label_smoothing=0.2)) == [
-        "loss.label_smoothing: 0.1 there, 0.2 now"]
-    [line] = code_differences(loss(weight=torch.ones(3)), loss(weight=torch.tensor([1.0, 2.0, 1.0])))
+        "loss.label_smoothing: 0.1 there, 0.2 now"
+    ]
+    [line] = code_differences(
+        loss(weight=torch.ones(3)), loss(weight=torch.tensor([1.0, 2.0, 1.0]))
+    )
     assert "loss.weight: " in line and "1 1 1 there" in line and "1 2 1 now" in line
     assert code_differences(loss(weight=torch.ones(3)), loss(weight=torch.ones(3))) == []
 
@@ -156,15 +190,19 @@ def test_a_network_is_known_by_its_layers_compiled_or_not():
 
     plain = code_of_network(network())
     assert code_differences(plain, code_of_network(network(slope=0.1))) == [
-        "layer 1, negative_slope: 0.01 there, 0.1 now"]
+        "layer 1, negative_slope: 0.01 there, 0.1 now"
+    ]
     part = network()
     part[0] = torch.compile(part[0])
     assert code_of_network(torch.compile(network())) == code_of_network(part) == plain
-    fewer = {name: text for name, text in plain.items() if name != "layer 0, bias"}  # an older torch prints no bias
+    fewer = {
+        name: text for name, text in plain.items() if name != "layer 0, bias"
+    }  # an older torch prints no bias
     assert code_differences(fewer, plain) == []
 
 
 # ---- In the notebook ---------------------------------------------------------------------------------------
+
 
 @pytest.fixture(scope="module")
 def trained(corpus, tmp_path_factory):
@@ -181,36 +219,72 @@ def again(runs, corpus, old=None, new=None, **changes):
     if old is not None:
         [source] = [source for source in cells if source.count(old) == 1]
         cells[cells.index(source)] = source.replace(old, new)
-    session.execute(*cells[:next(i for i, source in enumerate(cells) if "finish_wandb(run, results" in source)])
+    session.execute(
+        *cells[: next(i for i, source in enumerate(cells) if "finish_wandb(run, results" in source)]
+    )
     return session
 
 
-@pytest.mark.parametrize("old, new, named", [
-    ("torch.rand(()) < 0.7", "torch.rand(()) < 0.5", "`train` has changed"),
-    ("[nn.Linear(input_size, output_size), *[nn.LeakyReLU()] * pencil]",
-     "[nn.Linear(input_size, output_size), nn.LeakyReLU(0.5)]", "`Network.__init__` has changed"),
-    ("self.model(frames.flatten(1).float())", "2 * self.model(frames.flatten(1).float())", "`Network.forward`"),
-    ('"crossentropy": lambda data: nn.CrossEntropyLoss()',
-     '"crossentropy": lambda data: nn.CrossEntropyLoss(label_smoothing=0.2)', "label_smoothing: 0.0 there, 0.2"),
-    ("partial(optim.AdamW, ", "partial(optim.AdamW, betas=(0.8, 0.9), ", "given: nothing there, betas=(0.8, 0.9) now"),
-    ("T_max=epochs)", "T_max=2 * epochs)", "SCHEDULERS"),
-    ("2 * (1600 / max(widths))", "3 * (1600 / max(widths))", "`learning_rate_scale` has changed"),
-], ids=lambda text: text[:30])
+@pytest.mark.parametrize(
+    "old, new, named",
+    [
+        ("torch.rand(()) < 0.7", "torch.rand(()) < 0.5", "`train` has changed"),
+        (
+            "[nn.Linear(input_size, output_size), *[nn.LeakyReLU()] * pencil]",
+            "[nn.Linear(input_size, output_size), nn.LeakyReLU(0.5)]",
+            "`Network.__init__` has changed",
+        ),
+        (
+            "self.model(frames.flatten(1).float())",
+            "2 * self.model(frames.flatten(1).float())",
+            "`Network.forward`",
+        ),
+        (
+            '"crossentropy": lambda data: nn.CrossEntropyLoss()',
+            '"crossentropy": lambda data: nn.CrossEntropyLoss(label_smoothing=0.2)',
+            "label_smoothing: 0.0 there, 0.2",
+        ),
+        (
+            "partial(optim.AdamW, ",
+            "partial(optim.AdamW, betas=(0.8, 0.9), ",
+            "given: nothing there, betas=(0.8, 0.9) now",
+        ),
+        ("T_max=epochs)", "T_max=2 * epochs)", "SCHEDULERS"),
+        (
+            "2 * (1600 / max(widths))",
+            "3 * (1600 / max(widths))",
+            "`learning_rate_scale` has changed",
+        ),
+    ],
+    ids=lambda text: text[:30],
+)
 def test_a_run_of_other_code_is_refused_and_the_difference_named(trained, corpus, old, new, named):
     before = (trained / "pencil" / "checkpoint.pt").read_bytes()
     with pytest.raises(RunError) as error:
         again(trained, corpus, old, new)
-    assert named in str(error.value) and "Undo the edit" in str(error.value) and "'Name'" in str(error.value)
+    assert (
+        named in str(error.value)
+        and "Undo the edit" in str(error.value)
+        and "'Name'" in str(error.value)
+    )
     assert (trained / "pencil" / "checkpoint.pt").read_bytes() == before
 
 
-@pytest.mark.parametrize("old, new", [
-    ('    """One epoch.', '    """An epoch.'),
-    ("tqdm(loader,", "tqdm(loader,  # a bar\n                               "),
-    ('title="Confusion matrix', 'title="Confusions'),  # figures
-    ("Mean loss and accuracy (0-1) over all frames.", "Loss and accuracy."),
-    ('"exponential": Schedule(', '"another": Schedule(lambda *_: None), "exponential": Schedule('),
-    ("lr {row['learning_rate']:.7f}", "rate {row['learning_rate']:.7f}")], ids=lambda text: text[:30])
+@pytest.mark.parametrize(
+    "old, new",
+    [
+        ('    """One epoch.', '    """An epoch.'),
+        ("tqdm(loader,", "tqdm(loader,  # a bar\n                               "),
+        ('title="Confusion matrix', 'title="Confusions'),  # figures
+        ("Mean loss and accuracy (0-1) over all frames.", "Loss and accuracy."),
+        (
+            '"exponential": Schedule(',
+            '"another": Schedule(lambda *_: None), "exponential": Schedule(',
+        ),
+        ("lr {row['learning_rate']:.7f}", "rate {row['learning_rate']:.7f}"),
+    ],
+    ids=lambda text: text[:30],
+)
 def test_a_finished_run_opens_after_edits_that_make_no_weights(trained, corpus, old, new):
     session = again(trained, corpus, old, new)
     assert len(session["history"]) == 1 and (trained / "pencil" / "submission.csv").exists()
@@ -236,7 +310,9 @@ def edited(monkeypatch, name, old, new):
     monkeypatch.setattr(helpers, name, names[name])
 
 
-def test_an_edit_of_the_features_makes_the_cache_anew_and_is_another_run(trained, corpus, monkeypatch, tmp_path):
+def test_an_edit_of_the_features_makes_the_cache_anew_and_is_another_run(
+    trained, corpus, monkeypatch, tmp_path
+):
     write_partition(tmp_path / "data", "dev-clean", [20, 5], 1)
     old = helpers.read_partition(tmp_path / "data", "dev-clean", cache=tmp_path / "cache")
     edited(monkeypatch, "_mfccs", "return array, first", "return array.clip(-1, 1), first")
@@ -274,6 +350,7 @@ def test_a_helper_that_train_uses_is_part_of_the_run(trained, corpus, monkeypatc
 
 # ---- Keys of the config ------------------------------------------------------------------------------------
 
+
 def test_a_refusal_names_the_switch_that_set_the_key(trained, corpus):
     with pytest.raises(RunError) as error:
         again(trained, corpus, recipe="original")
@@ -288,7 +365,9 @@ def test_what_shorten_has_set_is_named(tmp_path):
     with pytest.raises(RunError) as error:
         helpers.load_checkpoint(tmp_path / "checkpoint.pt", now, switches=switches)
     assert "epochs: 2 there (as config['shorten'] = True sets it), 150 now\n" in str(error.value)
-    assert "batch_size: 512 there (as config['shorten'] = True sets it), 2048 now\n" in str(error.value)
+    assert "batch_size: 512 there (as config['shorten'] = True sets it), 2048 now\n" in str(
+        error.value
+    )
 
 
 def test_a_key_that_the_run_did_not_know_has_its_off_value(trained, corpus, tmp_path):
@@ -297,14 +376,22 @@ def test_a_key_that_the_run_did_not_know_has_its_off_value(trained, corpus, tmp_
     for key in ("seed", "loss", "start_from"):
         del state["config"][key]
     helpers.save_checkpoint(path, state)
-    helpers.save_checkpoint(path.with_name("best.pt"), helpers.load_checkpoint(trained / "pencil" / "best.pt"))
+    helpers.save_checkpoint(
+        path.with_name("best.pt"), helpers.load_checkpoint(trained / "pencil" / "best.pt")
+    )
     assert len(again(tmp_path / "runs", corpus)["history"]) == 1
     with pytest.raises(RunError, match=r"seed: 23 there, 24 now \(a key that was added since\)"):
         again(tmp_path / "runs", corpus, seed=24)
     config = {**state["config"], "seed": 23, "loss": "crossentropy", "noise": 0}
     for off in (0, False, None):
-        helpers.load_checkpoint(path, {**config, "noise": off}, off={"seed": 23, "loss": "crossentropy"})
+        helpers.load_checkpoint(
+            path, {**config, "noise": off}, off={"seed": 23, "loss": "crossentropy"}
+        )
     with pytest.raises(RunError, match="noise: None there, 0.5 now"):
-        helpers.load_checkpoint(path, {**config, "noise": 0.5}, off={"seed": 23, "loss": "crossentropy"})
+        helpers.load_checkpoint(
+            path, {**config, "noise": 0.5}, off={"seed": 23, "loss": "crossentropy"}
+        )
     with pytest.raises(RunError, match="dropout: 0.225 there, None now"):  # a key that is gone
-        helpers.load_checkpoint(path, {key: value for key, value in state["config"].items() if key != "dropout"})
+        helpers.load_checkpoint(
+            path, {key: value for key, value in state["config"].items() if key != "dropout"}
+        )

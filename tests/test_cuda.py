@@ -6,7 +6,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 from notebook import TINY, definitions
-from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    FakeTensor,
+    FakeTensorMode,
+)
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -23,7 +27,9 @@ def can_rehearse():
     return True
 
 
-pytestmark = pytest.mark.skipif(not can_rehearse(), reason="this torch needs a driver for fake tensors")
+pytestmark = pytest.mark.skipif(
+    not can_rehearse(), reason="this torch needs a driver for fake tensors"
+)
 OPTIONS = definitions()["options"]()
 
 
@@ -32,9 +38,13 @@ class NoWay(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
-        devices = [{leaf.device.type for leaf in tree_leaves(values) if isinstance(leaf, torch.Tensor)}
-                   for values in ((args, kwargs or {}), result)]
-        assert not ("cuda" in devices[0] and "cpu" in devices[1]), f"{function} brings something to the CPU"
+        devices = [
+            {leaf.device.type for leaf in tree_leaves(values) if isinstance(leaf, torch.Tensor)}
+            for values in ((args, kwargs or {}), result)
+        ]
+        assert not ("cuda" in devices[0] and "cpu" in devices[1]), (
+            f"{function} brings something to the CPU"
+        )
         return result
 
 
@@ -47,32 +57,38 @@ def rehearsal():
 @pytest.fixture(autouse=True)
 def no_gpu(monkeypatch):
     """What needs a real GPU: generators; and reading a number, which a fake tensor does not have."""
+
     class Generator:
         def __init__(self, device):
             assert torch.device(device).type == "cuda"
 
         def manual_seed(self, seed):
             pass
+
     monkeypatch.setattr(torch, "Generator", Generator)
 
     def truth(tensor):
         assert tensor.device.type == "cpu", "an if on the GPU's result waits for the GPU"
         return True
+
     monkeypatch.setattr(torch.Tensor, "__bool__", truth)
 
 
 @pytest.fixture
 def dataset(corpus):
     """Of a dataset on the CPU, what `device="cuda"` would make."""
+
     def on_cuda(partition):
         data = helpers.AudioDataset(corpus, partition, TINY["context"])
         with FakeTensorMode(allow_non_fake_inputs=True):
             for name in ("frames", "offsets", "labels", "stds"):
                 if getattr(data, name) is not None:
                     setattr(data, name, getattr(data, name).to("cuda"))
-            data.windows = data.frames.as_strided(data.windows.shape, data.windows.stride(),
-                                                  data.windows.storage_offset())
+            data.windows = data.frames.as_strided(
+                data.windows.shape, data.windows.stride(), data.windows.storage_offset()
+            )
         return data
+
     return on_cuda
 
 
@@ -119,13 +135,17 @@ def test_masks(augmentations, dtype):
 def test_warps():
     with rehearsal():
         frames = torch.zeros(64, 11, 28, dtype=torch.float16, device="cuda")
-        data = SimpleNamespace(coefficients=28, convention="HTK", stds=torch.ones(28, device="cuda"))
+        data = SimpleNamespace(
+            coefficients=28, convention="HTK", stds=torch.ones(28, device="cuda")
+        )
         for dtype in (torch.float16, torch.bfloat16, torch.float32):
             maps = helpers.warp_maps(0.2, data, dtype=dtype)
             check(helpers.warp_frames(frames, maps), 64, 11, 28, dtype=torch.float16)
 
 
-@pytest.mark.parametrize("archetype, weighted", [*((each, False) for each in OPTIONS["archetype"]), ("pyramid", True)])
+@pytest.mark.parametrize(
+    "archetype, weighted", [*((each, False) for each in OPTIONS["archetype"]), ("pyramid", True)]
+)
 def test_the_loops_without_backward(dataset, monkeypatch, archetype, weighted):
     book = definitions()
     book["device"] = "cuda"
@@ -136,9 +156,12 @@ def test_the_loops_without_backward(dataset, monkeypatch, archetype, weighted):
     def item(tensor):  # once an epoch for each number
         read.append(tensor.device.type)
         return 0.5
+
     monkeypatch.setattr(torch.Tensor, "item", item)
     monkeypatch.setattr(torch.Tensor, "backward", lambda tensor: check(tensor, dtype=torch.float32))
-    monkeypatch.setattr(torch.Tensor, "cpu", lambda tensor: tensor)  # the sums, at the end of an epoch
+    monkeypatch.setattr(
+        torch.Tensor, "cpu", lambda tensor: tensor
+    )  # the sums, at the end of an epoch
     steps = []
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))])
     optimizer.step = lambda: steps.append(1)
@@ -146,10 +169,15 @@ def test_the_loops_without_backward(dataset, monkeypatch, archetype, weighted):
         with torch.device("cuda"):
             model = book["Network"](11 * 28, 42, {**config, "weight_initialization": None})
             weights = {"weight": torch.ones(42), "ignore_index": 0} if weighted else {}
-        run = SimpleNamespace(config=config, model=model, precision=torch.float32, optimizer=optimizer,
-                              criterion=torch.nn.CrossEntropyLoss(**weights),
-                              scaler=torch.amp.GradScaler("cuda", enabled=False),
-                              train_loader=helpers.make_loader(train_data, 256, shuffle=True))
+        run = SimpleNamespace(
+            config=config,
+            model=model,
+            precision=torch.float32,
+            optimizer=optimizer,
+            criterion=torch.nn.CrossEntropyLoss(**weights),
+            scaler=torch.amp.GradScaler("cuda", enabled=False),
+            train_loader=helpers.make_loader(train_data, 256, shuffle=True),
+        )
         book["train"](run)
         assert len(steps) == -(-len(train_data) // 256)
         assert read.count("cuda") == 2  # the loss and the accuracy
@@ -157,8 +185,12 @@ def test_the_loops_without_backward(dataset, monkeypatch, archetype, weighted):
         assert read.count("cuda") == 4
         for logits, _ in book["infer"](run, helpers.make_loader(test_data, 256)):
             assert logits.device.type == "cuda" and logits.dtype == torch.float32
-        check(book["all_log_posteriors"](run, helpers.make_loader(test_data, 256)), len(test_data), 42,
-              dtype=torch.float32)
+        check(
+            book["log_probabilities"](run, helpers.make_loader(test_data, 256)),
+            len(test_data),
+            42,
+            dtype=torch.float32,
+        )
 
 
 def test_viterbi(monkeypatch):

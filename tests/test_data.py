@@ -22,21 +22,32 @@ repeatable = settings(derandomize=True, deadline=None, database=None, max_exampl
 
 # ---- Windows -----------------------------------------------------------------------------------------------
 
+
 @pytest.mark.parametrize("context", [0, 1, 7, 50, 60])
 @pytest.mark.parametrize("partition", PARTITIONS)
-def test_windows_at_the_ends_of_utterances_longer_and_shorter_than_the_context(corpus, tmp_path, partition, context):
+def test_windows_at_the_ends_of_utterances_longer_and_shorter_than_the_context(
+    corpus, tmp_path, partition, context
+):
     write_partition(tmp_path, partition, [1, 1, 3, 200, 1, 49, 50, 51, 101, 2, 1])
     for root in (corpus, tmp_path):
         check_windows(AudioDataset(root, partition, context), read_partition(root, partition))
 
 
 @repeatable
-@given(lengths=st.lists(st.integers(1, 90), min_size=1, max_size=6), context=st.integers(0, 70),
-       partition=st.sampled_from(PARTITIONS), seed=st.integers(0, 99))
+@given(
+    lengths=st.lists(st.integers(1, 90), min_size=1, max_size=6),
+    context=st.integers(0, 70),
+    partition=st.sampled_from(PARTITIONS),
+    seed=st.integers(0, 99),
+)
 def test_windows_of_any_lengths_and_context(lengths, context, partition, seed):
     with tempfile.TemporaryDirectory() as folder:
         write_partition(Path(folder), partition, lengths, seed)
-        check_windows(AudioDataset(folder, partition, context), read_partition(Path(folder), partition), inside=90)
+        check_windows(
+            AudioDataset(folder, partition, context),
+            read_partition(Path(folder), partition),
+            inside=90,
+        )
 
 
 def test_utterance_gives_what_the_files_hold(corpus):
@@ -61,6 +72,7 @@ def test_what_float16_costs(corpus):
 
 # ---- Reading -----------------------------------------------------------------------------------------------
 
+
 def test_utterances_come_in_sorted_order(tmp_path, monkeypatch):
     folder = write_partition(tmp_path, "dev-clean", [3, 5, 7, 11])
     names = ["b.npy", "10.npy", "2.npy", "B-1.npy"]
@@ -68,20 +80,24 @@ def test_utterances_come_in_sorted_order(tmp_path, monkeypatch):
         for old, new in zip(sorted((folder / kind).iterdir()), names):
             old.rename(folder / kind / new)
     listdir = os.listdir
-    monkeypatch.setattr(helpers.os, "listdir", lambda path: sorted(listdir(path), key=lambda name: name[::-1]))
+    monkeypatch.setattr(
+        helpers.os, "listdir", lambda path: sorted(listdir(path), key=lambda name: name[::-1])
+    )
     dataset = AudioDataset(tmp_path, "dev-clean", 1)
     assert dataset.offsets.diff().tolist() == [5, 7, 11, 3]  # 10.npy, 2.npy, B-1.npy, b.npy
     check_windows(dataset, read_partition(tmp_path, "dev-clean"))
 
 
-@pytest.mark.parametrize("subset, expected", [(0.1, 1), (0.19, 1), (0.25, 2), (0.7, 7), (0.999, 9), (1, 10)])
+@pytest.mark.parametrize(
+    "subset, expected", [(0.1, 1), (0.19, 1), (0.25, 2), (0.7, 7), (0.999, 9), (1, 10)]
+)
 def test_subset_takes_the_first_utterances(tmp_path, subset, expected):
     lengths = [3, 1, 4, 1, 5, 9, 2, 6, 5, 3]
     for partition in PARTITIONS:
         write_partition(tmp_path, partition, lengths)
         dataset = AudioDataset(tmp_path, partition, 2, subset)
         assert dataset.utterances == (10 if partition == "test-clean" else expected)
-        assert len(dataset) == sum(lengths[:dataset.utterances])
+        assert len(dataset) == sum(lengths[: dataset.utterances])
         check_windows(dataset, read_partition(tmp_path, partition, subset))
 
 
@@ -105,7 +121,9 @@ def test_markers_are_stripped_and_labels_index_the_phonemes(tmp_path):
     np.save(folder / "transcript" / "0001.npy", np.array(["[SOS]", "ZH", "[EOS]"]))
     dataset = AudioDataset(tmp_path, "dev-clean", 0)
     assert dataset[torch.arange(41)][1].tolist() == [*range(40), 39]
-    assert len(PHONEMES) == 42 and PHONEMES[0] == "[SIL]" and PHONEMES[39:] == ["ZH", "[SOS]", "[EOS]"]
+    assert (
+        len(PHONEMES) == 42 and PHONEMES[0] == "[SIL]" and PHONEMES[39:] == ["ZH", "[SOS]", "[EOS]"]
+    )
 
 
 def test_normalisation_is_over_time(tmp_path):
@@ -119,8 +137,15 @@ def test_normalisation_is_over_time(tmp_path):
     assert np.abs(frames - over_coefficients).max() > 1 and np.abs(frames - over_both).max() > 1
 
 
-@pytest.mark.parametrize("dtype, value", [
-    *itertools.product(["f2", "f4", "f8"], [0, 0.1, -3.3, 12345.678]), ("f4", 1e30), ("f8", 1e9 + 0.1), ("f8", -1e300)])
+@pytest.mark.parametrize(
+    "dtype, value",
+    [
+        *itertools.product(["f2", "f4", "f8"], [0, 0.1, -3.3, 12345.678]),
+        ("f4", 1e30),
+        ("f8", 1e9 + 0.1),
+        ("f8", -1e300),
+    ],
+)
 def test_a_constant_coefficient_becomes_zero(tmp_path, dtype, value):
     folder = write_partition(tmp_path, "dev-clean", [1000])
     mfcc = np.load(folder / "mfcc" / "0000.npy").astype(dtype)
@@ -132,22 +157,34 @@ def test_a_constant_coefficient_becomes_zero(tmp_path, dtype, value):
 
 @pytest.mark.parametrize("version", [(1, 0), (2, 0), (3, 0)])
 @pytest.mark.parametrize("order", ["C", "F"])
-@pytest.mark.parametrize("kind, dtype", [*(("mfcc", dtype) for dtype in ("<f4", ">f4", "<f8", ">f8", "<f2", ">f2")),
-                                         *(("transcript", dtype) for dtype in ("<U5", ">U5", "<U20"))])
+@pytest.mark.parametrize(
+    "kind, dtype",
+    [
+        *(("mfcc", dtype) for dtype in ("<f4", ">f4", "<f8", ">f8", "<f2", ">f2")),
+        *(("transcript", dtype) for dtype in ("<U5", ">U5", "<U20")),
+    ],
+)
 def test_other_ways_to_store_the_same(tmp_path, kind, dtype, order, version):
     path = write_partition(tmp_path, "dev-clean", [20]) / kind / "0000.npy"
     array = np.load(path)
     if kind == "mfcc":
-        array = array.astype(np.float16).astype(np.float32)  # numbers that every dtype here can hold
+        array = array.astype(np.float16).astype(
+            np.float32
+        )  # numbers that every dtype here can hold
         np.save(path, array)
     expected = AudioDataset(tmp_path, "dev-clean")
     write(path, np.asarray(array, dtype, order=order), version=version)
     stored, dataset = np.load(path), AudioDataset(tmp_path, "dev-clean")
-    assert stored.dtype == dtype and (stored.ndim == 1 or stored.flags.f_contiguous == (order == "F"))
-    assert torch.equal(dataset.frames, expected.frames) and torch.equal(dataset.labels, expected.labels)
+    assert stored.dtype == dtype and (
+        stored.ndim == 1 or stored.flags.f_contiguous == (order == "F")
+    )
+    assert torch.equal(dataset.frames, expected.frames) and torch.equal(
+        dataset.labels, expected.labels
+    )
 
 
 # ---- Batches -----------------------------------------------------------------------------------------------
+
 
 def order_of(loader):
     return torch.cat(list(loader.sampler)).tolist()
@@ -173,7 +210,12 @@ def test_a_batch_is_what_its_indexes_say(tmp_path, partition, shuffle):
 
 
 @repeatable
-@given(length=st.integers(1, 300), batch_size=st.integers(2, 40), epoch=st.integers(0, 5), shuffle=st.booleans())
+@given(
+    length=st.integers(1, 300),
+    batch_size=st.integers(2, 40),
+    epoch=st.integers(0, 5),
+    shuffle=st.booleans(),
+)
 def test_every_frame_comes_once_an_epoch(length, batch_size, epoch, shuffle):
     sampler = Batches(length, batch_size, shuffle)
     sampler.set_epoch(epoch)

@@ -14,15 +14,24 @@ import torch
 from notebook import ROOT
 
 import helpers
-from helpers import RunError, copy_to_drive, load_checkpoint, open_drive, restore_from_drive, save_checkpoint
+from helpers import (
+    RunError,
+    copy_to_drive,
+    load_checkpoint,
+    open_drive,
+    restore_from_drive,
+    save_checkpoint,
+)
 
 
 def train_to(folder, epochs, size=100):
     """Leave in a run's folder what `epochs` epochs leave."""
     history = [{"epoch": epoch} for epoch in range(1, epochs + 1)]
     save_checkpoint(folder / "best.pt", {"model": torch.full((size,), float(epochs)), "config": {}})
-    save_checkpoint(folder / "checkpoint.pt", {"model": torch.full((size,), float(epochs)), "config": {},
-                                               "history": history})
+    save_checkpoint(
+        folder / "checkpoint.pt",
+        {"model": torch.full((size,), float(epochs)), "config": {}, "history": history},
+    )
 
 
 def epochs_of(folder):
@@ -78,7 +87,13 @@ def test_the_newest_copy_is_fetched_where_it_is_ahead(places):
 def test_nothing_goes_to_the_trash_and_only_what_cannot_be_made_again_is_there(places):
     run, drive, _ = places
     train_to(run, 1, 1000)
-    for name in ("submission.csv", "model_arch.txt", ".lock", "wandb/x.wandb", "cache/packed.safetensors"):
+    for name in (
+        "submission.csv",
+        "model_arch.txt",
+        ".lock",
+        "wandb/x.wandb",
+        "cache/packed.safetensors",
+    ):
         (run / name).parent.mkdir(exist_ok=True)
         (run / name).write_text("long " * 100)
     copy_to_drive(run, drive)
@@ -88,7 +103,9 @@ def test_nothing_goes_to_the_trash_and_only_what_cannot_be_made_again_is_there(p
     assert set(before) == {"checkpoint-a.zip", "checkpoint-b.zip", "submission.csv"}
     (run / "submission.csv").write_text("short")
     for epochs in range(3, 8):
-        train_to(run, epochs, 1000 if epochs % 2 else 10)  # a shorter file leaves no end of the longer one
+        train_to(
+            run, epochs, 1000 if epochs % 2 else 10
+        )  # a shorter file leaves no end of the longer one
         copy_to_drive(run, drive)
         assert files(drive) == before
     assert (drive / "submission.csv").read_text() == "short"
@@ -102,13 +119,22 @@ def test_it_is_copied_before_ten_minutes_of_training_are_at_stake(places):
     copy_to_drive(run, drive, next_in=1)  # the first time always
     slots = [drive / name for name in helpers.DRIVE_SLOTS]
 
-    for minutes, next_minutes, copied in [(1, 1, False), (1, 6, False), (1, 9, True), (6, 6, True), (8, 2, True),
-                                          (30, 0.1, True)]:
+    for minutes, next_minutes, copied in [
+        (1, 1, False),
+        (1, 6, False),
+        (1, 9, True),
+        (6, 6, True),
+        (8, 2, True),
+        (30, 0.1, True),
+    ]:
         for slot in filter(os.path.exists, slots):
             os.utime(slot, (time.time() - 60 * minutes,) * 2)
         before = [slot.stat().st_mtime for slot in slots if slot.exists()]
         copy_to_drive(run, drive, next_in=60 * next_minutes)
-        assert ([slot.stat().st_mtime for slot in slots if slot.exists()] != before) == copied, (minutes, next_minutes)
+        assert ([slot.stat().st_mtime for slot in slots if slot.exists()] != before) == copied, (
+            minutes,
+            next_minutes,
+        )
     assert helpers.DRIVE_SECONDS < 600
 
 
@@ -121,7 +147,9 @@ def test_a_damaged_copy_is_not_fetched_and_is_the_next_to_be_overwritten(places,
     newest = drive / "checkpoint-b.zip"
     content = bytearray(newest.read_bytes())
     content[len(content) // 2] ^= 1
-    newest.write_bytes({"bit": content, "end": content[:-100], "empty": b"", "foreign": b"x" * 10_000}[damage])
+    newest.write_bytes(
+        {"bit": content, "end": content[:-100], "empty": b"", "foreign": b"x" * 10_000}[damage]
+    )
     restore_from_drive(later, drive)
     assert epochs_of(later) == 1
     older = (drive / "checkpoint-a.zip").read_bytes()
@@ -141,13 +169,18 @@ def test_drive_that_is_full_or_away_does_not_stop_the_training(places, capsys, m
     drive.parent.unlink()
     copy_to_drive(run, drive)
     away = OSError(107, "Transport endpoint is not connected")
-    with mock.patch.object(helpers.zipfile.ZipFile, "read", side_effect=away):  # between the check and the copy
+    with mock.patch.object(
+        helpers.zipfile.ZipFile, "read", side_effect=away
+    ):  # between the check and the copy
         with pytest.raises(RunError, match="on Google Drive cannot be read.*Transport endpoint"):
             restore_from_drive(later, drive)
     monkeypatch.setattr(helpers.zipfile, "ZipFile", mock.Mock(side_effect=away))
     before = (drive / "checkpoint-a.zip").read_bytes()
     copy_to_drive(run, drive)  # which of the two is whole is not known: neither is touched
-    assert "Transport endpoint" in capsys.readouterr().out and (drive / "checkpoint-a.zip").read_bytes() == before
+    assert (
+        "Transport endpoint" in capsys.readouterr().out
+        and (drive / "checkpoint-a.zip").read_bytes() == before
+    )
     with pytest.raises(RunError, match="on Google Drive cannot be read.*Transport endpoint"):
         restore_from_drive(later, drive)
 
@@ -169,7 +202,9 @@ def test_killed_at_any_moment_a_whole_copy_is_there(places):
     run, drive, _ = places
     epochs, draw, seen = 0, random.Random(), {}
     for number in range(4):
-        code = COPYING.format(path=[str(ROOT), str(ROOT / "tests")], places=(str(run), str(drive)), epochs=epochs)
+        code = COPYING.format(
+            path=[str(ROOT), str(ROOT / "tests")], places=(str(run), str(drive)), epochs=epochs
+        )
         child = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
         done = int(child.stdout.readline())
         time.sleep(draw.uniform(0, 0.2))

@@ -31,7 +31,9 @@ def assert_uniform(values, categories):
     counts = np.bincount(values, minlength=categories)
     assert len(counts) == categories
     expected = len(values) / categories
-    assert ((counts - expected)**2 / expected).sum() < categories - 1 + 5 * math.sqrt(2 * max(categories - 1, 1))
+    assert ((counts - expected) ** 2 / expected).sum() < categories - 1 + 5 * math.sqrt(
+        2 * max(categories - 1, 1)
+    )
 
 
 @pytest.fixture(autouse=True)
@@ -40,9 +42,16 @@ def seed():
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
-@pytest.mark.parametrize("augmentations, dim, size, param", [
-    ("FreqMask", 2, COEFFICIENTS, 4), ("FreqMask", 2, COEFFICIENTS, 1), ("FreqMask", 2, COEFFICIENTS, 28),
-    ("TimeMask", 1, FRAMES, 8), ("TimeMask", 1, FRAMES, 500)])
+@pytest.mark.parametrize(
+    "augmentations, dim, size, param",
+    [
+        ("FreqMask", 2, COEFFICIENTS, 4),
+        ("FreqMask", 2, COEFFICIENTS, 1),
+        ("FreqMask", 2, COEFFICIENTS, 28),
+        ("TimeMask", 1, FRAMES, 8),
+        ("TimeMask", 1, FRAMES, 500),
+    ],
+)
 def test_widths_and_positions_are_uniform(augmentations, dim, size, param, dtype):
     frames = torch.ones(WINDOWS, FRAMES, COEFFICIENTS, dtype=dtype)
     assert mask_frames(frames, augmentations, param, param) is frames  # in place
@@ -50,7 +59,9 @@ def test_widths_and_positions_are_uniform(augmentations, dim, size, param, dtype
     widest = min(param, size)
     assert_uniform(widths, widest + 1)
     for width in range(1, widest + 1):
-        assert_uniform(starts[widths == width], size - width + 1)  # any that fits, the last row included
+        assert_uniform(
+            starts[widths == width], size - width + 1
+        )  # any that fits, the last row included
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
@@ -66,7 +77,9 @@ def test_only_zeros_are_added(augmentations, dtype):
 
 
 def test_a_mask_of_another_name_is_refused():
-    with pytest.raises(ValueError, match="no mask 'freqmask'; expected 'FreqMask', 'TimeMask', 'Both' or None"):
+    with pytest.raises(
+        ValueError, match="no mask 'freqmask'; expected 'FreqMask', 'TimeMask', 'Both' or None"
+    ):
         mask_frames(torch.ones(2, FRAMES, COEFFICIENTS), "freqmask")
 
 
@@ -107,8 +120,14 @@ def test_a_single_frame_may_be_masked_whole():
 
 
 @pytest.mark.parametrize("augmentations", ["FreqMask", "TimeMask", "Both"])
-@pytest.mark.parametrize("view", [lambda frames: frames[::2], lambda frames: frames[:, 1:-1],
-                                  lambda frames: frames.transpose(0, 1)])
+@pytest.mark.parametrize(
+    "view",
+    [
+        lambda frames: frames[::2],
+        lambda frames: frames[:, 1:-1],
+        lambda frames: frames.transpose(0, 1),
+    ],
+)
 def test_frames_that_are_not_contiguous_are_masked_in_place(augmentations, view):
     frames = torch.ones(64, FRAMES, COEFFICIENTS)
     mask_frames(view(frames), augmentations)
@@ -131,20 +150,28 @@ def test_beside_torchaudios_masks(augmentations, dim, param):
     """torchaudio's widest mask is one below its parameter, and it leaves the last row out."""
     ours = mask_frames(torch.ones(WINDOWS, FRAMES, COEFFICIENTS), augmentations, param, param)
     theirs = torchaudio.functional.mask_along_axis_iid(
-        torch.ones(WINDOWS, 1, FRAMES, COEFFICIENTS), param + 1, 0.0, dim + 1).squeeze(1)
+        torch.ones(WINDOWS, 1, FRAMES, COEFFICIENTS), param + 1, 0.0, dim + 1
+    ).squeeze(1)
     (_, our_widths), (_, their_widths) = stretches(ours, dim), stretches(theirs, dim)
-    counts = np.array([np.bincount(widths, minlength=param + 1) for widths in (our_widths, their_widths)])
+    counts = np.array(
+        [np.bincount(widths, minlength=param + 1) for widths in (our_widths, their_widths)]
+    )
     assert counts.shape == (2, param + 1)
-    difference = (counts[0] - counts[1])**2 / counts.sum(0)
+    difference = (counts[0] - counts[1]) ** 2 / counts.sum(0)
     assert difference.sum() < param + 5 * math.sqrt(2 * param)
-    our_rows, their_rows = (((masked == 0).all(3 - dim)).float().mean(0) for masked in (ours, theirs))
+    our_rows, their_rows = (
+        ((masked == 0).all(3 - dim)).float().mean(0) for masked in (ours, theirs)
+    )
     inside = slice(param, -param)
-    np.testing.assert_allclose(our_rows[inside], their_rows[inside], rtol=0.16)  # fewer positions: each more likely
+    np.testing.assert_allclose(
+        our_rows[inside], their_rows[inside], rtol=0.16
+    )  # fewer positions: each more likely
     assert their_rows[-1] < 0.25 * our_rows[-1]
     assert our_rows[0].item() == pytest.approx(our_rows[-1].item(), rel=0.15)
 
 
 # ---- Warps -------------------------------------------------------------------------------------------------
+
 
 def data_of(stds, convention):
     return SimpleNamespace(stds=stds, convention=convention, coefficients=len(stds))
@@ -170,10 +197,15 @@ def slowly_warped(features, factor, convention):
     bands = max({"HTK": 28, "torchaudio": 40}[convention], n)
 
     def basis(i, band):
-        return math.sqrt((1 if i == 0 else 2) / bands) * math.cos(math.pi * i * (band + 0.5) / bands)
+        return math.sqrt((1 if i == 0 else 2) / bands) * math.cos(
+            math.pi * i * (band + 0.5) / bands
+        )
 
     known = [natural(column, convention, n) for column in range(n)]
-    energies = [sum(value / by * basis(i, band) for value, (i, by) in zip(features, known)) for band in range(bands)]
+    energies = [
+        sum(value / by * basis(i, band) for value, (i, by) in zip(features, known))
+        for band in range(bands)
+    ]
     centres = [mel(8000) * (band + 1) / (bands + 1) for band in range(bands)]  # in mel
     moved = [mel(factor * 700 * (10 ** (centre / 2595) - 1)) for centre in centres]
     energies = np.interp(moved, centres, energies)
@@ -191,7 +223,9 @@ def test_warp_maps_are_the_way_through_the_mel_bands_and_back(convention, n):
         # of uncorrelated coefficients with standard deviation 1, each warped one has this one; it is made 1 again
         units = [slowly_warped((unit * stds).tolist(), factor, convention) for unit in torch.eye(n)]
         shrunk = np.sqrt((np.array(units) ** 2).sum(0)) / stds.numpy()
-        expected = np.array(slowly_warped(mfcc.tolist(), factor, convention)) / stds.numpy() / shrunk
+        expected = (
+            np.array(slowly_warped(mfcc.tolist(), factor, convention)) / stds.numpy() / shrunk
+        )
         np.testing.assert_allclose((mfcc / stds) @ each, expected, rtol=1e-3, atol=3e-3)
     torch.testing.assert_close(maps[2], torch.eye(n), rtol=0, atol=1e-4)
 
@@ -203,7 +237,7 @@ def test_there_are_no_maps_without_strength_or_a_known_convention():
 
 def test_a_warp_moves_a_resonance():
     bands = torch.arange(40)
-    energies = torch.exp(-((bands - 20) / 3.0) ** 2)
+    energies = torch.exp(-(((bands - 20) / 3.0) ** 2))
     dct = torchaudio.functional.create_dct(28, 40, "ortho")
     maps = warp_maps(0.2, data_of(torch.ones(28), "torchaudio"), 3)
     down, same, up = ((energies @ dct @ each @ dct.T).argmax() for each in maps)
@@ -223,7 +257,9 @@ def test_each_window_goes_through_one_of_the_maps(dtype):
     original = torch.randn(300, 5, 28).to(dtype)
     frames = original.clone()
     assert warp_frames(frames, maps) is frames and frames.dtype == dtype
-    errors = torch.stack([(original.float() @ each - frames.float()).abs().amax((1, 2)) for each in maps])
+    errors = torch.stack(
+        [(original.float() @ each - frames.float()).abs().amax((1, 2)) for each in maps]
+    )
     assert errors.amin(0).max() < 0.02  # float16
     assert set(errors.argmin(0).tolist()) == set(range(7))
 
@@ -235,7 +271,10 @@ RATE = 16000
 
 def synthetic_speech():
     """Two utterances by the synthesiser, at 16 kHz."""
-    for text, voice in (("The quick brown fox jumps over the lazy dog.", "adam"), ("Five wine jars.", "steph")):
+    for text, voice in (
+        ("The quick brown fox jumps over the lazy dog.", "adam"),
+        ("Five wine jars.", "steph"),
+    ):
         audio = torch.from_numpy(helpers.speak(text, voice)[0])
         yield torchaudio.functional.resample(audio, helpers.ESPEAK_RATE, RATE)
 
@@ -254,13 +293,25 @@ def formant_noise():
 
 
 def htk_features(audio, n):
-    return torch.from_numpy(helpers.speech_features((audio / 8).numpy(), RATE))[:, [*range(n - 1), 27]], 200
+    return torch.from_numpy(helpers.speech_features((audio / 8).numpy(), RATE))[
+        :, [*range(n - 1), 27]
+    ], 200
 
 
 def torchaudio_features(audio, n):
     """The features that this project made until November 2026; their window is the middle 400 samples of 512."""
-    mfcc = torchaudio.transforms.MFCC(RATE, n_mfcc=n, log_mels=True, melkwargs={
-        "n_fft": 512, "win_length": 400, "hop_length": 160, "n_mels": 40, "center": False})
+    mfcc = torchaudio.transforms.MFCC(
+        RATE,
+        n_mfcc=n,
+        log_mels=True,
+        melkwargs={
+            "n_fft": 512,
+            "win_length": 400,
+            "hop_length": 160,
+            "n_mels": 40,
+            "center": False,
+        },
+    )
     return mfcc(audio).T, 256
 
 
@@ -274,7 +325,9 @@ def correlations(make_features, convention, n, speed, utterances):
     """Column by column: how well a map predicts the features of these utterances played at `speed`, (n,)."""
     rows = []
     for audio in utterances:
-        audio = audio + 0.01 * audio.std() * torch.randn(len(audio), generator=torch.Generator().manual_seed(3))
+        audio = audio + 0.01 * audio.std() * torch.randn(
+            len(audio), generator=torch.Generator().manual_seed(3)
+        )
         fast = torchaudio.functional.resample(audio, round(RATE * speed), RATE)
         (features, centre), (truth, _) = make_features(audio, n), make_features(fast, n)
         stds = features.std(0)
@@ -290,9 +343,16 @@ def correlations(make_features, convention, n, speed, utterances):
 
 @pytest.mark.parametrize("speed", [1.1, 0.9])
 @pytest.mark.parametrize("utterances", [synthetic_speech, formant_noise])
-@pytest.mark.parametrize("convention, make_features, n", [
-    ("HTK", htk_features, 28), ("HTK", htk_features, 27), ("HTK", htk_features, 13),
-    ("torchaudio", torchaudio_features, 28), ("torchaudio", torchaudio_features, 13)])
+@pytest.mark.parametrize(
+    "convention, make_features, n",
+    [
+        ("HTK", htk_features, 28),
+        ("HTK", htk_features, 27),
+        ("HTK", htk_features, 13),
+        ("torchaudio", torchaudio_features, 28),
+        ("torchaudio", torchaudio_features, 13),
+    ],
+)
 def test_a_warp_does_what_playing_it_faster_does(convention, make_features, n, utterances, speed):
     audio = list(utterances())
     right = correlations(make_features, convention, n, speed, audio)
@@ -301,12 +361,15 @@ def test_a_warp_does_what_playing_it_faster_does(convention, make_features, n, u
     assert right[low].min() > 0.75 and right[low].mean() > 0.9
     assert right.mean() > 0.75
     # the other convention's map takes another column for the loudness, and may turn this one upside down
-    wrong = correlations(make_features, {"HTK": "torchaudio", "torchaudio": "HTK"}[convention], n, speed, audio)
+    wrong = correlations(
+        make_features, {"HTK": "torchaudio", "torchaudio": "HTK"}[convention], n, speed, audio
+    )
     assert wrong[-1] < (0.5 if n > 22 else 0.9)  # the lifter is negative from c23 on
     assert wrong.mean() < right.mean() - (0.1 if n > 22 else 0.02)
 
 
 # ---- Dropout -----------------------------------------------------------------------------------------------
+
 
 @pytest.mark.parametrize("p", [0.0, 0.05, 0.2, 0.5, 0.99])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -318,8 +381,12 @@ def test_dropout_is_torchs(p, dtype):
     assert y.dtype == dtype and set(y.unique().tolist()) <= {0.0, kept.item()}
     dropped = y == 0
     assert abs(dropped.float().mean() - p) < 5 * (p * (1 - p) / y.numel()) ** 0.5 + 1e-9
-    assert (dropped.float().mean(0) - p).abs().max() < 6 * (p * (1 - p) / 257) ** 0.5 + 1e-9  # no unit more than others
-    neighbours = (dropped[:, 1:] & dropped[:, :-1]).float().mean()  # four share a random number: they are independent
+    assert (dropped.float().mean(0) - p).abs().max() < 6 * (
+        p * (1 - p) / 257
+    ) ** 0.5 + 1e-9  # no unit more than others
+    neighbours = (
+        (dropped[:, 1:] & dropped[:, :-1]).float().mean()
+    )  # four share a random number: they are independent
     assert abs(neighbours - p**2) < 5 * (p**2 * (1 - p**2) / y.numel()) ** 0.5 + 1e-9
     y.sum().backward()
     assert torch.equal(x.grad == 0, dropped)

@@ -25,13 +25,21 @@ from helpers import RunError
 BOOK = definitions()
 CONFIG, OPTIONS = BOOK["config"], BOOK["options"]()
 ADAMW, SGD = kills.CONFIGS.values()
-QUICK = {**TINY, "wandb": "disabled", "num_layers": 2, "epochs": 1, "batch_size": 1024, "scheduler": "steplr",
-         "dropout_scale": 1}
+QUICK = {
+    **TINY,
+    "wandb": "disabled",
+    "num_layers": 2,
+    "epochs": 1,
+    "batch_size": 1024,
+    "scheduler": "steplr",
+    "dropout_scale": 1,
+}
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 # ---- Killed runs -------------------------------------------------------------------------------------------
+
 
 @pytest.fixture(scope="module")
 def whole(corpus, tmp_path_factory):
@@ -45,8 +53,11 @@ def whole(corpus, tmp_path_factory):
 
 
 def test_a_run_killed_at_every_step_of_writing_ends_like_one_never_killed(whole, corpus, tmp_path):
-    steps = [f"writing {name}, {step}" for name in ("best.pt", "checkpoint.pt")
-             for step in ("part 1", "part 3", "before the move", "after the move")]
+    steps = [
+        f"writing {name}, {step}"
+        for name in ("best.pt", "checkpoint.pt")
+        for step in ("part 1", "part 3", "before the move", "after the move")
+    ]
     # the first two are killed at the checkpoint before the first epoch, the others after that epoch
     for step in ["writing checkpoint.pt, part 2", "writing checkpoint.pt, after the move", *steps]:
         child = kills.start(tmp_path, corpus, ADAMW, stop=step)
@@ -56,7 +67,9 @@ def test_a_run_killed_at_every_step_of_writing_ends_like_one_never_killed(whole,
 
 
 @pytest.mark.parametrize("changes, expected", [(ADAMW, 0), (SGD, 1)], ids=["adamw", "sgd"])
-def test_a_run_killed_at_random_moments_ends_like_one_never_killed(whole, corpus, tmp_path, changes, expected):
+def test_a_run_killed_at_random_moments_ends_like_one_never_killed(
+    whole, corpus, tmp_path, changes, expected
+):
     draw = random.Random()  # other moments each time
     places = []
     for _ in range(4):
@@ -68,7 +81,10 @@ def test_a_run_killed_at_random_moments_ends_like_one_never_killed(whole, corpus
 
 def test_the_comparison_notices_a_single_bit(whole):
     state = {"model": {"weight": torch.zeros(3)}, "history": [{"epoch": 1, "seconds": 1.0}]}
-    other = {"model": {"weight": torch.tensor([0.0, 0.0, -0.0])}, "history": [{"epoch": 1, "seconds": 2.0}]}
+    other = {
+        "model": {"weight": torch.tensor([0.0, 0.0, -0.0])},
+        "history": [{"epoch": 1, "seconds": 2.0}],
+    }
     assert kills.frozen(state) != kills.frozen(other)
     other["model"]["weight"] = torch.zeros(3)
     assert kills.frozen(state) == kills.frozen(other)
@@ -76,6 +92,7 @@ def test_the_comparison_notices_a_single_bit(whole):
 
 
 # ---- What is resumed, and what is refused ------------------------------------------------------------------
+
 
 def train_to_the_end(runs, data, **changes):
     """The run in this process; returns its checkpoint, comparable."""
@@ -101,9 +118,14 @@ def test_a_finished_run_goes_straight_to_figures_and_csv(runs, corpus):
     checkpoint = runs / "pencil" / "checkpoint.pt"
     before = checkpoint.stat().st_mtime_ns, checkpoint.read_bytes()
     namespace = run_cells(QUICK, "helpers.finish_wandb(run, results", runs, corpus)
-    assert (checkpoint.stat().st_mtime_ns, checkpoint.read_bytes()) == before  # an epoch would have written it
+    assert (
+        checkpoint.stat().st_mtime_ns,
+        checkpoint.read_bytes(),
+    ) == before  # an epoch would have written it
     assert len(namespace["history"]) == 1
-    labels = helpers.read_submission(runs / "pencil" / "submission.csv", len(namespace["test_data"]))
+    labels = helpers.read_submission(
+        runs / "pencil" / "submission.csv", len(namespace["test_data"])
+    )
     assert list(labels) == list(namespace["predictions"])
 
 
@@ -118,7 +140,9 @@ def other_value(key):
     return now + 1 if isinstance(now, int) else now / 2
 
 
-@pytest.mark.parametrize("key", [key for key in OPTIONS if key not in (*helpers.FREE_KEYS, "epochs")])
+@pytest.mark.parametrize(
+    "key", [key for key in OPTIONS if key not in (*helpers.KEYS_FREE_ON_RESUME, "epochs")]
+)
 def test_another_config_is_refused_with_both_values(trained, key):
     state = torch.load(trained / "pencil" / "checkpoint.pt", weights_only=True)
     config = {**state["config"], key: other_value(key)}
@@ -131,13 +155,18 @@ def test_another_config_is_refused_with_both_values(trained, key):
 
 def test_all_differences_are_listed_by_the_notebook(runs, corpus):
     with pytest.raises(RunError, match="another config") as error:
-        run_cells({**QUICK, "learning_rate": 0.5, "activations": "gelu"}, "def evaluate_best", runs, corpus)
+        run_cells(
+            {**QUICK, "learning_rate": 0.5, "activations": "gelu"},
+            "def evaluate_best",
+            runs,
+            corpus,
+        )
     assert "learning_rate: 0.001 there, 0.5 now" in str(error.value)
     assert "activations: 'leakyrelu' there, 'gelu' now" in str(error.value)
     assert len(re.findall(" there, ", str(error.value))) == 2
 
 
-@pytest.mark.parametrize("key", helpers.FREE_KEYS)
+@pytest.mark.parametrize("key", helpers.KEYS_FREE_ON_RESUME)
 def test_free_keys_may_differ(trained, key):
     path = trained / "pencil" / "checkpoint.pt"
     config = torch.load(path, weights_only=True)["config"]
@@ -152,10 +181,14 @@ def test_epochs_may_be_raised_and_the_run_resumes(corpus, tmp_path, scheduler):
     assert raised == train_to_the_end(tmp_path / "at once", corpus, scheduler=scheduler, epochs=3)
 
 
-@pytest.mark.parametrize("changes", [{"scheduler": "cosineanneal"}, {"dropout_scale": "auto"}], ids=str)
+@pytest.mark.parametrize(
+    "changes", [{"scheduler": "cosineanneal"}, {"dropout_scale": "auto"}], ids=str
+)
 def test_epochs_may_not_be_raised_where_the_training_is_planned_for_them(corpus, tmp_path, changes):
     train_to_the_end(tmp_path, corpus, **changes)
-    with pytest.raises(RunError, match="epochs: 1 there, 2 now(.|\n)*schedule or dropout_scale 'auto'"):
+    with pytest.raises(
+        RunError, match="epochs: 1 there, 2 now(.|\n)*schedule or dropout_scale 'auto'"
+    ):
         train_to_the_end(tmp_path, corpus, **changes, epochs=2)
 
 
@@ -172,7 +205,9 @@ def test_without_the_checkpoint_the_old_best_weights_are_not_taken_for_the_new_r
     session = Session(runs, corpus, QUICK)
     session.run_all(until="history = fit(run)")
     session.call("make_run", session["config"])
-    assert not (runs / "pencil" / "best.pt").exists() and (runs / "pencil" / "checkpoint.pt").exists()
+    assert (
+        not (runs / "pencil" / "best.pt").exists() and (runs / "pencil" / "checkpoint.pt").exists()
+    )
 
 
 def test_other_data_under_the_same_name_is_refused(runs, corpus, tmp_path):
@@ -182,11 +217,14 @@ def test_other_data_under_the_same_name_is_refused(runs, corpus, tmp_path):
     with pytest.raises(RunError, match="was trained on .*choose another"):
         train_to_the_end(runs, smaller, epochs=2)
     before = kills.frozen(torch.load(runs / "pencil" / "checkpoint.pt", weights_only=True))
-    elsewhere = shutil.copytree(corpus, tmp_path / "another")  # the same data, whatever the folder's name
+    elsewhere = shutil.copytree(
+        corpus, tmp_path / "another"
+    )  # the same data, whatever the folder's name
     assert before == train_to_the_end(runs, elsewhere)
 
 
 # ---- Damage ------------------------------------------------------------------------------------------------
+
 
 class Intruder:
     """Its pickle makes a folder when it is loaded."""
@@ -217,18 +255,26 @@ def flip(data, share):
 NOISE = random.Random(23).randbytes(10_000)
 
 
-@pytest.mark.parametrize("damage", [
-    *(lambda data, keep=keep: data[:keep] for keep in (0, 1, 4, 100, -100, -1)),
-    *(lambda data, share=share: data[:int(share * len(data))] for share in (0.1, 0.5, 0.9)),
-    *(lambda data, share=share: flip(data, share) for share in (0.02, 0.3, 0.7)),
-    lambda data: NOISE, lambda data: b"a text\n", lambda data: b"PK\x03\x04" + bytes(500)])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        *(lambda data, keep=keep: data[:keep] for keep in (0, 1, 4, 100, -100, -1)),
+        *(lambda data, share=share: data[: int(share * len(data))] for share in (0.1, 0.5, 0.9)),
+        *(lambda data, share=share: flip(data, share) for share in (0.02, 0.3, 0.7)),
+        lambda data: NOISE,
+        lambda data: b"a text\n",
+        lambda data: b"PK\x03\x04" + bytes(500),
+    ],
+)
 def test_a_damaged_checkpoint_is_refused(runs, damage):
     path = runs / "pencil" / "checkpoint.pt"
     path.write_bytes(damage(path.read_bytes()))
     refused(path)
 
 
-@pytest.mark.parametrize("state", [torch.zeros(3), {"model": {}}, {"config": 5}, [1, 2], "text"], ids=str)
+@pytest.mark.parametrize(
+    "state", [torch.zeros(3), {"model": {}}, {"config": 5}, [1, 2], "text"], ids=str
+)
 def test_a_torch_file_of_something_else_is_refused(tmp_path, state):
     torch.save(state, tmp_path / "checkpoint.pt")
     refused(tmp_path / "checkpoint.pt")
@@ -236,7 +282,9 @@ def test_a_torch_file_of_something_else_is_refused(tmp_path, state):
 
 def test_best_weights_in_the_place_of_the_checkpoint_are_refused(runs, corpus):
     shutil.copy(runs / "pencil" / "best.pt", runs / "pencil" / "checkpoint.pt")
-    with pytest.raises(RunError, match=re.escape(str(runs / "pencil" / "checkpoint.pt")) + ": .*for a fresh run"):
+    with pytest.raises(
+        RunError, match=re.escape(str(runs / "pencil" / "checkpoint.pt")) + ": .*for a fresh run"
+    ):
         train_to_the_end(runs, corpus)
     (runs / "pencil" / "checkpoint.pt").unlink()  # without it, the run starts afresh
     train_to_the_end(runs, corpus)
@@ -255,10 +303,18 @@ def test_code_in_a_pickle_is_not_executed(tmp_path, zipped):
 
 # ---- What can be read again --------------------------------------------------------------------------------
 
+
 def test_numpys_numbers_become_pythons_at_any_depth(tmp_path):
     path = tmp_path / "checkpoint.pt"
     weights = torch.nn.Linear(2, 2).state_dict()  # an OrderedDict with attributes
-    history = [{"epoch": np.int64(1), "kappa": np.float32(0.25), "good": np.bool_(True), "by": {np.str_("a"): (1.5,)}}]
+    history = [
+        {
+            "epoch": np.int64(1),
+            "kappa": np.float32(0.25),
+            "good": np.bool_(True),
+            "by": {np.str_("a"): (1.5,)},
+        }
+    ]
     helpers.save_checkpoint(path, {"config": {}, "model": weights, "history": history})
     state = helpers.load_checkpoint(path)
     assert state["history"] == [{"epoch": 1, "kappa": 0.25, "good": True, "by": {"a": (1.5,)}}]
@@ -271,22 +327,33 @@ class Thing:
     """What weights_only does not load."""
 
 
-@pytest.mark.parametrize("value, name", [(np.zeros(3), "ndarray"), (Thing(), "Thing"), (print, "builtin"),
-                                         (lambda: 0, "function")], ids=str)
+@pytest.mark.parametrize(
+    "value, name",
+    [(np.zeros(3), "ndarray"), (Thing(), "Thing"), (print, "builtin"), (lambda: 0, "function")],
+    ids=str,
+)
 def test_what_could_not_be_read_again_is_named_and_the_old_checkpoint_stays(tmp_path, value, name):
     path = tmp_path / "checkpoint.pt"
     helpers.save_checkpoint(path, {"config": {}, "history": [{"epoch": 1}]})
     before = path.read_bytes()
-    with pytest.raises(RunError, match=rf"history'\]\[1\]\['mine'\] is .*, a {name}.*before is unchanged"):
-        helpers.save_checkpoint(path, {"config": {}, "history": [{"epoch": 1}, {"epoch": 2, "mine": value}]})
-    assert path.read_bytes() == before and [entry.name for entry in tmp_path.iterdir()] == ["checkpoint.pt"]
+    with pytest.raises(
+        RunError, match=rf"history'\]\[1\]\['mine'\] is .*, a {name}.*before is unchanged"
+    ):
+        helpers.save_checkpoint(
+            path, {"config": {}, "history": [{"epoch": 1}, {"epoch": 2, "mine": value}]}
+        )
+    assert path.read_bytes() == before and [entry.name for entry in tmp_path.iterdir()] == [
+        "checkpoint.pt"
+    ]
 
 
 def test_what_was_written_is_read_back_before_it_replaces_the_old_checkpoint(tmp_path, monkeypatch):
     path = tmp_path / "checkpoint.pt"
     helpers.save_checkpoint(path, {"config": {}, "epoch": 1})
     before, write = path.read_bytes(), helpers.Path.write_bytes
-    monkeypatch.setattr(helpers.Path, "write_bytes", lambda path, data: write(path, bytes(data)[:-100]))
+    monkeypatch.setattr(
+        helpers.Path, "write_bytes", lambda path, data: write(path, bytes(data)[:-100])
+    )
     with pytest.raises(RunError, match="could not be read back"):
         helpers.save_checkpoint(path, {"config": {}, "epoch": 2})
     assert path.read_bytes() == before
@@ -298,7 +365,9 @@ def test_a_schedule_with_numpys_numbers_is_resumed(corpus, tmp_path):
         session.run_all(until=kills.TRAINING)
         session.namespace["SCHEDULERS"]["steplr"] = session["Schedule"](
             lambda optimizer, epochs, steps: torch.optim.lr_scheduler.LambdaLR(
-                optimizer, lambda epoch: np.cos(epoch / 3)))
+                optimizer, lambda epoch: np.cos(epoch / 3)
+            )
+        )
         run_epoch = session["run_epoch"]
 
         def stop_later(run, epoch):
@@ -341,8 +410,12 @@ def save_beyond_the_limit(path):
 def test_where_files_cannot_grow_the_previous_checkpoint_stays(tmp_path):
     pytest.importorskip("resource")
     helpers.save_checkpoint(tmp_path / "checkpoint.pt", {"config": {"epoch": 1}})
-    assert kills.in_child(save_beyond_the_limit, tmp_path / "checkpoint.pt") == 0  # the limit is for a whole process
-    assert helpers.load_checkpoint(tmp_path / "checkpoint.pt")["model"]["weight"].equal(STATE["model"]["weight"])
+    assert (
+        kills.in_child(save_beyond_the_limit, tmp_path / "checkpoint.pt") == 0
+    )  # the limit is for a whole process
+    assert helpers.load_checkpoint(tmp_path / "checkpoint.pt")["model"]["weight"].equal(
+        STATE["model"]["weight"]
+    )
 
 
 def test_on_a_full_disk_the_previous_checkpoint_stays(tmp_path):
@@ -374,6 +447,7 @@ def test_a_run_on_a_full_disk_stops_and_resumes_later(runs, corpus, tmp_path):
 
 # ---- Two runs in one folder --------------------------------------------------------------------------------
 
+
 def test_two_runs_in_one_folder_are_refused_until_the_first_is_gone(corpus, tmp_path):
     first = kills.start(tmp_path, corpus, QUICK, stop="writing checkpoint.pt, part 1")
     kills.wait_until_stopped(first, tmp_path)
@@ -387,7 +461,9 @@ def test_two_runs_in_one_folder_are_refused_until_the_first_is_gone(corpus, tmp_
 
 def test_a_run_that_is_forgotten_lets_its_folder_go_without_a_warning(tmp_path, monkeypatch):
     told = []
-    monkeypatch.setattr(sys, "unraisablehook", told.append)  # where an error goes that is raised while memory is freed
+    monkeypatch.setattr(
+        sys, "unraisablehook", told.append
+    )  # where an error goes that is raised while memory is freed
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         lock = helpers.lock_run(tmp_path / "run")
@@ -420,7 +496,9 @@ def test_a_run_folder_that_cannot_be_made_is_named(tmp_path):
 def test_without_locks_a_run_goes_on_with_a_warning(tmp_path, monkeypatch, capsys, number):
     fcntl = pytest.importorskip("fcntl")
     (tmp_path / "run").mkdir()
-    (tmp_path / "run" / ".lock").write_text("4711\nanother-host\n")  # as some programs leave it behind
+    (tmp_path / "run" / ".lock").write_text(
+        "4711\nanother-host\n"
+    )  # as some programs leave it behind
     monkeypatch.setattr(fcntl, "flock", Mock(side_effect=OSError(number, os.strerror(number))))
     for _ in range(2):
         lock = helpers.lock_run(tmp_path / "run")

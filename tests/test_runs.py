@@ -58,7 +58,9 @@ def new_session(runs):
         elif cell["cell_type"] == "code":
             sources.setdefault(section, []).append(source)
     network = next(i for i, source in enumerate(sources[4]) if "def make_network" in source)
-    session.execute(*sources[1], *sources[2], *sources[4][:network + 1], *sources[6], sources[11][-1])
+    session.execute(
+        *sources[1], *sources[2], *sources[4][: network + 1], *sources[6], sources[11][-1]
+    )
     return session
 
 
@@ -68,7 +70,10 @@ def weights(model):
 
 # ---- Which weights are in the model ------------------------------------------------------------------------
 
-def test_after_training_and_for_a_finished_run_the_model_has_the_best_weights(trained, corpus, tmp_path, capsys):
+
+def test_after_training_and_for_a_finished_run_the_model_has_the_best_weights(
+    trained, corpus, tmp_path, capsys
+):
     runs = shutil.copytree(trained[0], tmp_path / "runs")
     best = kills.frozen(helpers.load_checkpoint(runs / "pencil" / "best.pt")["model"])
     last = kills.frozen(helpers.load_checkpoint(runs / "pencil" / "checkpoint.pt")["model"])
@@ -97,11 +102,14 @@ def test_an_unfinished_run_has_the_weights_of_its_last_epoch(corpus, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         session.run(TRAINING)
     run = session.call("make_run", session["config"])
-    assert weights(run.model) == kills.frozen(helpers.load_checkpoint(tmp_path / "pencil" / "checkpoint.pt")["model"])
+    assert weights(run.model) == kills.frozen(
+        helpers.load_checkpoint(tmp_path / "pencil" / "checkpoint.pt")["model"]
+    )
     assert "2 of 3 epochs are there, resuming" in run.message
 
 
 # ---- A finished run by its name ----------------------------------------------------------------------------
+
 
 def test_a_run_is_loaded_and_predicts_without_the_training_data(trained, corpus, tmp_path):
     runs, _ = trained
@@ -119,22 +127,37 @@ def test_its_decoder_is_that_of_the_results(trained, corpus):
     session = new_session(runs)
     run = session.call("load_run", "24")
     tuned = trainer["results"].decoder
-    assert (run.decoder.prior_scale, run.decoder.transition_weight) == (tuned.prior_scale, tuned.transition_weight)
+    assert (run.decoder.prior_scale, run.decoder.transition_weight) == (
+        tuned.prior_scale,
+        tuned.transition_weight,
+    )
     loader = session.call("open_folder", run, corpus, "dev-clean")
-    log_posteriors = session.call("all_log_posteriors", run, loader)
-    assert torch.equal(run.decoder(log_posteriors, loader.dataset.offsets),
-                       tuned(log_posteriors, loader.dataset.offsets))
+    log_posteriors = session.call("log_probabilities", run, loader)
+    assert torch.equal(
+        run.decoder(log_posteriors, loader.dataset.offsets),
+        tuned(log_posteriors, loader.dataset.offsets),
+    )
 
 
 def test_an_ensemble_as_the_notebook_shows_it(trained, corpus):
     runs, _ = trained
     session = new_session(runs)
-    [text] = ["".join(cell["source"]) for cell in notebook_cells() if "members = [" in "".join(cell["source"])]
+    [text] = [
+        "".join(cell["source"])
+        for cell in notebook_cells()
+        if "members = [" in "".join(cell["source"])
+    ]
     [code] = [block for block in text.split("```") if "members = [" in block]
     session.namespace["data_folder"] = corpus
-    session.execute(code.removeprefix("python").replace('("pencil", "pencil-24", "pencil-25")', '("pencil", "24")'))
-    single = [session.call("all_log_posteriors", run, session.call("open_folder", run, corpus))
-              for run in session["members"]]
+    session.execute(
+        code.removeprefix("python").replace(
+            '("pencil", "pencil-24", "pencil-25")', '("pencil", "24")'
+        )
+    )
+    single = [
+        session.call("log_probabilities", run, session.call("open_folder", run, corpus))
+        for run in session["members"]
+    ]
     expected = PHONEMES[((single[0] + single[1]) / 2).argmax(1)]
     assert np.array_equal(helpers.read_submission(runs / "ensemble.csv"), expected)
     assert "parameters count those of all its networks together" in " ".join(text.split())
@@ -169,17 +192,27 @@ def test_a_run_without_results_has_no_decoder(trained, tmp_path):
 
 # ---- What is thrown away -----------------------------------------------------------------------------------
 
-def test_a_learning_rate_or_weights_set_by_hand_are_not_used_and_that_is_said(corpus, tmp_path, capsys):
-    session = Session(tmp_path, corpus, {**QUICK, "epochs": 1, "scheduler": "steplr", "dropout_scale": 1})
+
+def test_a_learning_rate_or_weights_set_by_hand_are_not_used_and_that_is_said(
+    corpus, tmp_path, capsys
+):
+    session = Session(
+        tmp_path, corpus, {**QUICK, "epochs": 1, "scheduler": "steplr", "dropout_scale": 1}
+    )
     session.run_all(until=TRAINING)
     run = session.call("make_run", session["config"])
     run.optimizer.param_groups[0]["lr"] = 7.0
     with torch.no_grad():
         next(run.model.parameters()).zero_()
     session.call("fit", run)
-    assert "the learning rate and the weights set by hand: not used, see section 7" in capsys.readouterr().out
+    assert (
+        "the learning rate and the weights set by hand: not used, see section 7"
+        in capsys.readouterr().out
+    )
     assert run.history[0]["learning_rate"] < 1
-    fresh = session.call("make_run", session["config"])  # what the run itself has changed is nobody's hand
+    fresh = session.call(
+        "make_run", session["config"]
+    )  # what the run itself has changed is nobody's hand
     session.run("def evaluate_best")
     session.call("evaluate_best", fresh)
     fresh.config["epochs"] = 2
@@ -207,6 +240,7 @@ def test_what_an_interrupted_epoch_has_changed_is_not_by_hand(corpus, tmp_path):
 
 # ---- Started from another run ------------------------------------------------------------------------------
 
+
 def test_a_run_starts_from_the_best_weights_of_another(trained, corpus, tmp_path):
     runs = shutil.copytree(trained[0], tmp_path / "runs")
     session = Session(runs, corpus, {**QUICK, "Name": "further", "start_from": "pencil"})
@@ -224,9 +258,16 @@ def test_a_run_starts_from_the_best_weights_of_another(trained, corpus, tmp_path
         session.run(TRAINING)
 
 
-@pytest.mark.parametrize("changes, told", [({"start_from": "nobody"}, "nobody: best.pt is not there"),
-                                           ({"start_from": "pencil", "context": 6}, "another network.*size mismatch")])
-def test_a_start_that_does_not_fit_is_named_and_leaves_no_run(trained, corpus, tmp_path, changes, told):
+@pytest.mark.parametrize(
+    "changes, told",
+    [
+        ({"start_from": "nobody"}, "nobody: best.pt is not there"),
+        ({"start_from": "pencil", "context": 6}, "another network.*size mismatch"),
+    ],
+)
+def test_a_start_that_does_not_fit_is_named_and_leaves_no_run(
+    trained, corpus, tmp_path, changes, told
+):
     runs = shutil.copytree(trained[0], tmp_path / "runs")
     session = Session(runs, corpus, {**QUICK, "Name": "further", **changes})
     session.run_all(until=TRAINING)
@@ -235,8 +276,18 @@ def test_a_start_that_does_not_fit_is_named_and_leaves_no_run(trained, corpus, t
     assert not (runs / "further" / "checkpoint.pt").exists()
 
 
-@pytest.mark.parametrize("value, good", [(None, True), ("a", True), ("a/variants/lr=1", True), ("../a", False),
-                                         ("a//b", False), ("", False), (3, False)])
+@pytest.mark.parametrize(
+    "value, good",
+    [
+        (None, True),
+        ("a", True),
+        ("a/variants/lr=1", True),
+        ("../a", False),
+        ("a//b", False),
+        ("", False),
+        (3, False),
+    ],
+)
 def test_the_run_to_start_from_is_a_name_or_none(value, good):
     options = {"start_from": [None, str]}
     if good:
@@ -248,18 +299,28 @@ def test_the_run_to_start_from_is_a_name_or_none(value, good):
 
 # ---- Runs side by side -------------------------------------------------------------------------------------
 
+
 def history_of(*accuracies):
-    return [{"epoch": i + 1, "val_acc": accuracy, "train_acc": accuracy / 2} for i, accuracy in enumerate(accuracies)]
+    return [
+        {"epoch": i + 1, "val_acc": accuracy, "train_acc": accuracy / 2}
+        for i, accuracy in enumerate(accuracies)
+    ]
 
 
 def test_the_runs_so_far_with_what_differs(tmp_path, capsys):
     config = {"Name": "x", "epochs": 3, "dropout": 0.2, "warp": 0.2, "wandb": "auto"}
-    for name, changes, history in (("a", {}, history_of(0.5, 0.7, 0.6)), ("b", {"dropout": 0.1}, history_of(0.8)),
-                                   ("a/variants/c", {"wandb": "offline"}, history_of(0.1)), ("new", {}, [])):
+    for name, changes, history in (
+        ("a", {}, history_of(0.5, 0.7, 0.6)),
+        ("b", {"dropout": 0.1}, history_of(0.8)),
+        ("a/variants/c", {"wandb": "offline"}, history_of(0.1)),
+        ("new", {}, []),
+    ):
         state = {"config": {**config, **changes}, "history": history}
         helpers.save_checkpoint(tmp_path / name / "checkpoint.pt", state)
-    helpers.save_checkpoint(tmp_path / "old" / "checkpoint.pt",  # before there were warps
-                            {"config": {"Name": "old", "epochs": 3, "dropout": 0.2}, "history": history_of(0.3, 0.9)})
+    helpers.save_checkpoint(
+        tmp_path / "old" / "checkpoint.pt",  # before there were warps
+        {"config": {"Name": "old", "epochs": 3, "dropout": 0.2}, "history": history_of(0.3, 0.9)},
+    )
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "checkpoint.pt").write_bytes(b"PK")
     runs = helpers.read_runs(tmp_path)
@@ -288,6 +349,7 @@ def test_the_notebook_shows_all_runs(trained, capsys):
 
 # ---- What may be switched on after the training ------------------------------------------------------------
 
+
 def test_the_submission_does_as_the_config_says_now(trained, corpus, tmp_path, capsys, monkeypatch):
     runs = shutil.copytree(trained[0], tmp_path / "runs")
     session = Session(runs, corpus, QUICK)
@@ -297,7 +359,7 @@ def test_the_submission_does_as_the_config_says_now(trained, corpus, tmp_path, c
     session.run(SUBMISSION)
     assert "the labels are by Viterbi" in capsys.readouterr().out
     run, data = session["run"], session["test_data"]
-    log_posteriors = session.call("all_log_posteriors", run, session["test_loader"])
+    log_posteriors = session.call("log_probabilities", run, session["test_loader"])
     expected = session["results"].decoder(log_posteriors, data.offsets)
     assert np.array_equal(session["predictions"], PHONEMES[expected])
     submitted = []

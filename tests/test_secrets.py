@@ -10,13 +10,19 @@ import pytest
 from notebook import ROOT
 
 # An old wandb key is as long as a git hash: what stands after one of these words is a hash.
-HASH = r"(?i:commit|sha-?1?|rev|revision|hash|digest|checksum|blob|tree|@|/raw|/archive)[\"'\s:=/]*$"
+HASH = (
+    r"(?i:commit|sha-?1?|rev|revision|hash|digest|checksum|blob|tree|@|/raw|/archive)[\"'\s:=/]*$"
+)
 # A longer run of letters and digits, such as an image in base64, only contains 40 hexadecimal digits by chance.
 ALONE = r"(?<![0-9A-Za-z+/]){}(?![0-9A-Za-z+/=])"
 PATTERNS = {
-    "wandb key": re.compile(ALONE.format(r"(?:local-)?(?=[0-9a-f]*[0-9])(?=[0-9]*[a-f])[0-9a-f]{40}")),
+    "wandb key": re.compile(
+        ALONE.format(r"(?:local-)?(?=[0-9a-f]*[0-9])(?=[0-9]*[a-f])[0-9a-f]{40}")
+    ),
     "wandb key, new": re.compile(r"wandb_v\d_[0-9A-Za-z_-]{20,}"),
-    "Kaggle key": re.compile(r"(?i:kaggle_key|\bkey\b)[\\\"'\s\]:=,]{1,12}[0-9a-f]{32}(?![0-9A-Za-z])"),
+    "Kaggle key": re.compile(
+        r"(?i:kaggle_key|\bkey\b)[\\\"'\s\]:=,]{1,12}[0-9a-f]{32}(?![0-9A-Za-z])"
+    ),
     "Kaggle token": re.compile(r"KGAT_[0-9A-Za-z_-]{20,}"),
 }
 
@@ -26,7 +32,9 @@ def findings(text):
     found = []
     for kind, pattern in PATTERNS.items():
         for match in pattern.finditer(text):
-            if kind != "wandb key" or not re.search(HASH, text[max(0, match.start() - 20):match.start()]):
+            if kind != "wandb key" or not re.search(
+                HASH, text[max(0, match.start() - 20) : match.start()]
+            ):
                 found.append((kind, match.group()[:12] + "..."))
     return found
 
@@ -51,16 +59,26 @@ def texts(path):
 
 def files():
     """The files that git tracks or would add; outside a checkout all of them."""
-    git = subprocess.run(["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"], cwd=ROOT,
-                         capture_output=True, text=True)
-    names = git.stdout.split("\0")[:-1] if git.returncode == 0 else [
-        path.relative_to(ROOT) for path in ROOT.rglob("*")
-        if not {".git", "runs", ".venv", ".venv-ci"} & set(path.relative_to(ROOT).parts)]
+    git = subprocess.run(
+        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    names = (
+        git.stdout.split("\0")[:-1]
+        if git.returncode == 0
+        else [
+            path.relative_to(ROOT)
+            for path in ROOT.rglob("*")
+            if not {".git", "runs", ".venv", ".venv-ci"} & set(path.relative_to(ROOT).parts)
+        ]
+    )
     return [ROOT / name for name in names if (ROOT / name).is_file()]
 
 
 def hexadecimal(length):
-    return "a0" + secrets.token_hex(length)[:length - 2]
+    return "a0" + secrets.token_hex(length)[: length - 2]
 
 
 def random_text(length):
@@ -70,24 +88,42 @@ def random_text(length):
 def test_no_file_holds_a_key():
     checked = files()
     assert ROOT / "helpers.py" in checked and ROOT / "hw1p2_starter.ipynb" in checked
-    found = {str(path.relative_to(ROOT)): keys for path in checked
-             if (keys := [key for text in texts(path) for key in findings(text)])}
+    found = {
+        str(path.relative_to(ROOT)): keys
+        for path in checked
+        if (keys := [key for text in texts(path) for key in findings(text)])
+    }
     assert not found
 
 
 # made here, so that this file holds none
 PLANTED = [
-    'wandb.login(key="' + hexadecimal(40) + '")', "WANDB_API_KEY=" + hexadecimal(40), hexadecimal(40),
-    "%env WANDB_API_KEY " + hexadecimal(40) + "\n", "wandb login local-" + hexadecimal(40),
+    'wandb.login(key="' + hexadecimal(40) + '")',
+    "WANDB_API_KEY=" + hexadecimal(40),
+    hexadecimal(40),
+    "%env WANDB_API_KEY " + hexadecimal(40) + "\n",
+    "wandb login local-" + hexadecimal(40),
     "key = '" + "wandb_v1_" + random_text(77) + "'",
-    '{"username":"student","key":"' + hexadecimal(32) + '"}', "{'username': 'x', 'key': '" + hexadecimal(32) + "'}",
-    r'{\"username\":\"x\",\"key\":\"' + hexadecimal(32) + r'\"}', "KAGGLE_KEY=" + hexadecimal(32),
-    'os.environ["KAGGLE_KEY"] = "' + hexadecimal(32) + '"', "KAGGLE_API_TOKEN=" + "KGAT_" + hexadecimal(32),
+    '{"username":"student","key":"' + hexadecimal(32) + '"}',
+    "{'username': 'x', 'key': '" + hexadecimal(32) + "'}",
+    r"{\"username\":\"x\",\"key\":\"" + hexadecimal(32) + r"\"}",
+    "KAGGLE_KEY=" + hexadecimal(32),
+    'os.environ["KAGGLE_KEY"] = "' + hexadecimal(32) + '"',
+    "KAGGLE_API_TOKEN=" + "KGAT_" + hexadecimal(32),
 ]
 HARMLESS = [
-    "commit " + hexadecimal(40), '"git_commit": "' + hexadecimal(40) + '"', "git+https://x/y@" + hexadecimal(40),
-    "sha256:" + hexadecimal(64), '"id": "' + hexadecimal(8) + '"', hexadecimal(32), "iVBOR" + random_text(5000) + "=",
-    "ab+/" + hexadecimal(40) + "+/", "WANDB_API_KEY, WANDB_MODE", "0" * 40, 'the key is "KAGGLE_KEY"', "wandb_v1_...",
+    "commit " + hexadecimal(40),
+    '"git_commit": "' + hexadecimal(40) + '"',
+    "git+https://x/y@" + hexadecimal(40),
+    "sha256:" + hexadecimal(64),
+    '"id": "' + hexadecimal(8) + '"',
+    hexadecimal(32),
+    "iVBOR" + random_text(5000) + "=",
+    "ab+/" + hexadecimal(40) + "+/",
+    "WANDB_API_KEY, WANDB_MODE",
+    "0" * 40,
+    'the key is "KAGGLE_KEY"',
+    "wandb_v1_...",
 ]
 
 
@@ -99,9 +135,15 @@ def test_a_planted_key_is_found(tmp_path, text, place):
         path.write_text(f"first line\n{text}\nlast line\n")
     else:
         lines = f"first line\n{text}\nlast line".splitlines(keepends=True)
-        output = {"stream": {"output_type": "stream", "name": "stdout", "text": lines},
-                  "result": {"output_type": "execute_result", "data": {"text/plain": lines}}}.get(place)
-        cell = {"cell_type": "code", "source": lines if output is None else [], "outputs": [output] if output else []}
+        output = {
+            "stream": {"output_type": "stream", "name": "stdout", "text": lines},
+            "result": {"output_type": "execute_result", "data": {"text/plain": lines}},
+        }.get(place)
+        cell = {
+            "cell_type": "code",
+            "source": lines if output is None else [],
+            "outputs": [output] if output else [],
+        }
         path = tmp_path / "a.ipynb"
         path.write_text(json.dumps({"cells": [cell], "metadata": {}}))
     assert [key for content in texts(path) for key in findings(content)]
@@ -113,7 +155,10 @@ def test_there_are_no_false_alarms(text):
 
 
 def test_images_and_ids_in_notebooks_are_no_keys(tmp_path):
-    image = {"output_type": "display_data", "data": {"image/png": hexadecimal(40), "text/plain": ["<Figure>"]}}
+    image = {
+        "output_type": "display_data",
+        "data": {"image/png": hexadecimal(40), "text/plain": ["<Figure>"]},
+    }
     cells = [{"cell_type": "code", "id": hexadecimal(8), "source": [], "outputs": [image]}]
     (tmp_path / "a.ipynb").write_text(json.dumps({"cells": cells}))
     assert not [key for text in texts(tmp_path / "a.ipynb") for key in findings(text)]

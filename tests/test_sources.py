@@ -38,8 +38,11 @@ def made(monkeypatch):
     calls = []
     monkeypatch.setattr(helpers, "install", lambda *packages: calls.append(packages))
     for name in ("practice", "librispeech"):
-        monkeypatch.setattr(helpers, f"make_{name}_corpus",
-                            lambda root, name=name: calls.append(name) or root.mkdir(parents=True))
+        monkeypatch.setattr(
+            helpers,
+            f"make_{name}_corpus",
+            lambda root, name=name: calls.append(name) or root.mkdir(parents=True),
+        )
     return calls
 
 
@@ -50,13 +53,18 @@ def partitions(folder):
     return folder
 
 
-EDITIONS = {"11785-hw1p2-f24": "", COMPETITION: "11785-s25-hw1p2",  # competition: folder of the data in it
-            "11785-hw-1-p-2-fall-2025-main": "11785-f25-hw1p2",
-            "hw-1-p-2-spring-2026-student-competition": "archive/11785-spring-2026-hw1p2"}
+EDITIONS = {
+    "11785-hw1p2-f24": "",
+    COMPETITION: "11785-s25-hw1p2",  # competition: folder of the data in it
+    "11785-hw-1-p-2-fall-2025-main": "11785-f25-hw1p2",
+    "hw-1-p-2-spring-2026-student-competition": "archive/11785-spring-2026-hw1p2",
+}
 each_edition = pytest.mark.parametrize("competition, inside", EDITIONS.items())
 
 
-def test_auto_takes_the_environments_then_kaggles_then_the_practice_corpus(tmp_path, monkeypatch, made):
+def test_auto_takes_the_environments_then_kaggles_then_the_practice_corpus(
+    tmp_path, monkeypatch, made
+):
     practice, beside = Path("cache/practice-corpus"), Path("11785-s25-hw1p2")
     for _ in range(2):  # made once, with what that needs
         assert get_data("auto") == practice and made == [("espeakng-loader",), "practice"]
@@ -69,16 +77,23 @@ def test_auto_takes_the_environments_then_kaggles_then_the_practice_corpus(tmp_p
     assert get_data("kaggle") == beside  # a word in the config wins
     assert get_data("practice") == practice
     assert get_data("librispeech") == Path("cache/librispeech") and made[2:] == [
-        ("datasets", "soundfile"), "librispeech"]
+        ("datasets", "soundfile"),
+        "librispeech",
+    ]
 
 
 # ---- The folder that holds train-clean-100/mfcc ------------------------------------------------------------
 
+
 @each_edition
 @pytest.mark.parametrize("mount", ["input", "input/competitions"])
-def test_the_data_of_each_edition_are_found_in_both_mounts_of_kaggles(competition, inside, mount, capsys):
+def test_the_data_of_each_edition_are_found_in_both_mounts_of_kaggles(
+    competition, inside, mount, capsys
+):
     root = partitions(helpers.KAGGLE / mount / competition / inside)
-    partitions(helpers.KAGGLE / "input" / "datasets" / "somebody" / "hw1p2")  # attached as well, but not meant
+    partitions(
+        helpers.KAGGLE / "input" / "datasets" / "somebody" / "hw1p2"
+    )  # attached as well, but not meant
     assert get_data("auto", competition) == get_data("kaggle", competition) == root
     assert not capsys.readouterr().out
 
@@ -93,16 +108,27 @@ def test_the_data_of_each_edition_are_found_beside_the_notebook(competition, ins
 @pytest.mark.parametrize("inside", [".", "a", "a/b/c/d", "archive/11785-spring-2026-hw1p2"])
 def test_the_environments_folder_may_be_up_to_four_levels_too_high(tmp_path, monkeypatch, inside):
     root = partitions(tmp_path / "data" / inside)
-    for name in (".hidden", "__MACOSX", "x~", "corpus.partial"):  # what is left in there is not taken
+    for name in (
+        ".hidden",
+        "__MACOSX",
+        "x~",
+        "corpus.partial",
+    ):  # what is left in there is not taken
         partitions(tmp_path / "data" / name)
     monkeypatch.setenv("HW1P2_DATA", str(tmp_path / "data"))
     assert get_data("auto") == root
 
 
-@pytest.mark.parametrize("value", ["~/hw 1/data", "$PLACE/data", "${PLACE}/data/", ' "~/hw 1/data"\n', "'$PLACE/data'"])
+@pytest.mark.parametrize(
+    "value", ["~/hw 1/data", "$PLACE/data", "${PLACE}/data/", ' "~/hw 1/data"\n', "'$PLACE/data'"]
+)
 def test_the_environments_path_is_read_as_a_shell_would(tmp_path, monkeypatch, value):
     partitions(tmp_path / "hw 1" / "data")
-    for name, there in (("HOME", tmp_path), ("USERPROFILE", tmp_path), ("PLACE", tmp_path / "hw 1")):
+    for name, there in (
+        ("HOME", tmp_path),
+        ("USERPROFILE", tmp_path),
+        ("PLACE", tmp_path / "hw 1"),
+    ):
         monkeypatch.setenv(name, str(there))
     monkeypatch.setenv("HW1P2_DATA", value)
     assert get_data("auto") == tmp_path / "hw 1" / "data"
@@ -114,11 +140,18 @@ def test_an_empty_variable_is_none(monkeypatch, made, value):
     assert get_data("auto") == Path("cache/practice-corpus")
 
 
-@pytest.mark.parametrize("there, words", [
-    ("data/a/b/c/d/e", "expected a folder, there or up to four levels below"),
-    ("data/train-clean-100", "data: expected a folder"), ("elsewhere", "data: there is no such folder; expected")])
+@pytest.mark.parametrize(
+    "there, words",
+    [
+        ("data/a/b/c/d/e", "expected a folder, there or up to four levels below"),
+        ("data/train-clean-100", "data: expected a folder"),
+        ("elsewhere", "data: there is no such folder; expected"),
+    ],
+)
 def test_a_folder_without_data_is_reported(tmp_path, monkeypatch, there, words):
-    (tmp_path / there).mkdir(parents=True) if there.endswith("100") else partitions(tmp_path / there)
+    (tmp_path / there).mkdir(parents=True) if there.endswith("100") else partitions(
+        tmp_path / there
+    )
     monkeypatch.setenv("HW1P2_DATA", str(tmp_path / "data"))
     with pytest.raises(DataError) as caught:
         get_data("auto")
@@ -129,7 +162,9 @@ def test_of_several_folders_none_is_taken(tmp_path, monkeypatch):
     several = [partitions(Path(name)) for name in ("11785-f25-hw1p2", "11785-s25-hw1p2")]
     other = partitions(helpers.KAGGLE / "input" / "datasets" / "somebody" / "speech")
     for choice in ("auto", "kaggle"):
-        with pytest.raises(DataError, match="f25.*s25.*: each of them holds.*Looked through: .*HW1P2_DATA") as caught:
+        with pytest.raises(
+            DataError, match="f25.*s25.*: each of them holds.*Looked through: .*HW1P2_DATA"
+        ) as caught:
             get_data(choice)
         assert str(other) in str(caught.value)  # looked through
     monkeypatch.setenv("HW1P2_DATA", ".")
@@ -139,9 +174,15 @@ def test_of_several_folders_none_is_taken(tmp_path, monkeypatch):
     assert get_data("auto") == several[1]
 
 
-def test_neither_utterances_nor_hidden_folders_are_listed_nor_a_loop_of_links_followed(tmp_path, monkeypatch):
+def test_neither_utterances_nor_hidden_folders_are_listed_nor_a_loop_of_links_followed(
+    tmp_path, monkeypatch
+):
     root, listed, scandir = partitions(tmp_path / "data" / "a" / "b"), [], os.scandir
-    for path in ("dev-clean/mfcc", ".git/x", "a/c/d/e/f"):  # an incomplete copy; a repository; deeper than is looked
+    for path in (
+        "dev-clean/mfcc",
+        ".git/x",
+        "a/c/d/e/f",
+    ):  # an incomplete copy; a repository; deeper than is looked
         (tmp_path / "data" / path).mkdir(parents=True)
     (tmp_path / "data" / "a" / "up").symlink_to(tmp_path / "data")
     (tmp_path / "data" / "broken").symlink_to(tmp_path / "nowhere")
@@ -156,23 +197,39 @@ def test_own_corpora_of_another_copy_of_this_project_are_not_taken_for_the_cours
         (partitions(Path("hw1p2-runs/cache") / name) / "answers.csv").touch()
     partitions(Path("hw1p2-runs/cache/other.partial"))
     assert get_data("auto") == Path("cache/practice-corpus")
-    assert "no train-clean-100/mfcc in hw1p2-runs: taking the practice corpus\n" in capsys.readouterr().out
+    assert (
+        "no train-clean-100/mfcc in hw1p2-runs: taking the practice corpus\n"
+        in capsys.readouterr().out
+    )
 
 
 # ---- Kaggle ------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("path", [
-    "11785-f25-hw1p2", "competitions/11785-hw-1-p-2-fall-2025-main/11785-f25-hw1p2", "datasets/somebody/speech/a/b/c/d",
-    "notebooks/somebody/hw1/runs/cache/librispeech"])
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "11785-f25-hw1p2",
+        "competitions/11785-hw-1-p-2-fall-2025-main/11785-f25-hw1p2",
+        "datasets/somebody/speech/a/b/c/d",
+        "notebooks/somebody/hw1/runs/cache/librispeech",
+    ],
+)
 def test_what_is_attached_under_another_name_is_taken_and_reported(path, capsys):
     root = partitions(helpers.KAGGLE / "input" / path)
     (helpers.KAGGLE / "input" / "datasets" / "somebody" / "helpers").mkdir(parents=True)
     assert get_data("auto") == root
-    assert f"{root}: these data are attached, and taken in place of 11785-spring-25" in capsys.readouterr().out
+    assert (
+        f"{root}: these data are attached, and taken in place of 11785-spring-25"
+        in capsys.readouterr().out
+    )
 
 
 def test_where_something_else_is_attached_that_is_reported(made, capsys):
-    attached = [helpers.KAGGLE / "input" / name for name in ("competitions/titanic", "datasets/somebody/images", "old")]
+    attached = [
+        helpers.KAGGLE / "input" / name
+        for name in ("competitions/titanic", "datasets/somebody/images", "old")
+    ]
     for folder in attached:
         folder.mkdir(parents=True)
     for _ in range(2):  # made, then there
@@ -186,7 +243,9 @@ def test_without_internet_kaggles_switch_is_named(monkeypatch):
     for folder in (None, helpers.KAGGLE):
         if folder:
             folder.mkdir()
-        with pytest.raises(ImportError, match="practice corpus.*pip install espeakng-loader") as caught:
+        with pytest.raises(
+            ImportError, match="practice corpus.*pip install espeakng-loader"
+        ) as caught:
             get_data("practice")
         assert ("Settings > Internet" in str(caught.value)) == (folder is not None)
     fake_kagglehub(monkeypatch, lambda competition: 1 / 0)
@@ -204,6 +263,7 @@ def test_kaggle_downloads_what_is_not_there(tmp_path, monkeypatch, competition, 
         assert name == competition
         partitions(tmp_path / "download" / inside)
         return str(tmp_path / "download")
+
     fake_kagglehub(monkeypatch, download)
     assert get_data("kaggle", competition) == tmp_path / "download" / inside
 
@@ -211,11 +271,15 @@ def test_kaggle_downloads_what_is_not_there(tmp_path, monkeypatch, competition, 
 def test_a_download_of_something_else_is_reported(tmp_path, monkeypatch):
     (tmp_path / "download").mkdir()
     fake_kagglehub(monkeypatch, lambda competition: tmp_path / "download")
-    with pytest.raises(DataError, match="download: expected a folder, there or up to four levels below"):
+    with pytest.raises(
+        DataError, match="download: expected a folder, there or up to four levels below"
+    ):
         get_data("kaggle", "titanic")
 
 
-@pytest.mark.parametrize("error", [PermissionError("403 Forbidden"), ConnectionError("no route"), OSError(28, "full")])
+@pytest.mark.parametrize(
+    "error", [PermissionError("403 Forbidden"), ConnectionError("no route"), OSError(28, "full")]
+)
 def test_a_failed_download_says_what_to_do(monkeypatch, error):
     fake_kagglehub(monkeypatch, Mock(side_effect=error))
     words = "(?s)could not be fetched.*press Join on kaggle.com/competitions/hw-1-p-2.*token.*9 GB.*run again"
@@ -228,21 +292,27 @@ def test_a_failed_download_says_what_to_do(monkeypatch, error):
 def helpers_elsewhere(monkeypatch):
     """The notebook's functions in what is like a new kernel: no helpers.py beside the notebook, none imported."""
     namespace = definitions()
-    monkeypatch.setattr(sys, "path", [folder for folder in sys.path if not (Path(folder) / "helpers.py").exists()])
+    monkeypatch.setattr(
+        sys, "path", [folder for folder in sys.path if not (Path(folder) / "helpers.py").exists()]
+    )
     monkeypatch.delitem(sys.modules, "helpers")
     importlib.invalidate_caches()
     return namespace
 
 
-@pytest.mark.parametrize("place", ["input/helpers", "input/datasets/me/hw", "usr/lib/helpers",
-                                   "usr/lib/notebooks/me/helpers"])
+@pytest.mark.parametrize(
+    "place",
+    ["input/helpers", "input/datasets/me/hw", "usr/lib/helpers", "usr/lib/notebooks/me/helpers"],
+)
 def test_helpers_is_found_where_kaggle_mounts_it(helpers_elsewhere, tmp_path, monkeypatch, place):
     folder = tmp_path / "mnt" / place
     for other in (folder, tmp_path / "mnt" / "input" / "another"):
         other.mkdir(parents=True)
         (other / "helpers.py").write_text("print()")
     (folder / "helpers.py").write_text("class AudioDataset: pass")
-    helpers_elsewhere["Path"] = lambda path=".": Path(str(path).replace("/kaggle", f"{tmp_path}/mnt"))
+    helpers_elsewhere["Path"] = lambda path=".": Path(
+        str(path).replace("/kaggle", f"{tmp_path}/mnt")
+    )
     helpers_elsewhere["Path"].cwd = Path.cwd
     (tmp_path / "helpers").mkdir()  # a mere folder beside the notebook
     monkeypatch.syspath_prepend(tmp_path)
@@ -259,13 +329,18 @@ def test_a_folder_of_the_packages_name_does_not_hide_that_it_is_missing(tmp_path
     (tmp_path / "nopackage").mkdir()
     monkeypatch.syspath_prepend(tmp_path)
     asked = []
-    monkeypatch.setattr(subprocess, "run",
-                        lambda command, **_: asked.append(command[-1]) or SimpleNamespace(returncode=0))
+    monkeypatch.setattr(
+        subprocess,
+        "run",
+        lambda command, **_: asked.append(command[-1]) or SimpleNamespace(returncode=0),
+    )
     INSTALL("nopackage", "numpy")
     assert asked == ["nopackage"]
 
 
-def test_what_is_installed_can_be_imported_where_a_folder_of_that_name_was_before(tmp_path, monkeypatch):
+def test_what_is_installed_can_be_imported_where_a_folder_of_that_name_was_before(
+    tmp_path, monkeypatch
+):
     """wandb's own folder beside the notebook, `import wandb`, and only then the cell that installs it."""
     (tmp_path / "beside" / "latepackage").mkdir(parents=True)
     (tmp_path / "site").mkdir()
@@ -277,6 +352,7 @@ def test_what_is_installed_can_be_imported_where_a_folder_of_that_name_was_befor
         (tmp_path / "site" / "latepackage").mkdir()
         (tmp_path / "site" / "latepackage" / "__init__.py").write_text("x = 1")
         return SimpleNamespace(returncode=0)
+
     monkeypatch.setattr(subprocess, "run", pip)
     INSTALL("latepackage")
     assert importlib.import_module("latepackage").x == 1
@@ -288,6 +364,7 @@ def test_what_is_missing_is_installed_or_reported(monkeypatch):
     def pip(command, **_):
         commands.append(command)
         return SimpleNamespace(returncode=1, stderr="no such package")
+
     monkeypatch.setattr(subprocess, "run", pip)
     INSTALL("numpy", "torchsummaryX==1.1.0")
     assert not commands
@@ -298,8 +375,12 @@ def test_what_is_missing_is_installed_or_reported(monkeypatch):
 
 def test_of_pips_long_message_whole_words_are_shown(monkeypatch):
     text = "WARNING: " + "Retrying " * 100 + "ERROR: No matching distribution"
-    monkeypatch.setattr(subprocess, "run", lambda *_, **__: SimpleNamespace(returncode=1, stderr=text))
-    with pytest.raises(RunError, match="no-such-module: (Retrying )+ERROR: No matching distribution\nIs there"):
+    monkeypatch.setattr(
+        subprocess, "run", lambda *_, **__: SimpleNamespace(returncode=1, stderr=text)
+    )
+    with pytest.raises(
+        RunError, match="no-such-module: (Retrying )+ERROR: No matching distribution\nIs there"
+    ):
         INSTALL("no-such-module")
 
 
@@ -326,9 +407,17 @@ print(helpers.get_data("practice", "cache", ""))
 
 
 def test_of_two_notebooks_that_start_together_the_second_waits(tmp_path):
-    first, second = [subprocess.Popen([sys.executable, "-c", TWO], cwd=tmp_path, stdout=subprocess.PIPE, text=True,
-                                      stderr=subprocess.PIPE, env={**helpers.os.environ, "PYTHONPATH": str(ROOT)})
-                     for _ in range(2)]
+    first, second = [
+        subprocess.Popen(
+            [sys.executable, "-c", TWO],
+            cwd=tmp_path,
+            stdout=subprocess.PIPE,
+            text=True,
+            stderr=subprocess.PIPE,
+            env={**helpers.os.environ, "PYTHONPATH": str(ROOT)},
+        )
+        for _ in range(2)
+    ]
     results = [process.communicate(timeout=120) for process in (first, second)]
     assert [first.returncode, second.returncode] == [0, 0], results
     assert (tmp_path / "making").read_text() == "x"  # one of them made it

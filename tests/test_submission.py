@@ -12,7 +12,14 @@ import pytest
 from notebook import definitions
 
 import helpers
-from helpers import PHONEMES, DataError, RunError, check_sample_submission, read_submission, submit
+from helpers import (
+    PHONEMES,
+    DataError,
+    RunError,
+    check_sample_submission,
+    read_submission,
+    submit,
+)
 from helpers import write_submission as write
 
 PYTHON, FIND_SPEC = sys.executable, helpers.importlib.util.find_spec
@@ -20,6 +27,7 @@ NAMES = np.array(PHONEMES)[[0, 1, 5, 39, 0, 0, 22]]
 
 
 # ---- The file ----------------------------------------------------------------------------------------------
+
 
 def test_the_bytes_that_kaggle_takes(tmp_path):
     path = tmp_path / "runs" / "a" / "submission.csv"
@@ -42,7 +50,10 @@ def test_reading_gives_what_was_written(tmp_path, rows):
 
 GOOD = "id,label\n0,AA\n1,[SIL]\n2,ZH\n"
 BAD = {  # what: (content, words of the message)
-    "wrong header": (GOOD.replace("label", "phoneme"), "the header is 'id,phoneme'; expected id,label"),
+    "wrong header": (
+        GOOD.replace("label", "phoneme"),
+        "the header is 'id,phoneme'; expected id,label",
+    ),
     "no header": (GOOD[9:], "the header is '0,AA'; expected id,label"),
     "swapped columns": ("label,id\nAA,0\n", "the header is 'label,id'"),
     "three columns": ("id,label,more\n0,AA,1\n", "the header is 'id,label,more'"),
@@ -53,9 +64,18 @@ BAD = {  # what: (content, words of the message)
     "ids from 1": ("id,label\n1,AA\n2,AA\n3,AA\n", "line 2 is '1,AA'; expected the id 0"),
     "an id twice": ("id,label\n0,AA\n0,AA\n2,AA\n", "line 3 is '0,AA'; expected the id 1"),
     "an id with zeros": ("id,label\n0,AA\n01,AA\n2,AA\n", "line 3 is '01,AA'; expected the id 1"),
-    "ids as decimals": ("id,label\n0.0,AA\n1.0,AA\n2.0,AA\n", "line 2 is '0.0,AA'; expected the id 0"),
-    "unknown label": (GOOD.replace("ZH", "ZZ"), "line 4 is '2,ZZ'; expected the id 2 and the name of a phoneme"),
-    "an index for a label": (GOOD.replace("ZH", "39"), "line 4 is '2,39'; expected the id 2 and the name of a phoneme"),
+    "ids as decimals": (
+        "id,label\n0.0,AA\n1.0,AA\n2.0,AA\n",
+        "line 2 is '0.0,AA'; expected the id 0",
+    ),
+    "unknown label": (
+        GOOD.replace("ZH", "ZZ"),
+        "line 4 is '2,ZZ'; expected the id 2 and the name of a phoneme",
+    ),
+    "an index for a label": (
+        GOOD.replace("ZH", "39"),
+        "line 4 is '2,39'; expected the id 2 and the name of a phoneme",
+    ),
     "empty label": (GOOD.replace("ZH", ""), "line 4 is '2,';"),
     "no label": (GOOD.replace(",ZH", ""), "line 4 is '2"),
     "NaN": (GOOD.replace("ZH", "NaN"), "line 4 is '2,NaN';"),
@@ -78,7 +98,9 @@ def test_what_kaggle_would_not_take(tmp_path, content, words):
     assert str(path) in str(caught.value) and words in str(caught.value)
 
 
-@pytest.mark.parametrize("content", [np.random.default_rng(0).bytes(9999), b"PK\3\4" + bytes(500), bytes(9999)])
+@pytest.mark.parametrize(
+    "content", [np.random.default_rng(0).bytes(9999), b"PK\3\4" + bytes(500), bytes(9999)]
+)
 def test_no_text_at_all(tmp_path, content):
     (tmp_path / "submission.csv").write_bytes(content)
     with pytest.raises(DataError, match="submission.csv") as caught:
@@ -86,7 +108,9 @@ def test_no_text_at_all(tmp_path, content):
     assert len(str(caught.value)) < 2000
 
 
-@pytest.mark.parametrize("content", [GOOD, GOOD.replace("\n", "\r\n"), GOOD.rstrip(), '"id","label"\n' + GOOD[9:]])
+@pytest.mark.parametrize(
+    "content", [GOOD, GOOD.replace("\n", "\r\n"), GOOD.rstrip(), '"id","label"\n' + GOOD[9:]]
+)
 def test_what_kaggle_takes_too(tmp_path, content):
     (tmp_path / "a.csv").write_text(content, newline="")
     assert read_submission(tmp_path / "a.csv", 3).tolist() == ["AA", "[SIL]", "ZH"]
@@ -100,10 +124,14 @@ def test_a_sample_submission_that_does_not_fit_is_named(tmp_path, name):
     for rows in ("0,AA\n1,AA\n2,AA\n", "2,AA\n0,\n1,AA\n"):  # Kaggle does not mind the order
         path.write_text(f"id,label\n{rows}")
         check_sample_submission(tmp_path, 3)
-    for rows, words in (("0,AA\n1,AA\n", "2 rows, ids 0, 1 ...; expected 3, one for each frame of"),
-                        ("1,AA\n2,AA\n3,AA\n", "3 rows, ids 1, 2, 3 ...; expected 3"), ("", "0 rows"),
-                        ("0,AA\n1,AA\n1,AA\n", "ids 0, 1, 1 ..."), ("a,AA\nb,AA\nc,AA\n", "ids a, b, c ..."),
-                        ("0,AA,1\n", "more than two values")):
+    for rows, words in (
+        ("0,AA\n1,AA\n", "2 rows, ids 0, 1 ...; expected 3, one for each frame of"),
+        ("1,AA\n2,AA\n3,AA\n", "3 rows, ids 1, 2, 3 ...; expected 3"),
+        ("", "0 rows"),
+        ("0,AA\n1,AA\n1,AA\n", "ids 0, 1, 1 ..."),
+        ("a,AA\nb,AA\nc,AA\n", "ids a, b, c ..."),
+        ("0,AA,1\n", "more than two values"),
+    ):
         path.write_text(f"id,label\n{rows}")
         with pytest.raises(DataError) as caught:
             check_sample_submission(tmp_path, 3)
@@ -120,7 +148,9 @@ def test_a_sample_submission_beside_the_data_is_compared_too(tmp_path, corpus):
     check_sample_submission(tmp_path / "data", 2)
     with pytest.raises(DataError, match="sample_submission.csv: the sample submission has 2 rows"):
         check_sample_submission(tmp_path / "data", 3)
-    (tmp_path / "data" / "answers.csv").touch()  # what lies beside a corpus made here is not its own
+    (
+        tmp_path / "data" / "answers.csv"
+    ).touch()  # what lies beside a corpus made here is not its own
     check_sample_submission(tmp_path / "data", 3)
 
 
@@ -136,16 +166,27 @@ def test_a_csv_that_has_only_a_header_has_no_rows(tmp_path):
         read_submission(tmp_path / "a.csv", 3)
 
 
-@pytest.mark.parametrize("folder, configured, expected", [
-    ("/kaggle/input/11785-hw-1-p-2-fall-2025-main/11785-f25-hw1p2", "", "11785-hw-1-p-2-fall-2025-main"),
-    ("/kaggle/input/competitions/an-edition-to-come/data", "", "an-edition-to-come"),
-    ("/root/.cache/kagglehub/competitions/11785-hw1p2-f24/x", "", "11785-hw1p2-f24"),
-    ("archive/11785-spring-2026-hw1p2", "", "hw-1-p-2-spring-2026-student-competition"),
-    ("/kaggle/input/somebodys-copy/data", "", ""), ("runs/cache/practice-corpus", "", ""),
-    ("/kaggle/input/competitions/11785-hw1p2-f24/x", "my-edition", "my-edition")])  # the user's word counts
+@pytest.mark.parametrize(
+    "folder, configured, expected",
+    [
+        (
+            "/kaggle/input/11785-hw-1-p-2-fall-2025-main/11785-f25-hw1p2",
+            "",
+            "11785-hw-1-p-2-fall-2025-main",
+        ),
+        ("/kaggle/input/competitions/an-edition-to-come/data", "", "an-edition-to-come"),
+        ("/root/.cache/kagglehub/competitions/11785-hw1p2-f24/x", "", "11785-hw1p2-f24"),
+        ("archive/11785-spring-2026-hw1p2", "", "hw-1-p-2-spring-2026-student-competition"),
+        ("/kaggle/input/somebodys-copy/data", "", ""),
+        ("runs/cache/practice-corpus", "", ""),
+        ("/kaggle/input/competitions/11785-hw1p2-f24/x", "my-edition", "my-edition"),
+    ],
+)  # the user's word counts
 def test_it_is_submitted_to_the_edition_that_the_data_are_from(folder, configured, expected):
     default = "11785-spring-25-hw-1-p-2"
-    assert helpers.competition_of(helpers.Path(folder), configured or default) == (expected or default)
+    assert helpers.competition_of(helpers.Path(folder), configured or default) == (
+        expected or default
+    )
 
 
 def run_on(mode, path="team/hw1p2/ab12cd34"):
@@ -171,17 +212,31 @@ def test_the_default_edition_is_the_configs():
     assert definitions()["config"]["competition"] == next(iter(helpers.EDITIONS))
 
 
-@pytest.mark.parametrize("name", ["._sample_submission.csv", ".ipynb_checkpoints/a_sample_submission.csv",
-                                  "~$sample_submission.csv", "__MACOSX/sample_submission.csv",
-                                  "sample_submission.csv~", "archive~/sample_submission.csv"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "._sample_submission.csv",
+        ".ipynb_checkpoints/a_sample_submission.csv",
+        "~$sample_submission.csv",
+        "__MACOSX/sample_submission.csv",
+        "sample_submission.csv~",
+        "archive~/sample_submission.csv",
+    ],
+)
 def test_what_systems_and_editors_leave_is_no_sample_submission(tmp_path, name):
     (tmp_path / name).parent.mkdir(exist_ok=True)
     (tmp_path / name).write_bytes(b"\0\5\x16\7")
     check_sample_submission(tmp_path, 3)
 
 
-@pytest.mark.parametrize("error, raised", [(OSError(28, "No space left on device"), RunError),
-                                           (KeyboardInterrupt(), KeyboardInterrupt), (ValueError("x"), ValueError)])
+@pytest.mark.parametrize(
+    "error, raised",
+    [
+        (OSError(28, "No space left on device"), RunError),
+        (KeyboardInterrupt(), KeyboardInterrupt),
+        (ValueError("x"), ValueError),
+    ],
+)
 @pytest.mark.parametrize("step", ["content", "flush", "move"])
 def test_a_failure_leaves_the_old_file(tmp_path, step, error, raised):
     path = tmp_path / "submission.csv"
@@ -192,7 +247,12 @@ def test_a_failure_leaves_the_old_file(tmp_path, step, error, raised):
         if step == "content":
             args[1].write_text("id,la")  # a part is there already
         raise error
-    target, name = {"content": (pd.DataFrame, "to_csv"), "flush": (os, "fsync"), "move": (os, "replace")}[step]
+
+    target, name = {
+        "content": (pd.DataFrame, "to_csv"),
+        "flush": (os, "fsync"),
+        "move": (os, "replace"),
+    }[step]
     with mock.patch.object(target, name, fail), pytest.raises(raised) as caught:
         write(path, NAMES[:3])
     assert path.read_bytes() == before and os.listdir(tmp_path) == ["submission.csv"]
@@ -203,6 +263,7 @@ def test_a_failure_leaves_the_old_file(tmp_path, step, error, raised):
 
 
 # ---- The kaggle command ------------------------------------------------------------------------------------
+
 
 @pytest.fixture
 def account(tmp_path, monkeypatch):
@@ -238,7 +299,9 @@ def test_without_the_command(account):
 
 
 @posix
-@pytest.mark.parametrize("competition", ["11785-spring-25-hw-1-p-2", "hw-1-p-2-spring-2026-student-competition"])
+@pytest.mark.parametrize(
+    "competition", ["11785-spring-25-hw-1-p-2", "hw-1-p-2-spring-2026-student-competition"]
+)
 def test_its_output_and_its_arguments(account, monkeypatch, competition):
     fake(account, monkeypatch, "print(sys.argv[1:])")
     arguments = ["competitions", "submit", "-c", competition, "-f", "a.csv", "-m", "two words"]
@@ -269,16 +332,28 @@ def test_the_package_is_found_without_its_command(account, monkeypatch):
 
 
 @posix
-@pytest.mark.parametrize("code", ["print('401 - Unauthorized'); sys.exit(1)", "print('403 - Forbidden'); sys.exit(1)",
-                                  "sys.exit('403 Client Error: Forbidden for url: https://api.kaggle.com/v1/x')",
-                                  "print('401 Client Error: Unauthorized')", "sys.exit('404 - Not Found')",
-                                  "print('Could not submit to competition')"])
+@pytest.mark.parametrize(
+    "code",
+    [
+        "print('401 - Unauthorized'); sys.exit(1)",
+        "print('403 - Forbidden'); sys.exit(1)",
+        "sys.exit('403 Client Error: Forbidden for url: https://api.kaggle.com/v1/x')",
+        "print('401 Client Error: Unauthorized')",
+        "sys.exit('404 - Not Found')",
+        "print('Could not submit to competition')",
+    ],
+)
 def test_refused(account, monkeypatch, code):
     fake(account, monkeypatch, code)
-    with pytest.raises(RunError, match="a.csv could not be submitted: .*(40[134]|Could not)") as caught:
+    with pytest.raises(
+        RunError, match="a.csv could not be submitted: .*(40[134]|Could not)"
+    ) as caught:
         submit("a.csv", "a message", "11785-hw1p2-f24")
     message = str(caught.value)
-    assert "press Join on kaggle.com/competitions/11785-hw1p2-f24)" in message and "never into a cell" in message
+    assert (
+        "press Join on kaggle.com/competitions/11785-hw1p2-f24)" in message
+        and "never into a cell" in message
+    )
     assert "not-a-real-one" not in message
 
 

@@ -39,7 +39,9 @@ ROWS = [{"epoch": epoch, "val_acc": epoch / 10, "seconds": 1.5 * epoch} for epoc
 @pytest.fixture(autouse=True)
 def plain_environment(tmp_path, monkeypatch):
     """Neither keys nor settings of whoever runs the tests, neither Colab nor Kaggle; no run that is still open."""
-    for name in [name for name in os.environ if name.startswith(("WANDB", "HW1P2", "KAGGLE", "NETRC"))]:
+    for name in [
+        name for name in os.environ if name.startswith(("WANDB", "HW1P2", "KAGGLE", "NETRC"))
+    ]:
         monkeypatch.delenv(name)
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setattr(helpers, "KAGGLE", tmp_path / "kaggle")
@@ -67,8 +69,16 @@ def colab(monkeypatch, **modules):
 
 
 def run_of(folder, history, run_id="abcd", **changes):
-    return SimpleNamespace(config={**CONFIG, **changes}, folder=folder, wandb_id=run_id, history=history, group=None,
-                           model="Network(\n  (0): Linear()\n)", details={"device": "é"}, message="")
+    return SimpleNamespace(
+        config={**CONFIG, **changes},
+        folder=folder,
+        wandb_id=run_id,
+        history=history,
+        group=None,
+        model="Network(\n  (0): Linear()\n)",
+        details={"device": "é"},
+        message="",
+    )
 
 
 def start(*arguments, **changes):
@@ -87,9 +97,13 @@ def results_of(folder):
     confusion = np.eye(42, dtype=int)
     for name in ("best.pt", "submission.csv"):
         (folder / name).write_text(name)
-    return SimpleNamespace(best={**ROWS[1], "val_loss": 1.5, "train_acc": 0.1}, test_acc=np.float64(0.25),
-                           accuracy={"frame alone": np.float64(0.2)}, confusion=confusion,
-                           by_phoneme=helpers.accuracy_by_phoneme(confusion))
+    return SimpleNamespace(
+        best={**ROWS[1], "val_loss": 1.5, "train_acc": 0.1},
+        test_acc=np.float64(0.25),
+        accuracy={"frame alone": np.float64(0.2)},
+        confusion=confusion,
+        by_phoneme=helpers.accuracy_by_phoneme(confusion),
+    )
 
 
 def finished_records(folder):
@@ -108,23 +122,37 @@ def without_wandbs_own(row):
 
 def rows_in(folder):
     """The rows of the newest offline run, a dict each, without wandb's own entries."""
-    return [without_wandbs_own(wandb_values(record.history.item)) for record in finished_records(folder)
-            if record.HasField("history")]
+    return [
+        without_wandbs_own(wandb_values(record.history.item))
+        for record in finished_records(folder)
+        if record.HasField("history")
+    ]
 
 
 # ---- Folders -----------------------------------------------------------------------------------------------
 
-def test_runs_go_where_the_environment_says_else_where_kaggle_keeps_them_else_here(tmp_path, monkeypatch):
+
+def test_runs_go_where_the_environment_says_else_where_kaggle_keeps_them_else_here(
+    tmp_path, monkeypatch
+):
     assert runs_folder() == Path("runs")
     (helpers.KAGGLE / "working").mkdir(parents=True)
     assert runs_folder() == helpers.KAGGLE / "working" / "runs"
     monkeypatch.setenv("PLACE", "elsewhere")
-    for text, path in [("elsewhere", "elsewhere"), ("~/my runs", tmp_path / "my runs"), ("$PLACE/x", "elsewhere/x"),
-                       ("${PLACE}", "elsewhere"), (' "a b" ', "a b"), ("'~/x'\n", tmp_path / "x")]:
+    for text, path in [
+        ("elsewhere", "elsewhere"),
+        ("~/my runs", tmp_path / "my runs"),
+        ("$PLACE/x", "elsewhere/x"),
+        ("${PLACE}", "elsewhere"),
+        (' "a b" ', "a b"),
+        ("'~/x'\n", tmp_path / "x"),
+    ]:
         monkeypatch.setenv("HW1P2_RUNS", text)
         assert runs_folder() == Path(path)
     monkeypatch.setenv("HW1P2_RUNS", "~nosuchuser/x")
-    with pytest.raises(RunError, match="HW1P2_RUNS is ~nosuchuser/x: there is no home directory for ~nosuchuser"):
+    with pytest.raises(
+        RunError, match="HW1P2_RUNS is ~nosuchuser/x: there is no home directory for ~nosuchuser"
+    ):
         runs_folder()
     for empty in ("", "  ", '""'):
         monkeypatch.setenv("HW1P2_RUNS", empty)
@@ -133,8 +161,12 @@ def test_runs_go_where_the_environment_says_else_where_kaggle_keeps_them_else_he
 
 def test_the_cache_is_neither_in_kaggles_saved_output_nor_on_drive(tmp_path, monkeypatch):
     assert cache_folder("runs") == Path("runs/cache")
-    assert cache_folder(helpers.KAGGLE / "working" / "runs") == helpers.KAGGLE / "temp" / "hw1p2-cache"
-    assert cache_folder(helpers.KAGGLE / "temp" / "runs") == helpers.KAGGLE / "temp" / "runs" / "cache"
+    assert (
+        cache_folder(helpers.KAGGLE / "working" / "runs") == helpers.KAGGLE / "temp" / "hw1p2-cache"
+    )
+    assert (
+        cache_folder(helpers.KAGGLE / "temp" / "runs") == helpers.KAGGLE / "temp" / "runs" / "cache"
+    )
     assert cache_folder("/content/drive/MyDrive/runs") == Path("/content/hw1p2-cache")
     assert cache_folder("/content/runs") == Path("/content/runs/cache")
     (helpers.KAGGLE / "working").mkdir(parents=True)
@@ -143,6 +175,7 @@ def test_the_cache_is_neither_in_kaggles_saved_output_nor_on_drive(tmp_path, mon
 
 
 # ---- Keys --------------------------------------------------------------------------------------------------
+
 
 @pytest.mark.parametrize("place", ["colab", "kaggle"])
 def test_each_secret_is_taken_by_itself_and_none_is_printed(monkeypatch, capsys, place):
@@ -166,13 +199,17 @@ def test_each_secret_is_taken_by_itself_and_none_is_printed(monkeypatch, capsys,
 
 def test_a_secret_that_never_comes_stops_neither_the_notebook_nor_the_others(monkeypatch):
     never = threading.Event()
-    colab(monkeypatch, userdata=SimpleNamespace(get=lambda name: never.wait() if name == "A" else "not-a-key"))
+    colab(
+        monkeypatch,
+        userdata=SimpleNamespace(get=lambda name: never.wait() if name == "A" else "not-a-key"),
+    )
     load_secrets("A", "KAGGLE_KEY", seconds=0.5)
     assert os.environ["KAGGLE_KEY"] == "not-a-key" and "A" not in os.environ
     never.set()
 
 
 # ---- Curves ------------------------------------------------------------------------------------------------
+
 
 def test_every_epoch_is_in_the_curves_once_whatever_is_logged_between(tmp_path, capfd):
     run = start(tmp_path, [])
@@ -188,9 +225,15 @@ def test_every_epoch_is_in_the_curves_once_whatever_is_logged_between(tmp_path, 
     log(run, ROWS)
     finish_wandb(run)
     assert rows_in(tmp_path) == [*ROWS[:2], {"chart": 7}, ROWS[2], {"confusion": 1}, *ROWS[3:]]
-    metrics = {record.metric.name: record.metric.step_metric for record in finished_records(tmp_path)
-               if record.WhichOneof("record_type") == "metric"}
-    assert {name: metrics[name] for name in ("val_acc", "seconds")} == {"val_acc": "epoch", "seconds": "epoch"}
+    metrics = {
+        record.metric.name: record.metric.step_metric
+        for record in finished_records(tmp_path)
+        if record.WhichOneof("record_type") == "metric"
+    }
+    assert {name: metrics[name] for name in ("val_acc", "seconds")} == {
+        "val_acc": "epoch",
+        "seconds": "epoch",
+    }
     output = capfd.readouterr()
     assert output.out.count("wandb is offline") == 2 and output.err == ""
 
@@ -199,10 +242,13 @@ def test_every_epoch_is_in_the_curves_once_whatever_is_logged_between(tmp_path, 
 def test_a_users_own_rows_with_an_epoch_do_not_replace_ours(tmp_path, server, mode):
     run, theirs = start(tmp_path, [], wandb=mode), []
     for row in ROWS[:3]:
-        for epoch in (row["epoch"], 150):  # in the loop: this epoch, and for whatever reason a later one
+        for epoch in (
+            row["epoch"],
+            150,
+        ):  # in the loop: this epoch, and for whatever reason a later one
             theirs.append({"epoch": epoch, "gradient norm": 2.5})
             run.wandb.log(theirs[-1])
-        log(run, ROWS[:row["epoch"]])
+        log(run, ROWS[: row["epoch"]])
     finish_wandb(run)
     rows = rows_in(tmp_path) if mode == "offline" else [*map(without_wandbs_own, server.rows)]
     assert [row for row in rows if "gradient norm" not in row] == ROWS[:3]
@@ -221,8 +267,12 @@ def test_a_second_session_has_the_earlier_ones_epochs_too(tmp_path):
 def test_the_server_gets_what_it_has_not_got(tmp_path):
     logged = []
     run = run_of(tmp_path, ROWS[:3])
-    run.wandb = SimpleNamespace(summary={"epochs_sent": 1, "epoch": 150}, log=logged.append,
-                                define_metric=lambda *_, **__: 0, settings=SimpleNamespace(mode="online"))
+    run.wandb = SimpleNamespace(
+        summary={"epochs_sent": 1, "epoch": 150},
+        log=logged.append,
+        define_metric=lambda *_, **__: 0,
+        settings=SimpleNamespace(mode="online"),
+    )
     log_history(run)
     assert logged == ROWS[1:3]
 
@@ -239,10 +289,19 @@ def test_another_run_that_is_open_is_finished_first(tmp_path):
 
 def test_the_network_is_kept_with_the_run(tmp_path):
     finish_wandb(start(tmp_path / "run (1)", []))
-    assert (tmp_path / "run (1)" / "model_arch.txt").read_text("utf-8") == "Network(\n  (0): Linear()\n)"
+    assert (tmp_path / "run (1)" / "model_arch.txt").read_text(
+        "utf-8"
+    ) == "Network(\n  (0): Linear()\n)"
     [kept] = (tmp_path / "run (1)" / "wandb").glob("offline-run-*/files/model_arch.txt")
-    assert not kept.is_symlink() and kept.read_text() == (tmp_path / "run (1)" / "model_arch.txt").read_text()
-    saved = [file.path for record in finished_records(tmp_path / "run (1)") for file in record.files.files]
+    assert (
+        not kept.is_symlink()
+        and kept.read_text() == (tmp_path / "run (1)" / "model_arch.txt").read_text()
+    )
+    saved = [
+        file.path
+        for record in finished_records(tmp_path / "run (1)")
+        for file in record.files.files
+    ]
     assert "model_arch.txt" in saved
 
 
@@ -259,10 +318,17 @@ def test_what_a_run_gave_is_in_its_own_folder_with_wandb_or_without(tmp_path, mo
     assert list(confusion) == list(confusion.index) == helpers.PHONEMES
     assert (confusion.to_numpy() == results.confusion).all()
     assert pd.read_csv(tmp_path / "by_phoneme.csv", keep_default_na=False)["phoneme"].tolist() == [
-        *results.by_phoneme["phoneme"]]
+        *results.by_phoneme["phoneme"]
+    ]
     numbers = json.loads((tmp_path / "results.json").read_text())
-    assert numbers == {"best_epoch": 2, "best_val_acc": 0.2, "best_val_loss": 1.5, "best_train_acc": 0.1,
-                       "val_acc, frame alone": 0.2, "test_acc": 0.25}
+    assert numbers == {
+        "best_epoch": 2,
+        "best_val_acc": 0.2,
+        "best_val_loss": 1.5,
+        "best_train_acc": 0.1,
+        "val_acc, frame alone": 0.2,
+        "test_acc": 0.25,
+    }
 
 
 def test_disabled_it_does_nothing_and_everything_can_be_called(tmp_path, monkeypatch):
@@ -313,15 +379,24 @@ def test_a_run_that_a_sweep_has_opened_gets_the_whole_config_and_the_network(tmp
     run = run_of(tmp_path / "run", ROWS[:2])
     start_wandb(run, given)
     assert run.wandb is given
-    assert given.config["Name"] == CONFIG["Name"] and given.config["device"] == "é" and given.config["x"] == 1
+    assert (
+        given.config["Name"] == CONFIG["Name"]
+        and given.config["device"] == "é"
+        and given.config["x"] == 1
+    )
     assert "locked" not in "".join(capfd.readouterr())  # as wandb says of what is set again
     given.finish()
     assert rows_in(tmp_path) == ROWS[:2]
     [kept] = tmp_path.glob("wandb/offline-run-*/files/model_arch.txt")
-    assert kept.read_text() == (tmp_path / "run" / "model_arch.txt").read_text() == "Network(\n  (0): Linear()\n)"
+    assert (
+        kept.read_text()
+        == (tmp_path / "run" / "model_arch.txt").read_text()
+        == "Network(\n  (0): Linear()\n)"
+    )
 
 
 # ---- Online or offline -------------------------------------------------------------------------------------
+
 
 def mode_of(choice):
     run = SimpleNamespace(config={"wandb": choice}, message="")
@@ -336,7 +411,10 @@ def test_the_mode_is_the_configs_then_the_environments_then_what_wandb_finds(mon
         return SimpleNamespace(returncode=codes.pop(), stdout="bad key\n")
 
     monkeypatch.setattr(subprocess, "run", run)
-    assert [mode_of(choice) for choice in ("offline", "disabled")] == [("offline", ""), ("disabled", "")]
+    assert [mode_of(choice) for choice in ("offline", "disabled")] == [
+        ("offline", ""),
+        ("disabled", ""),
+    ]
     monkeypatch.setenv("WANDB_MODE", "disabled")
     assert [mode_of(choice)[0] for choice in ("auto", "offline")] == ["disabled", "offline"]
     codes.append(0)
@@ -344,14 +422,28 @@ def test_the_mode_is_the_configs_then_the_environments_then_what_wandb_finds(mon
     monkeypatch.delenv("WANDB_MODE")
     codes += [1, 3, 0]
     assert [mode_of("auto") for _ in range(3)] == [
-        ("online", ""), ("offline", ""), ("offline", "wandb could not log in (bad key): this run is kept offline\n")]
+        ("online", ""),
+        ("offline", ""),
+        ("offline", "wandb could not log in (bad key): this run is kept offline\n"),
+    ]
     codes += [4, 3]
-    assert mode_of("online") == ("offline", "wandb could not log in (no key): this run is kept offline\n")
+    assert mode_of("online") == (
+        "offline",
+        "wandb could not log in (no key): this run is kept offline\n",
+    )
     assert "(no answer in 25 s)" in mode_of("online")[1]
 
 
-@pytest.mark.parametrize("text, mode", [("Offline", "offline"), (" DISABLED ", "disabled"), ("'offline'", "offline"),
-                                        ("dryrun", "offline"), ('"DryRun"', "offline")])
+@pytest.mark.parametrize(
+    "text, mode",
+    [
+        ("Offline", "offline"),
+        (" DISABLED ", "disabled"),
+        ("'offline'", "offline"),
+        ("dryrun", "offline"),
+        ('"DryRun"', "offline"),
+    ],
+)
 def test_the_environments_mode_may_be_written_in_any_way(tmp_path, monkeypatch, text, mode):
     monkeypatch.setenv("WANDB_MODE", text)
     run = start(tmp_path / "auto", ROWS[:1], wandb="auto")
@@ -371,19 +463,26 @@ def test_a_mode_that_wandb_does_not_know_is_ignored_with_a_word(tmp_path, monkey
     assert rows_in(tmp_path) == ROWS[:1]
 
 
-@pytest.mark.parametrize("key, words", [("short", "API key must"), ("a" * 40, "API key|authenticate|credentials")])
+@pytest.mark.parametrize(
+    "key, words", [("short", "API key must"), ("a" * 40, "API key|authenticate|credentials")]
+)
 def test_why_a_login_failed_is_wandbs_own_sentence(monkeypatch, server, key, words):
     monkeypatch.setenv("WANDB_API_KEY", key)
     server.refuses["viewer"] = "the key is not known"
     mode, message = mode_of("auto")
     assert mode == "offline" and "pydantic" not in message and key not in message
-    assert message.startswith("wandb could not log in (") and helpers.re.search(words, message), message
+    assert message.startswith("wandb could not log in (") and helpers.re.search(words, message), (
+        message
+    )
 
 
 def test_a_login_without_an_answer_has_an_end(monkeypatch, server):
     monkeypatch.setattr(helpers, "LOGIN_SECONDS", 2)  # counted from when wandb is loaded
     server.hangs_at = lambda request: True
-    assert mode_of("auto") == ("offline", "wandb could not log in (no answer in 2 s): this run is kept offline\n")
+    assert mode_of("auto") == (
+        "offline",
+        "wandb could not log in (no answer in 2 s): this run is kept offline\n",
+    )
 
 
 START = """
@@ -412,10 +511,19 @@ def start_in_a_process(mode, first, *prefix, then="", during=lambda: None, **env
 
     then: lines after its start. during: called when the process prints a line that begins with READY; it goes on after.
     """
-    process = subprocess.Popen([*prefix, sys.executable, "-c", START.format(mode=mode, first=first, then=then,
-                                                                            tests=str(ROOT / "tests"))],
-                               env={**os.environ, "PYTHONPATH": str(ROOT), **environment}, text=True,
-                               stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process = subprocess.Popen(
+        [
+            *prefix,
+            sys.executable,
+            "-c",
+            START.format(mode=mode, first=first, then=then, tests=str(ROOT / "tests")),
+        ],
+        env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
+        text=True,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
     killer = threading.Timer(240, process.kill)  # a test must not wait for ever either
     killer.start()
     lines = []
@@ -453,8 +561,12 @@ def test_a_key_and_no_connection_is_offline_and_no_key_is_too(tmp_path, place):
 
 @pytest.mark.parametrize("mode", ["offline", "online"])
 def test_a_service_that_does_not_start_does_not_stop_the_training(mode):
-    result = start_in_a_process(mode, "helpers.wandb_mode = lambda run: run.config['wandb']",
-                                WANDB_X_SERVICE_WAIT="0.001", WANDB_API_KEY="a" * 40)
+    result = start_in_a_process(
+        mode,
+        "helpers.wandb_mode = lambda run: run.config['wandb']",
+        WANDB_X_SERVICE_WAIT="0.001",
+        WANDB_API_KEY="a" * 40,
+    )
     assert result.returncode == 0 and "MODE disabled" in result.stdout, result.stderr
     assert result.stdout.count("training goes on without it") == 1
 
@@ -467,6 +579,7 @@ LOSE = "print('READY', flush=True); sys.stdin.readline()"
 @pytest.mark.parametrize("way", ["ends", "hangs"])
 def test_a_connection_that_is_lost_in_training_costs_a_minute_and_no_result(tmp_path, server, way):
     """Of a run in a process of its own, which comes to its end."""
+
     def lose():
         if way == "ends":
             server.close()
@@ -474,15 +587,23 @@ def test_a_connection_that_is_lost_in_training_costs_a_minute_and_no_result(tmp_
             server.hangs_at = lambda request: True
 
     result = start_in_a_process("online", "helpers.UPLOAD_SECONDS = 40", then=LOSE, during=lose)
-    assert result.returncode == 0 and "MODE offline" in result.stdout, (result.stdout, result.stderr)
+    assert result.returncode == 0 and "MODE offline" in result.stdout, (
+        result.stdout,
+        result.stderr,
+    )
     assert f"wandb is online: {server.url}" in result.stdout
-    assert "what is not uploaded yet is kept offline" in result.stdout and "wandb sync" in result.stdout
+    assert (
+        "what is not uploaded yet is kept offline" in result.stdout
+        and "wandb sync" in result.stdout
+    )
     assert [row for row in rows_in(tmp_path / "run") if "epoch" in row] == ROWS[:2]
     assert any("confusion_matrix_table" in row for row in rows_in(tmp_path / "run"))
 
 
 @pytest.mark.parametrize("way", ["hangs", "refuses"])
-def test_a_run_that_the_server_does_not_create_is_kept_offline_under_its_own_id(tmp_path, server, monkeypatch, way):
+def test_a_run_that_the_server_does_not_create_is_kept_offline_under_its_own_id(
+    tmp_path, server, monkeypatch, way
+):
     monkeypatch.setattr(helpers, "WANDB_SECONDS", 20)
     if way == "hangs":
         server.hangs_at = lambda request: "upsertBucket" in request
@@ -506,7 +627,9 @@ def test_a_run_that_is_online_has_its_curves_and_its_results_on_the_server(tmp_p
 
 
 def test_a_server_that_refuses_the_results_has_the_curves(tmp_path, server, monkeypatch):
-    monkeypatch.setattr(helpers, "_send_results", Mock(side_effect=[RuntimeError("no artifacts here"), None]))
+    monkeypatch.setattr(
+        helpers, "_send_results", Mock(side_effect=[RuntimeError("no artifacts here"), None])
+    )
     run = start(tmp_path, ROWS[:2], wandb="online")
     finish_wandb(run, results_of(tmp_path), tmp_path / "submission.csv")
     assert [*map(without_wandbs_own, server.rows)] == rows_in(tmp_path) == ROWS[:2]
@@ -546,7 +669,9 @@ def test_a_stop_does_not_cut_off_what_wandb_is_doing():
     finally:
         signal.signal(signal.SIGINT, before)
     threading.Timer(0.05, go_on.set).start()
-    assert helpers.within(60, lambda: [*done]) == ["started"]  # one at a time: the next call waits for it
+    assert helpers.within(60, lambda: [*done]) == [
+        "started"
+    ]  # one at a time: the next call waits for it
 
 
 def fake_init(monkeypatch, refused):
@@ -559,8 +684,15 @@ def fake_init(monkeypatch, refused):
         if error := refused(mode, id):
             raise error
         settings = SimpleNamespace(mode=mode)
-        return SimpleNamespace(id=id, settings=settings, summary={}, config={}, dir=files, url="https://x",
-                               save=lambda *_, **__: 0)
+        return SimpleNamespace(
+            id=id,
+            settings=settings,
+            summary={},
+            config={},
+            dir=files,
+            url="https://x",
+            save=lambda *_, **__: 0,
+        )
 
     monkeypatch.setattr(wandb, "init", init)
     monkeypatch.setattr(helpers, "wandb_mode", lambda run: run.config["wandb"])
@@ -568,20 +700,31 @@ def fake_init(monkeypatch, refused):
 
 
 def test_a_run_that_was_deleted_on_the_server_gets_a_new_id(tmp_path, monkeypatch):
-    gone = wandb.errors.CommError("HTTP 409: run abcd was previously created and deleted; try a new run name\nmore")
+    gone = wandb.errors.CommError(
+        "HTTP 409: run abcd was previously created and deleted; try a new run name\nmore"
+    )
     calls = fake_init(monkeypatch, lambda mode, run_id: gone if run_id == "abcd" else None)
     run = start(tmp_path, [], wandb="online")
-    assert calls == [("online", "abcd", "allow"), ("online", run.wandb.id, "allow")] and run.wandb.id != "abcd"
+    assert (
+        calls == [("online", "abcd", "allow"), ("online", run.wandb.id, "allow")]
+        and run.wandb.id != "abcd"
+    )
     assert run.wandb_id == run.wandb.id
     first, second = run.message.splitlines()
-    assert "409" in first and f"as the new run {run.wandb_id}" in first and second == "wandb is online: https://x"
+    assert (
+        "409" in first
+        and f"as the new run {run.wandb_id}" in first
+        and second == "wandb is online: https://x"
+    )
 
 
 def test_an_id_that_a_stopped_start_still_holds_is_free_at_the_second_try(tmp_path, monkeypatch):
     errors = [wandb.errors.CommError('run ID "abcd" is in use')]
     calls = fake_init(monkeypatch, lambda *_: errors.pop() if errors else None)
     run = start(tmp_path, [], wandb="online")
-    assert calls == 2 * [("online", "abcd", "allow")] and run.message == "wandb is online: https://x\n"
+    assert (
+        calls == 2 * [("online", "abcd", "allow")] and run.message == "wandb is online: https://x\n"
+    )
 
 
 def test_a_server_that_takes_nothing_leaves_the_run_offline(tmp_path, monkeypatch):
@@ -592,18 +735,28 @@ def test_a_server_that_takes_nothing_leaves_the_run_offline(tmp_path, monkeypatc
     assert "kept offline" in run.message and calls[-1][1] == run.wandb_id
 
 
-@pytest.mark.parametrize("error", [AttributeError("type object 'Settings' has no attribute 'model_fields'"),
-                                   TypeError("str expected"), SystemExit(1)])
+@pytest.mark.parametrize(
+    "error",
+    [
+        AttributeError("type object 'Settings' has no attribute 'model_fields'"),
+        TypeError("str expected"),
+        SystemExit(1),
+    ],
+)
 def test_a_wandb_that_is_too_old_or_broken_does_not_stop_the_training(tmp_path, monkeypatch, error):
     fake_init(monkeypatch, lambda *_: error)
     run = start(tmp_path, ROWS[:1], wandb="offline")
     log(run, ROWS[:2])
     finish_wandb(run, results_of(tmp_path), tmp_path / "submission.csv")
-    assert str(error) in run.message and "training goes on without it\nwandb is disabled\n" in run.message
+    assert (
+        str(error) in run.message
+        and "training goes on without it\nwandb is disabled\n" in run.message
+    )
     assert len(pd.read_csv(tmp_path / "history.csv")) == 2
 
 
 # ---- Google Drive is there, or not -------------------------------------------------------------------------
+
 
 def test_drive_is_mounted_on_colab_and_ignored_elsewhere(tmp_path, monkeypatch):
     run = run_of(tmp_path, [])
@@ -613,12 +766,18 @@ def test_drive_is_mounted_on_colab_and_ignored_elsewhere(tmp_path, monkeypatch):
     assert open_drive(run, "run") == Path("/content/drive/MyDrive/hw1p2-runs/run")
     assert mounted == ["/content/drive"]
     colab(monkeypatch, drive=SimpleNamespace(mount=Mock(side_effect=ValueError("mount failed"))))
-    with pytest.raises(RunError, match=r"not be mounted \(ValueError: mount failed\).*again.*\['drive'\] = False"):
+    with pytest.raises(
+        RunError, match=r"not be mounted \(ValueError: mount failed\).*again.*\['drive'\] = False"
+    ):
         open_drive(run, "run")
 
 
 def test_on_colab_without_drive_it_is_reported_that_nothing_stays(monkeypatch):
     assert helpers.session_warning(drive=False, practice=False) == ""
     colab(monkeypatch)
-    assert helpers.session_warning(drive=True, practice=False) == helpers.session_warning(False, practice=True) == ""
+    assert (
+        helpers.session_warning(drive=True, practice=False)
+        == helpers.session_warning(False, practice=True)
+        == ""
+    )
     assert "NOTHING HERE OUTLIVES" in helpers.session_warning(drive=False, practice=False)

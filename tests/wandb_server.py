@@ -4,17 +4,35 @@ import json
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
-RUN = {"id": "1", "displayName": "x", "sweepName": None, "historyLineCount": 0, "config": "{}",
-       "project": {"id": "2", "name": "hw1p2", "entity": {"id": "3", "name": "student"}}}
+RUN = {
+    "id": "1",
+    "displayName": "x",
+    "sweepName": None,
+    "historyLineCount": 0,
+    "config": "{}",
+    "project": {"id": "2", "name": "hw1p2", "entity": {"id": "3", "name": "student"}},
+}
 ANSWERS = {  # what an operation of GraphQL contains: its answer
     "upsertBucket": {"upsertBucket": {"bucket": RUN, "inserted": True}},  # and the run's name
     "RunResumeStatus": {"model": None},
     "ArtifactType": {"project": {"artifact": None}},
-    "viewer": {"viewer": {"id": "4", "entity": "student", "username": "student", "email": "", "flags": "{}",
-                          "teams": {"edges": []}},
-               "serverInfo": {"cliVersionInfo": {"max_cli_version": "1"}, "latestLocalVersionInfo": None,
-                              "features": []}},
-    "serverInfo": {"serverInfo": {"features": []}}}
+    "viewer": {
+        "viewer": {
+            "id": "4",
+            "entity": "student",
+            "username": "student",
+            "email": "",
+            "flags": "{}",
+            "teams": {"edges": []},
+        },
+        "serverInfo": {
+            "cliVersionInfo": {"max_cli_version": "1"},
+            "latestLocalVersionInfo": None,
+            "features": [],
+        },
+    },
+    "serverInfo": {"serverInfo": {"features": []}},
+}
 
 
 class WandbServer:
@@ -26,14 +44,22 @@ class WandbServer:
     """
 
     def __init__(self):
-        self.hangs_at, self.refuses, self.rows, self.requests, self.ended = None, {}, [], [], threading.Event()
+        self.hangs_at, self.refuses, self.rows, self.requests, self.ended = (
+            None,
+            {},
+            [],
+            [],
+            threading.Event(),
+        )
         outer = self
 
         class Handler(BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.1"
 
             def do_POST(self):
-                body = self.rfile.read(int(self.headers.get("Content-Length") or 0)).decode(errors="replace")
+                body = self.rfile.read(int(self.headers.get("Content-Length") or 0)).decode(
+                    errors="replace"
+                )
                 outer.answer(self, f"{self.path} {body}", body)
 
             do_GET = do_PUT = do_POST
@@ -44,7 +70,9 @@ class WandbServer:
         self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self.http.daemon_threads = True
         self.url = f"http://127.0.0.1:{self.http.server_port}"
-        threading.Thread(target=self.http.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
+        threading.Thread(
+            target=self.http.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True
+        ).start()
 
     def answer(self, handler, text, body):
         self.requests.append(text)
@@ -61,7 +89,9 @@ class WandbServer:
             if refusals:
                 answer = {"errors": [{"message": refusals[0]}]}
         elif "file_stream" in handler.path:
-            lines = json.loads(body).get("files", {}).get("wandb-history.jsonl", {}).get("content", [])
+            lines = (
+                json.loads(body).get("files", {}).get("wandb-history.jsonl", {}).get("content", [])
+            )
             self.rows += map(json.loads, lines)
         content = json.dumps(answer).encode()
         handler.send_response(200)

@@ -34,10 +34,13 @@ import helpers
 NOTEBOOK = notebook.definitions()
 LOAD_DATA = NOTEBOOK["load_data"]
 WIDTH = 1600
-NOTEBOOK["show_progress"] = lambda run, history, *_: history and print(
-    NOTEBOOK["describe"](history[-1], run.config["epochs"]), flush=True)
-NOTEBOOK["load_data"] = lambda config, folder: (LOAD_DATA(config, folder)[0],
-                                                *LOAD_DATA({**config, "subset": 1}, folder)[1:])
+NOTEBOOK["show_progress"] = lambda run, history, *_: (
+    history and print(NOTEBOOK["describe"](history[-1], run.config["epochs"]), flush=True)
+)
+NOTEBOOK["load_data"] = lambda config, folder: (
+    LOAD_DATA(config, folder)[0],
+    *LOAD_DATA({**config, "subset": 1}, folder)[1:],
+)
 
 
 def config_of(recipe, epochs):
@@ -76,22 +79,43 @@ def train(config, seed, arguments):
     """What is kept of a run: right or not, bool (n,), for each frame of the validation set by the network alone, by the
     mean over warps and by Viterbi; the history; frames per parameter.
     """
-    changes = [f"{key}={config[key]}" for key in config if key not in (*helpers.FREE_KEYS, "seed")
-               and (key == "epochs" or config[key] != {**NOTEBOOK["config"], **NOTEBOOK["ORIGINAL"]}[key])]
-    network = [f"width={arguments.width}"] * (arguments.width != WIDTH) + ["match-noise"] * arguments.match_noise
+    changes = [
+        f"{key}={config[key]}"
+        for key in config
+        if key not in (*helpers.KEYS_FREE_ON_RESUME, "seed")
+        and (key == "epochs" or config[key] != {**NOTEBOOK["config"], **NOTEBOOK["ORIGINAL"]}[key])
+    ]
+    network = [f"width={arguments.width}"] * (arguments.width != WIDTH) + [
+        "match-noise"
+    ] * arguments.match_noise
     name = "-".join([arguments.data.name, *network, *changes, f"seed={seed}"])
-    name = name if len(name) < 200 else f"{name[:150]}-{hashlib.sha256(name.encode()).hexdigest()[:12]}"
+    name = (
+        name
+        if len(name) < 200
+        else f"{name[:150]}-{hashlib.sha256(name.encode()).hexdigest()[:12]}"
+    )
     path = arguments.folder / name / "right.npz"
     if not path.exists():
         print(f"# {name}", flush=True)
         run = NOTEBOOK["make_run"]({**config, "Name": name, "seed": seed})
         history = NOTEBOOK["fit"](run)
         results = NOTEBOOK["evaluate_best"](run)
-        with helpers.atomic_write(path, 4 * len(results.truth)) as temporary, open(temporary, "wb") as file:
-            np.savez(file, alone=results.alone == results.truth, mean=results.right,
-                     viterbi=results.decoded == results.truth,
-                     **{key: [row[key] for row in history] for key in ("seconds", "train_acc", "val_acc")},
-                     frames_a_parameter=len(run.train_loader.dataset) / sum(map(torch.numel, run.model.parameters())))
+        with (
+            helpers.atomic_write(path, 4 * len(results.truth)) as temporary,
+            open(temporary, "wb") as file,
+        ):
+            np.savez(
+                file,
+                alone=results.alone == results.truth,
+                mean=results.correct,
+                viterbi=results.decoded == results.truth,
+                **{
+                    key: [row[key] for row in history]
+                    for key in ("seconds", "train_acc", "val_acc")
+                },
+                frames_a_parameter=len(run.train_loader.dataset)
+                / sum(map(torch.numel, run.model.parameters())),
+            )
         for file in ("checkpoint.pt", "best.pt"):
             (path.parent / file).unlink()
     return np.load(path)
@@ -107,15 +131,26 @@ def draw(rows, path):
     """What an epoch is worth: each recipe's accuracy at the end by the number of epochs, and on the way there."""
     figure, axis = plt.subplots(figsize=(8, 4.5), layout="constrained")
     for i, recipe in enumerate(dict.fromkeys(recipe for _, recipe in rows)):
-        ends = {epochs: 100 * np.mean([result["val_acc"] for result in results], axis=0)
-                for (epochs, name), results in rows.items() if name == recipe}
+        ends = {
+            epochs: 100 * np.mean([result["val_acc"] for result in results], axis=0)
+            for (epochs, name), results in rows.items()
+            if name == recipe
+        }
         for epochs, values in ends.items():
             axis.plot(range(1, epochs + 1), values, color=f"C{i}", alpha=0.3, linewidth=1)
-        axis.plot(list(ends), [values[-1] for values in ends.values()], "o-", color=f"C{i}", label=f'recipe "{recipe}"')
+        axis.plot(
+            list(ends),
+            [values[-1] for values in ends.values()],
+            "o-",
+            color=f"C{i}",
+            label=f'recipe "{recipe}"',
+        )
     axis.set_xscale("log")
     axis.set_xticks(sorted({epochs for epochs, _ in rows}), sorted({epochs for epochs, _ in rows}))
     axis.minorticks_off()
-    axis.set(xlabel="epochs in all (thin lines: during the training)", ylabel="validation accuracy (%)")
+    axis.set(
+        xlabel="epochs in all (thin lines: during the training)", ylabel="validation accuracy (%)"
+    )
     axis.grid(alpha=0.3)
     axis.legend()
     figure.savefig(path, dpi=110)
@@ -128,7 +163,11 @@ def main():
     parser.add_argument("--seeds", type=int, nargs="+", default=[23])
     parser.add_argument("--recipes", nargs="+", default=["original", "best"])
     parser.add_argument("--width", type=int, default=WIDTH, help="of the pencil's hidden layers")
-    parser.add_argument("--match-noise", action="store_true", help="lower the dropout of a narrow pencil accordingly")
+    parser.add_argument(
+        "--match-noise",
+        action="store_true",
+        help="lower the dropout of a narrow pencil accordingly",
+    )
     parser.add_argument("--folder", type=Path, default=common.ROOT / "runs" / "accuracy")
     arguments = parser.parse_args()
     narrow(arguments.width, arguments.match_noise)
@@ -137,33 +176,51 @@ def main():
     for epochs in arguments.epochs:
         for seed in arguments.seeds:
             for recipe in dict.fromkeys(["original", *arguments.recipes]):
-                rows.setdefault((epochs, recipe), []).append(train(config_of(recipe, epochs), seed, arguments))
+                rows.setdefault((epochs, recipe), []).append(
+                    train(config_of(recipe, epochs), seed, arguments)
+                )
     offsets = helpers.AudioDataset(arguments.data, "dev-clean", 0).offsets.numpy()
     frames = np.diff(offsets)
-    best = {key: value for key, value in config_of("best", 1).items() if key in NOTEBOOK["ORIGINAL"]}
+    best = {
+        key: value for key, value in config_of("best", 1).items() if key in NOTEBOOK["ORIGINAL"]
+    }
     ratios = sorted({f"{result['frames_a_parameter']:.2g}" for result in sum(rows.values(), [])})
-    common.report("Accuracy", data=f"{arguments.data.name}; {offsets[-1]:,} dev-clean frames, {len(frames)} utterances",
-                  network=f"pencil, {arguments.width} wide{', noise-matched' * arguments.match_noise}, context "
-                          f"{NOTEBOOK['config']['context']}, batch {NOTEBOOK['config']['batch_size']}, "
-                          f"{helpers.pick_precision(common.DEVICE)}; frames per parameter {', '.join(ratios)}",
-                  seeds=", ".join(map(str, arguments.seeds)), best=re.sub(r'["{}]', "", json.dumps(best)))
-    print("validation accuracy, %, mean over the seeds [lowest - highest]: the network alone, frame by frame; points\n"
-          "more than the original's, with a 95% interval over the utterances; the mean over warps; Viterbi; seconds\n"
-          "of a training epoch; the first epoch in which the network alone is as good as the original's best. Below,\n"
-          "the network alone after every epoch, and its accuracy while training\n")
+    common.report(
+        "Accuracy",
+        data=f"{arguments.data.name}; {offsets[-1]:,} dev-clean frames, {len(frames)} utterances",
+        network=f"pencil, {arguments.width} wide{', noise-matched' * arguments.match_noise}, context "
+        f"{NOTEBOOK['config']['context']}, batch {NOTEBOOK['config']['batch_size']}, "
+        f"{helpers.pick_precision(common.DEVICE)}; frames per parameter {', '.join(ratios)}",
+        seeds=", ".join(map(str, arguments.seeds)),
+        best=re.sub(r'["{}]', "", json.dumps(best)),
+    )
+    print(
+        "validation accuracy, %, mean over the seeds [lowest - highest]: the network alone, frame by frame; points\n"
+        "more than the original's, with a 95% interval over the utterances; the mean over warps; Viterbi; seconds\n"
+        "of a training epoch; the first epoch in which the network alone is as good as the original's best. Below,\n"
+        "the network alone after every epoch, and its accuracy while training\n"
+    )
     for (epochs, recipe), results in rows.items():
-        alone, mean, viterbi = ([100 * result[name].mean() for result in results]
-                                for name in ("alone", "mean", "viterbi"))
-        gain = sum(np.add.reduceat(ours["alone"].astype(int) - base["alone"], offsets[:-1])
-                   for ours, base in zip(results, rows[epochs, "original"])) / len(results)
+        alone, mean, viterbi = (
+            [100 * result[name].mean() for result in results]
+            for name in ("alone", "mean", "viterbi")
+        )
+        gain = sum(
+            np.add.reduceat(ours["alone"].astype(int) - base["alone"], offsets[:-1])
+            for ours, base in zip(results, rows[epochs, "original"])
+        ) / len(results)
         low, high = interval(gain, frames)
-        dev, training, seconds = (np.mean([result[key] for result in results], axis=0)
-                                  for key in ("val_acc", "train_acc", "seconds"))
+        dev, training, seconds = (
+            np.mean([result[key] for result in results], axis=0)
+            for key in ("val_acc", "train_acc", "seconds")
+        )
         goal = np.mean([result["val_acc"].max() for result in rows[epochs, "original"]])
         reached = f"epoch {1 + (dev >= goal).argmax()}" if dev.max() >= goal else "never"
-        print(f"{epochs:3d} epochs  {recipe:32} {np.mean(alone):6.2f} [{min(alone):.2f} - {max(alone):.2f}]  "
-              f"{100 * gain.sum() / frames.sum():+5.2f} [{low:+.2f} - {high:+.2f}]  {np.mean(mean):6.2f}  "
-              f"{np.mean(viterbi):6.2f}  {seconds.mean():6.1f} s  {reached}")
+        print(
+            f"{epochs:3d} epochs  {recipe:32} {np.mean(alone):6.2f} [{min(alone):.2f} - {max(alone):.2f}]  "
+            f"{100 * gain.sum() / frames.sum():+5.2f} [{low:+.2f} - {high:+.2f}]  {np.mean(mean):6.2f}  "
+            f"{np.mean(viterbi):6.2f}  {seconds.mean():6.1f} s  {reached}"
+        )
         for name, values in (("val", dev), ("training", training)):
             print(f"{'':12}{name:9}", *(f"{100 * value:.1f}" for value in values))
     if len(arguments.epochs) > 1:

@@ -17,8 +17,12 @@ import torch
 
 import helpers
 
-MASKS = {"no masks": (None, 0), "FreqMask on 70%": ("FreqMask", 0.7), "FreqMask on all": ("FreqMask", 1),
-         "Both on 70%": ("Both", 0.7)}
+MASKS = {
+    "no masks": (None, 0),
+    "FreqMask on 70%": ("FreqMask", 0.7),
+    "FreqMask on all": ("FreqMask", 1),
+    "Both on 70%": ("Both", 0.7),
+}
 
 
 def ours(loader, masks, share):
@@ -54,14 +58,18 @@ def measure_side(arguments):
     """In the process that is measured: print the frames/s with each of the masks, and more to report, as JSON."""
     batch, speeds, workers = arguments.batch, {}, ""
     if arguments.side == "ours":
-        dataset = helpers.AudioDataset(arguments.data, context=arguments.context, device=common.DEVICE)
+        dataset = helpers.AudioDataset(
+            arguments.data, context=arguments.context, device=common.DEVICE
+        )
         loader = helpers.make_loader(dataset, batch, shuffle=True)
         ours(loader, "Both", 1)  # a first epoch, not timed: memory is taken from the system
         for name, (masks, share) in MASKS.items():
             speeds[name] = ours(loader, masks, share)
     else:
         dataset = common.UsualDataset(arguments.data, context=arguments.context)
-        best, workers = common.best_workers(lambda n: usual(dataset, batch, n, arguments.usual_batches))
+        best, workers = common.best_workers(
+            lambda n: usual(dataset, batch, n, arguments.usual_batches)
+        )
         for name, (masks, share) in MASKS.items():
             dataset.set_masks(masks, share)
             speeds[name] = usual(dataset, batch, best, arguments.usual_batches)
@@ -73,28 +81,49 @@ def main():
     parser.set_defaults(random=True)
     parser.add_argument("--batch", type=int, default=2048)
     parser.add_argument("--context", type=int, default=50)
-    parser.add_argument("--usual-batches", type=int, default=60, help="so many of the usual way's epoch")
+    parser.add_argument(
+        "--usual-batches", type=int, default=60, help="so many of the usual way's epoch"
+    )
     parser.add_argument("--side", help="for internal use")
     arguments = parser.parse_args()
     if arguments.side:
         return measure_side(arguments)
     with common.corpus(arguments) as (data, description):
-        def measure(side):
-            return common.fresh_process(__file__, "--side", side, "--data", data, "--batch", arguments.batch,
-                                        "--context", arguments.context, "--usual-batches", arguments.usual_batches)
 
-        results = common.alternate({side: lambda side=side: measure(side) for side in ("usual", "ours")},
-                                   arguments.runs)
+        def measure(side):
+            return common.fresh_process(
+                __file__,
+                "--side",
+                side,
+                "--data",
+                data,
+                "--batch",
+                arguments.batch,
+                "--context",
+                arguments.context,
+                "--usual-batches",
+                arguments.usual_batches,
+            )
+
+        results = common.alternate(
+            {side: lambda side=side: measure(side) for side in ("usual", "ours")}, arguments.runs
+        )
     first = {side: runs[0] for side, runs in results.items()}
-    common.report("Batches", data=f"{description}; {first['ours']['frames']:,} training frames for ours, "
-                  f"{first['usual']['frames']:,} for the usual way",
-                  batch=f"{arguments.batch} frames, context {arguments.context}",
-                  workers=first["usual"]["workers"],
-                  runs=f"{arguments.runs} of each side, alternating, each in a fresh process: a whole epoch of ours, "
-                       f"{arguments.usual_batches} batches of the usual way's")
+    common.report(
+        "Batches",
+        data=f"{description}; {first['ours']['frames']:,} training frames for ours, "
+        f"{first['usual']['frames']:,} for the usual way",
+        batch=f"{arguments.batch} frames, context {arguments.context}",
+        workers=first["usual"]["workers"],
+        runs=f"{arguments.runs} of each side, alternating, each in a fresh process: a whole epoch of ours, "
+        f"{arguments.usual_batches} batches of the usual way's",
+    )
     for name in MASKS:
         print(name)
-        common.print_table({side: [run["speeds"][name] for run in runs] for side, runs in results.items()}, "frames/s")
+        common.print_table(
+            {side: [run["speeds"][name] for run in runs] for side, runs in results.items()},
+            "frames/s",
+        )
 
 
 if __name__ == "__main__":

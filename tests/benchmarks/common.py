@@ -31,11 +31,12 @@ from torch.utils.data import DataLoader, Dataset  # noqa: E402
 import helpers  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-FULL = (28539, 2703, 2620)                      # utterances of the real data in train, dev, test
+FULL = (28539, 2703, 2620)  # utterances of the real data in train, dev, test
 FULL_FRAMES = (36_091_157, 1_928_204, 1_934_138)
 
 
 # ---- Report ------------------------------------------------------------------------------------------------
+
 
 def cpu_name():
     with contextlib.suppress(OSError):
@@ -48,14 +49,19 @@ def cpu_name():
 def report(title, **facts):
     """Print the title, the machine and versions, and what was measured on."""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout
+    commit = subprocess.run(
+        ["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True
+    ).stdout
     print(f"# {title}\n")
-    rows = {"CPU": f"{cpu_name()}, {os.cpu_count()} cores, {memory:.0f} GiB, {torch.get_num_threads()} threads",
-            "device": torch.cuda.get_device_name() if DEVICE == "cuda" else "cpu",
-            "versions": f"Python {platform.python_version()}, torch {torch.__version__}, torchaudio "
-                        f"{torchaudio.__version__}, numpy {np.__version__}",
-            "commit": commit[:12],
-            "load average": f"{os.getloadavg()[0]:.1f} (what else runs makes the figures worse)", **facts}
+    rows = {
+        "CPU": f"{cpu_name()}, {os.cpu_count()} cores, {memory:.0f} GiB, {torch.get_num_threads()} threads",
+        "device": torch.cuda.get_device_name() if DEVICE == "cuda" else "cpu",
+        "versions": f"Python {platform.python_version()}, torch {torch.__version__}, torchaudio "
+        f"{torchaudio.__version__}, numpy {np.__version__}",
+        "commit": commit[:12],
+        "load average": f"{os.getloadavg()[0]:.1f} (what else runs makes the figures worse)",
+        **facts,
+    }
     for name, value in rows.items():
         print(f"{name + ':':15} {value}")
     print(flush=True)
@@ -79,7 +85,9 @@ def alternate(sides, runs):
 
 def spread(values, digits=0):
     """Median [lowest - highest]."""
-    low, middle, high = (f"{value:,.{digits}f}" for value in (min(values), statistics.median(values), max(values)))
+    low, middle, high = (
+        f"{value:,.{digits}f}" for value in (min(values), statistics.median(values), max(values))
+    )
     return f"{middle} [{low} - {high}]"
 
 
@@ -88,7 +96,9 @@ def print_table(results, unit, digits=0, faster="high"):
     base = statistics.median(next(iter(results.values())))
     for name, values in results.items():
         ratio = statistics.median(values) / base
-        print(f"{name:36} {spread(values, digits):>38} {unit}   x {ratio if faster == 'high' else 1 / ratio:.2f}")
+        print(
+            f"{name:36} {spread(values, digits):>38} {unit}   x {ratio if faster == 'high' else 1 / ratio:.2f}"
+        )
     print(flush=True)
 
 
@@ -101,24 +111,47 @@ def clock():
 
 def peak_memory():
     """The most memory (resident, mapped files included) this process has had, in bytes. Linux."""
-    status = Path("/proc/self/status").read_text()  # not getrusage: a child inherits its parent's maximum there
+    status = Path(
+        "/proc/self/status"
+    ).read_text()  # not getrusage: a child inherits its parent's maximum there
     return 1024 * int(status.split("VmHWM:")[1].split()[0])
 
 
 # ---- Corpus ------------------------------------------------------------------------------------------------
 
+
 def parser(description, utterances):
     """An argument parser with the choice of the data."""
-    result = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    result = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
     data = result.add_mutually_exclusive_group()
     data.add_argument("--data", type=Path, help="a folder in the course's layout")
-    data.add_argument("--utterances", type=int, nargs=3, metavar=("TRAIN", "DEV", "TEST"), default=utterances,
-                      help="size of the corpus that is made")
-    data.add_argument("--full", dest="utterances", action="store_const", const=FULL,
-                      help="a corpus of the real data's size")
-    result.add_argument("--random", action="store_true",
-                        help="random numbers in place of synthetic speech: made in seconds, needs no eSpeak NG")
-    result.add_argument("--folder", type=Path, help="where the corpus is kept for the next time; else a temporary one")
+    data.add_argument(
+        "--utterances",
+        type=int,
+        nargs=3,
+        metavar=("TRAIN", "DEV", "TEST"),
+        default=utterances,
+        help="size of the corpus that is made",
+    )
+    data.add_argument(
+        "--full",
+        dest="utterances",
+        action="store_const",
+        const=FULL,
+        help="a corpus of the real data's size",
+    )
+    result.add_argument(
+        "--random",
+        action="store_true",
+        help="random numbers in place of synthetic speech: made in seconds, needs no eSpeak NG",
+    )
+    result.add_argument(
+        "--folder",
+        type=Path,
+        help="where the corpus is kept for the next time; else a temporary one",
+    )
     result.add_argument("--runs", type=int, default=3, help="runs of each side")
     return result
 
@@ -169,7 +202,9 @@ def random_corpus(root, utterances, seed=23):
     def write(job):
         p, partition, i, length = job
         rng = np.random.default_rng((seed, p, i))
-        labels = np.repeat(rng.integers(len(names), size=length), rng.integers(3, 15, length))[:length]
+        labels = np.repeat(rng.integers(len(names), size=length), rng.integers(3, 15, length))[
+            :length
+        ]
         mfcc = 2 * rng.standard_normal((length, 28), np.float32) + means[labels]
         np.save(partial / partition / "mfcc" / f"{i:06d}.npy", factors * mfcc + loudness)
         if partition != "test-clean":
@@ -182,6 +217,7 @@ def random_corpus(root, utterances, seed=23):
 
 
 # ---- The usual way -----------------------------------------------------------------------------------------
+
 
 class UsualDataset(Dataset):
     """The utterances of a partition end to end in one array; an item is one frame with its context.
@@ -204,7 +240,9 @@ class UsualDataset(Dataset):
                 transcript = np.load(folder / "transcript" / name)[1:-1]
                 labels.append(torch.tensor([indexes[phoneme] for phoneme in transcript]))
         self.frames = torch.cat(mfccs)
-        self.labels = torch.cat(labels) if labels else torch.zeros(len(self.frames), dtype=torch.int64)
+        self.labels = (
+            torch.cat(labels) if labels else torch.zeros(len(self.frames), dtype=torch.int64)
+        )
         self.length = len(self.frames)
         self.frames = nn.functional.pad(self.frames, (0, 0, context, context))
         self.set_masks(masks, share)
@@ -220,13 +258,15 @@ class UsualDataset(Dataset):
         return self.length
 
     def __getitem__(self, i):
-        return self.frames[i:i + 2 * self.context + 1], self.labels[i]
+        return self.frames[i : i + 2 * self.context + 1], self.labels[i]
 
     def collate(self, batch):
         frames, labels = zip(*batch)
         frames = torch.stack(frames)
         if self.transforms and np.random.rand() < self.share:
-            frames = frames.transpose(1, 2)  # (B, 28, frames): torchaudio's masks want the frequencies first
+            frames = frames.transpose(
+                1, 2
+            )  # (B, 28, frames): torchaudio's masks want the frequencies first
             for transform in self.transforms:
                 frames = transform(frames)
             frames = frames.transpose(1, 2)
@@ -234,8 +274,14 @@ class UsualDataset(Dataset):
 
 
 def usual_loader(dataset, batch_size, workers):
-    return DataLoader(dataset, batch_size, shuffle=True, num_workers=workers, collate_fn=dataset.collate,
-                      pin_memory=DEVICE == "cuda")
+    return DataLoader(
+        dataset,
+        batch_size,
+        shuffle=True,
+        num_workers=workers,
+        collate_fn=dataset.collate,
+        pin_memory=DEVICE == "cuda",
+    )
 
 
 def usual_train(model, batches, criterion, optimizer, scaler, dtype):
@@ -263,4 +309,5 @@ def best_workers(measure):
     """The number of DataLoader workers for which measure(number) is highest, and what to report of the others."""
     speeds = {n: measure(n) for n in sorted({0, 2, min(8, os.cpu_count() or 1)})}
     return max(speeds, key=speeds.get), "the usual way has its best of " + ", ".join(
-        f"{n}: {speed:,.0f} frames/s" for n, speed in speeds.items())
+        f"{n}: {speed:,.0f} frames/s" for n, speed in speeds.items()
+    )

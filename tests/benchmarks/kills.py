@@ -1,6 +1,6 @@
 """Kill a training run N times at random moments and tell whether it ends as if nothing had happened.
 
-    python tests/benchmarks/kills.py [N, default 100]           test_resume.py and others use its functions
+python tests/benchmarks/kills.py [N, default 100]           test_resume.py and others use its functions
 """
 
 import contextlib
@@ -27,9 +27,17 @@ from notebook import TINY, run_cells  # noqa: E402
 import helpers  # noqa: E402
 
 # dropout and masks draw from the random states, which a resume must bring back too
-CHANGES = {**TINY, "epochs": 4, "dropout_alternate": False, "augmentations": "Both", "wandb": "disabled"}
-CONFIGS = {"adamw, cosineanneal": CHANGES,
-           "sgd, reducelronplateau": {**CHANGES, "optimizers": "sgd", "scheduler": "reducelronplateau"}}
+CHANGES = {
+    **TINY,
+    "epochs": 4,
+    "dropout_alternate": False,
+    "augmentations": "Both",
+    "wandb": "disabled",
+}
+CONFIGS = {
+    "adamw, cosineanneal": CHANGES,
+    "sgd, reducelronplateau": {**CHANGES, "optimizers": "sgd", "scheduler": "reducelronplateau"},
+}
 TRAINING = "run = make_run(config)\n"  # in the cell that trains
 PAUSE = 0.1  # seconds at each of the five steps of writing a checkpoint: so that random kills land there too
 # of what a run writes, the clock's readings and a random name: the only things that may differ
@@ -38,14 +46,28 @@ NOT_COMPARED = ("seconds", "frames_per_second", "wandb_id")
 # A server imports the packages once and forks a child for each run, which then starts at once. (It knows no changed
 # sys.path, so it cannot import the project's own files.)
 server = multiprocessing.get_context("forkserver")
-server.set_forkserver_preload(["torch._dynamo", "torchaudio", "wandb", "torchsummaryX", "pandas", "matplotlib.pyplot",
-                               "IPython.display", "nbclient", "nbformat", "tqdm.auto"])
+server.set_forkserver_preload(
+    [
+        "torch._dynamo",
+        "torchaudio",
+        "wandb",
+        "torchsummaryX",
+        "pandas",
+        "matplotlib.pyplot",
+        "IPython.display",
+        "nbclient",
+        "nbformat",
+        "tqdm.auto",
+    ]
+)
 
 
 def _run(runs, data, changes, stop, pause):
     """The child: execute the cells and note in `runs`/places where the run is, a line for each step."""
     torch.set_num_threads(1)
-    tqdm.set_lock(threading.RLock())  # tqdm's own would be a semaphore that a killed process leaves behind
+    tqdm.set_lock(
+        threading.RLock()
+    )  # tqdm's own would be a semaphore that a killed process leaves behind
     log = os.open(runs / "log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(log, 1)
     os.dup2(log, 2)
@@ -73,7 +95,7 @@ def _run(runs, data, changes, stop, pause):
         third = len(data) // 3
         with open(path, "wb", buffering=0) as file:
             for i in range(3):
-                file.write(data[i * third:(i + 1) * third if i < 2 else None])
+                file.write(data[i * third : (i + 1) * third if i < 2 else None])
                 at(f"writing {saving}, part {i + 1}")
 
     def replace_with_marks(source, target):
@@ -117,7 +139,9 @@ def wait_until_stopped(child, runs):
     """Wait for the child to come to the place at which it stops."""
     deadline = time.monotonic() + 60
     while not (runs / "places").read_text().endswith("stopped\n"):
-        assert child.is_alive(), f"the run ended without coming to the place\n{(runs / 'log').read_text()}"
+        assert child.is_alive(), (
+            f"the run ended without coming to the place\n{(runs / 'log').read_text()}"
+        )
         assert time.monotonic() < deadline, "the run did not come to the place"
         time.sleep(0.005)
 
@@ -163,6 +187,7 @@ def interrupted(function, delay):
     def press():
         sent.set()
         os.kill(os.getpid(), signal.SIGINT)
+
     timer = threading.Timer(delay, press)
     try:
         timer.start()
@@ -191,14 +216,21 @@ def outcome(runs, name="pencil"):
     folder = runs / name
     left_over = [path.name for path in folder.glob(".*") if path.name != ".lock"]
     assert not left_over, left_over
-    files = {name: frozen(torch.load(folder / name, weights_only=True)) for name in ("checkpoint.pt", "best.pt")}
-    return {**files, "submission": pd.read_csv(folder / "submission.csv", keep_default_na=False).values.tolist()}
+    files = {
+        name: frozen(torch.load(folder / name, weights_only=True))
+        for name in ("checkpoint.pt", "best.pt")
+    }
+    return {
+        **files,
+        "submission": pd.read_csv(folder / "submission.csv", keep_default_na=False).values.tolist(),
+    }
 
 
 @contextlib.contextmanager
 def limited(size):
     """Writing a file beyond `size` bytes fails, as on a full disk."""
     import resource
+
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
     try:
@@ -238,8 +270,10 @@ def main(kills):
     for where in ("before training", "in an epoch", "writing", "after training"):
         label = "while writing a checkpoint" if where == "writing" else where
         print(f"{tally[where]:5d} {label}")
-    print(f"all ended identical to a run that was never killed: {'yes' if identical == runs else 'NO'} "
-          f"({identical} of {runs})")
+    print(
+        f"all ended identical to a run that was never killed: {'yes' if identical == runs else 'NO'} "
+        f"({identical} of {runs})"
+    )
     return identical == runs
 
 

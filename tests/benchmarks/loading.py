@@ -22,8 +22,13 @@ import torch
 
 import helpers
 
-SIDES = ("usual", "ours, no cache", "ours, first load, writes cache", "ours, second load",
-         "ours, second load, all read")
+SIDES = (
+    "usual",
+    "ours, no cache",
+    "ours, first load, writes cache",
+    "ours, second load",
+    "ours, second load, all read",
+)
 
 
 def load(side, data, cache):
@@ -33,14 +38,24 @@ def load(side, data, cache):
         datasets = [common.UsualDataset(data, partition) for partition in helpers.PARTITIONS]
     elif side != "imports":
         cache = None if side == "ours, no cache" else cache
-        datasets = [helpers.AudioDataset(data, partition, cache=cache) for partition in helpers.PARTITIONS]
+        datasets = [
+            helpers.AudioDataset(data, partition, cache=cache) for partition in helpers.PARTITIONS
+        ]
         if side.endswith("all read"):  # a mapped file is read when it is first used
-            sum(torch.count_nonzero(dataset.frames.view(torch.int16)).item() for dataset in datasets)
-        packed = sum(dataset.frames.nbytes + (0 if dataset.labels is None else dataset.labels.nbytes)
-                     for dataset in datasets)
+            sum(
+                torch.count_nonzero(dataset.frames.view(torch.int16)).item() for dataset in datasets
+            )
+        packed = sum(
+            dataset.frames.nbytes + (0 if dataset.labels is None else dataset.labels.nbytes)
+            for dataset in datasets
+        )
     seconds = time.perf_counter() - start
     frames = sum(map(len, datasets)) if side != "imports" else 0
-    print(json.dumps({"seconds": seconds, "peak": common.peak_memory(), "packed": packed, "frames": frames}))
+    print(
+        json.dumps(
+            {"seconds": seconds, "peak": common.peak_memory(), "packed": packed, "frames": frames}
+        )
+    )
 
 
 def measure(side, data, cache):
@@ -56,19 +71,32 @@ def main():
     arguments = parser.parse_args()
     if arguments.side:
         return load(arguments.side, arguments.data, arguments.cache)
-    with common.corpus(arguments) as (data, description), tempfile.TemporaryDirectory() as temporary:
+    with (
+        common.corpus(arguments) as (data, description),
+        tempfile.TemporaryDirectory() as temporary,
+    ):
         cache = str(arguments.folder / "cache" if arguments.folder else Path(temporary) / "cache")
         imports = measure("imports", data, cache)["peak"]
-        measure("ours, no cache", data, cache)  # warm: the files are in the page cache for every side
-        results = common.alternate({side: lambda side=side: measure(side, data, cache) for side in SIDES},
-                                   arguments.runs)
+        measure(
+            "ours, no cache", data, cache
+        )  # warm: the files are in the page cache for every side
+        results = common.alternate(
+            {side: lambda side=side: measure(side, data, cache) for side in SIDES}, arguments.runs
+        )
         size = results["ours, no cache"][0]
-        common.report("Loading", data=f"{description}; {size['frames']:,} frames",
-                      packed=f"{size['packed'] / 1e6:,.1f} MB",
-                      runs=f"{arguments.runs} of each side, alternating, each in a fresh process; page cache warm")
+        common.report(
+            "Loading",
+            data=f"{description}; {size['frames']:,} frames",
+            packed=f"{size['packed'] / 1e6:,.1f} MB",
+            runs=f"{arguments.runs} of each side, alternating, each in a fresh process; page cache warm",
+        )
         print("Time to load all three partitions; how many times as fast as the first row")
-        common.print_table({side: [result["seconds"] for result in results[side]] for side in SIDES}, "s", 3, "low")
-        print(f"Peak memory above that of the imports ({imports / 1e6:.0f} MB); relative to the packed arrays")
+        common.print_table(
+            {side: [result["seconds"] for result in results[side]] for side in SIDES}, "s", 3, "low"
+        )
+        print(
+            f"Peak memory above that of the imports ({imports / 1e6:.0f} MB); relative to the packed arrays"
+        )
         for side in SIDES:
             peaks = [(result["peak"] - imports) / 1e6 for result in results[side]]
             relative = statistics.median(peaks) * 1e6 / size["packed"]

@@ -1,6 +1,6 @@
 """Random damage to a small corpus: each mutation is either loaded as the files say, or refused by name.
 
-    python tests/benchmarks/mutations.py [NUMBER, default 2000] [SEED]          counts them; test_bad_data.py does 600
+python tests/benchmarks/mutations.py [NUMBER, default 2000] [SEED]          counts them; test_bad_data.py does 600
 """
 
 import collections
@@ -23,14 +23,49 @@ import helpers  # noqa: E402
 
 PARTITION = "dev-clean"
 UTTERANCES = 3
-DTYPES = {"mfcc": ["<f2", "<f8", ">f4", ">f8", "<i4", "u1", "<c8", "?", "S8", "<U8", "O", "g", "M8[s]"],
-          "transcript": [">U5", "<U2", "<U9", "S5", "O", "<U0"]}
-TEXTS = ["[SOS]", "[EOS]", "[SIL]", "ZH", "aa", "AA ", "", "XX", "[SIL", "\u00e9", "\U0010ffff", "A\0A"]
+DTYPES = {
+    "mfcc": ["<f2", "<f8", ">f4", ">f8", "<i4", "u1", "<c8", "?", "S8", "<U8", "O", "g", "M8[s]"],
+    "transcript": [">U5", "<U2", "<U9", "S5", "O", "<U0"],
+}
+TEXTS = [
+    "[SOS]",
+    "[EOS]",
+    "[SIL]",
+    "ZH",
+    "aa",
+    "AA ",
+    "",
+    "XX",
+    "[SIL",
+    "\u00e9",
+    "\U0010ffff",
+    "A\0A",
+]
 VALUES = [np.nan, np.inf, -np.inf, 1e300, -1e300, 1e160, 3e38, 1e30, -0.0, 1e-300]
-HEADERS = [(b"<f4", b"<f2"), (b"<f4", b"<i4"), (b"<f4", b">f4"), (b"<f4", b"|O4"), (b"<f4", b"<f9"), (b"<f4", b"'f4"),
-           (b"<f4", b"\\f4"), (b"<U5", b"<U4"), (b"<U5", b">U5"), (b"<U5", b"<i5"), (b"False", b"True "),
-           (b"False", b"Fals "), (b"False", b"1    "), (b", 28)", b", 27)"), (b", 28)", b",28L)"), (b", 28)", b",-28)"),
-           (b"(", b"["), (b"descr", b"Descr"), (b"{", b" "), (b"NUMPY", b"NUMPX"), (b"\n", b"#"), (b"28", b"8_")]
+HEADERS = [
+    (b"<f4", b"<f2"),
+    (b"<f4", b"<i4"),
+    (b"<f4", b">f4"),
+    (b"<f4", b"|O4"),
+    (b"<f4", b"<f9"),
+    (b"<f4", b"'f4"),
+    (b"<f4", b"\\f4"),
+    (b"<U5", b"<U4"),
+    (b"<U5", b">U5"),
+    (b"<U5", b"<i5"),
+    (b"False", b"True "),
+    (b"False", b"Fals "),
+    (b"False", b"1    "),
+    (b", 28)", b", 27)"),
+    (b", 28)", b",28L)"),
+    (b", 28)", b",-28)"),
+    (b"(", b"["),
+    (b"descr", b"Descr"),
+    (b"{", b" "),
+    (b"NUMPY", b"NUMPX"),
+    (b"\n", b"#"),
+    (b"28", b"8_"),
+]
 
 
 def choose_file(rng, folder):
@@ -52,13 +87,16 @@ def read(path):
 # Each mutation changes the file `path`, or others of its partition, and returns those that a refusal must name one of;
 # without a return value that is `path`.
 
+
 def truncate(rng, path):
     data = path.read_bytes()
-    path.write_bytes(data[:rng.randrange(max(len(data), 1))])
+    path.write_bytes(data[: rng.randrange(max(len(data), 1))])
 
 
 def append(rng, path):
-    path.write_bytes(path.read_bytes() + bytes(rng.randrange(256) for _ in range(rng.randint(1, 8))))
+    path.write_bytes(
+        path.read_bytes() + bytes(rng.randrange(256) for _ in range(rng.randint(1, 8)))
+    )
 
 
 def flip_bytes(rng, path):
@@ -66,7 +104,9 @@ def flip_bytes(rng, path):
     in_header = rng.random() < 0.5
     for _ in range(rng.randint(1, 4)):
         if data:
-            data[rng.randrange(min(128, len(data)) if in_header else len(data))] ^= rng.randint(1, 255)
+            data[rng.randrange(min(128, len(data)) if in_header else len(data))] ^= rng.randint(
+                1, 255
+            )
     path.write_bytes(data)
 
 
@@ -74,7 +114,7 @@ def overwrite_bytes(rng, path):
     data = path.read_bytes()
     first, length = rng.randrange(max(len(data), 1)), rng.randint(1, 400)
     noise = np.random.default_rng(rng.randrange(2**32)).bytes(length)
-    path.write_bytes(data[:first] + noise[:len(data) - first] + data[first + length:])
+    path.write_bytes(data[:first] + noise[: len(data) - first] + data[first + length :])
 
 
 def change_header(rng, path):
@@ -91,10 +131,24 @@ def change_dtype(rng, path):
 
 def change_shape(rng, path):
     array = read(path)
-    change = rng.choice([
-        np.transpose, np.ravel, lambda a: a[None], lambda a: a[..., None], lambda a: a[..., :-1], lambda a: a[:0],
-        lambda a: a[:-1], lambda a: a[1:], lambda a: a[::-1], lambda a: np.concatenate([a, a[-1:]]),
-        lambda a: np.concatenate([a, a[..., -1:]], -1), lambda a: a[0], lambda a: a[:1], lambda a: a[:3]])
+    change = rng.choice(
+        [
+            np.transpose,
+            np.ravel,
+            lambda a: a[None],
+            lambda a: a[..., None],
+            lambda a: a[..., :-1],
+            lambda a: a[:0],
+            lambda a: a[:-1],
+            lambda a: a[1:],
+            lambda a: a[::-1],
+            lambda a: np.concatenate([a, a[-1:]]),
+            lambda a: np.concatenate([a, a[..., -1:]], -1),
+            lambda a: a[0],
+            lambda a: a[:1],
+            lambda a: a[:3],
+        ]
+    )
     with contextlib.suppress(ValueError, IndexError):
         write(path, np.array(change(array)))
 
@@ -117,9 +171,15 @@ def delete(rng, path):
 
 
 def rename(rng, path):
-    name = rng.choice(["0.npy", "z.npy", ".npy", "._" + path.name, path.name + ".bak", "Thumbs.db", "\udcff.npy"])
+    name = rng.choice(
+        ["0.npy", "z.npy", ".npy", "._" + path.name, path.name + ".bak", "Thumbs.db", "\udcff.npy"]
+    )
     both = rng.random() < 0.5
-    moved = [path.parents[1] / kind / path.name for kind in ("mfcc", "transcript") if both or kind == path.parent.name]
+    moved = [
+        path.parents[1] / kind / path.name
+        for kind in ("mfcc", "transcript")
+        if both or kind == path.parent.name
+    ]
     for old in moved:
         if old.exists():
             old.rename(old.with_name(name))
@@ -157,13 +217,31 @@ def change_values(rng, path):
     return [path]
 
 
-MUTATIONS = [truncate, append, flip_bytes, flip_bytes, overwrite_bytes, overwrite_bytes, change_header, change_dtype,
-             change_shape, change_order, swap_files, delete, rename, replace_by_folder, change_labels, change_values]
+MUTATIONS = [
+    truncate,
+    append,
+    flip_bytes,
+    flip_bytes,
+    overwrite_bytes,
+    overwrite_bytes,
+    change_header,
+    change_dtype,
+    change_shape,
+    change_order,
+    swap_files,
+    delete,
+    rename,
+    replace_by_folder,
+    change_labels,
+    change_values,
+]
 
 
 def take_source(root, folder):
     """Copy the shortest utterances of a corpus to `folder`, from which `attempt` copies them again and again."""
-    mfccs = sorted((root / PARTITION / "mfcc").iterdir(), key=lambda path: path.stat().st_size)[:UTTERANCES]
+    mfccs = sorted((root / PARTITION / "mfcc").iterdir(), key=lambda path: path.stat().st_size)[
+        :UTTERANCES
+    ]
     for kind in ("mfcc", "transcript"):
         (folder / PARTITION / kind).mkdir(parents=True)
         for path in mfccs:
@@ -192,16 +270,26 @@ def attempt(source, rng):
                 dataset = helpers.AudioDataset(root, PARTITION, context=3, cache=cache)
             except helpers.DataError as error:
                 message = str(error)
-                named = [path for path in touched if path.name.encode(errors="backslashreplace").decode() in message]
-                assert named or f"{root / PARTITION / 'mfcc'}: there are no .npy files" in message, (touched, message)
+                named = [
+                    path
+                    for path in touched
+                    if path.name.encode(errors="backslashreplace").decode() in message
+                ]
+                assert (
+                    named or f"{root / PARTITION / 'mfcc'}: there are no .npy files" in message
+                ), (touched, message)
                 return mutation.__name__, "refused"
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            utterances = reference.read_partition(root, PARTITION)  # a ValueError: this should have been refused
+            utterances = reference.read_partition(
+                root, PARTITION
+            )  # a ValueError: this should have been refused
         assert dataset.utterances == len(utterances)
         for i, (mfcc, labels) in enumerate(utterances):
             frames, phonemes = dataset.utterance(i)
-            np.testing.assert_allclose(frames.double().numpy(), mfcc, reference.FLOAT16["rtol"], 1e-6)
+            np.testing.assert_allclose(
+                frames.double().numpy(), mfcc, reference.FLOAT16["rtol"], 1e-6
+            )
             assert phonemes.tolist() == labels
         return mutation.__name__, "loaded"
 
@@ -217,7 +305,9 @@ def main(number=2000, seed=23):
         print(f"{name:20}{counts[name, 'loaded']:8,}{counts[name, 'refused']:9,}")
     loaded = sum(count for (_, outcome), count in counts.items() if outcome == "loaded")
     print(f"{'all':20}{loaded:8,}{number - loaded:9,}")
-    print("loaded: exactly what the files hold; refused: a DataError that names a damaged file; nothing else happened")
+    print(
+        "loaded: exactly what the files hold; refused: a DataError that names a damaged file; nothing else happened"
+    )
 
 
 if __name__ == "__main__":

@@ -26,7 +26,11 @@ class Steps:
     """`n` batches of a loader, started again when it ends; looks like the loader to `train`."""
 
     def __init__(self, loader, n):
-        self.loader, self.n, self.sampler = loader, n, getattr(loader, "sampler", SimpleNamespace(epoch=0))
+        self.loader, self.n, self.sampler = (
+            loader,
+            n,
+            getattr(loader, "sampler", SimpleNamespace(epoch=0)),
+        )
         self.dataset = loader.dataset
         self.batches = iter(())
 
@@ -52,16 +56,24 @@ class Trainer:
         # the usual precision on a GPU is float16 with a scaler; on a CPU both sides have the same
         self.precision = torch.float16 if usual and common.DEVICE == "cuda" else DTYPE
         self.criterion = NOTEBOOK["make_criterion"](config, data)
-        self.optimizer = (torch.optim.AdamW(self.model.parameters(), lr=config["learning_rate"],
-                                            weight_decay=config["weight_decay"])
-                          if usual else NOTEBOOK["make_optimizer"](config, self.model))
+        self.optimizer = (
+            torch.optim.AdamW(
+                self.model.parameters(),
+                lr=config["learning_rate"],
+                weight_decay=config["weight_decay"],
+            )
+            if usual
+            else NOTEBOOK["make_optimizer"](config, self.model)
+        )
         self.scaler = torch.amp.GradScaler(common.DEVICE, enabled=self.precision == torch.float16)
 
     def train(self, batches):
         """Train on the batches (`Steps`). Returns frames/s."""
         start = common.clock()
         if self.usual:
-            common.usual_train(self.model, batches, self.criterion, self.optimizer, self.scaler, self.precision)
+            common.usual_train(
+                self.model, batches, self.criterion, self.optimizer, self.scaler, self.precision
+            )
         else:
             self.train_loader = batches
             NOTEBOOK["train"](self)
@@ -72,10 +84,15 @@ def limit(model, batch, repeats):
     """Frames/s if a step were its matrix products and nothing else."""
     seconds = 0
     for i, layer in enumerate(layer for layer in model.modules() if isinstance(layer, nn.Linear)):
-        x, g = (torch.randn(batch, size, device=common.DEVICE).to(DTYPE)
-                for size in (layer.in_features, layer.out_features))
+        x, g = (
+            torch.randn(batch, size, device=common.DEVICE).to(DTYPE)
+            for size in (layer.in_features, layer.out_features)
+        )
         weight, bias = layer.weight.detach().to(DTYPE), layer.bias.detach().to(DTYPE)
-        products = [lambda x=x, w=weight, b=bias: nn.functional.linear(x, w, b), lambda x=x, g=g: g.T @ x]
+        products = [
+            lambda x=x, w=weight, b=bias: nn.functional.linear(x, w, b),
+            lambda x=x, g=g: g.T @ x,
+        ]
         if i:
             products.append(lambda g=g, w=weight: g @ w)
         for product in products:
@@ -91,41 +108,61 @@ def main():
     parser = common.parser(__doc__.splitlines()[0], utterances=(40, 4, 4))
     parser.add_argument("--batch", type=int, default=2048)
     parser.add_argument("--context", type=int, default=50)
-    parser.add_argument("--steps", type=int, default=200 if common.DEVICE == "cuda" else 6, help="a run")
+    parser.add_argument(
+        "--steps", type=int, default=200 if common.DEVICE == "cuda" else 6, help="a run"
+    )
     arguments = parser.parse_args()
     batch, steps = arguments.batch, arguments.steps
     config = {**NOTEBOOK["config"], "context": arguments.context, "batch_size": batch}
     with common.corpus(arguments) as (data, description):
         dataset = helpers.AudioDataset(data, context=config["context"], device=common.DEVICE)
-        usual_data = common.UsualDataset(data, context=config["context"], masks=config["augmentations"])
+        usual_data = common.UsualDataset(
+            data, context=config["context"], masks=config["augmentations"]
+        )
     loader = helpers.make_loader(dataset, batch, shuffle=True)
     if min(len(dataset), len(usual_data)) < batch:
-        raise SystemExit(f"{len(dataset):,} frames are less than a batch of {batch}: take a larger corpus")
+        raise SystemExit(
+            f"{len(dataset):,} frames are less than a batch of {batch}: take a larger corpus"
+        )
     # whole batches only: the speed of the last, smaller one is another one
     loader.sampler.length -= loader.sampler.length % batch
     usual_data.length -= usual_data.length % batch
     usual = Trainer(config, dataset, usual=True)
     workers, speeds = common.best_workers(
-        lambda n: usual.train(Steps(common.usual_loader(usual_data, batch, n), min(steps, 4))))
-    sides = {"usual": (usual, Steps(common.usual_loader(usual_data, batch, workers), steps)),
-             "ours": (Trainer(config, dataset), Steps(loader, steps)),
-             'ours, recipe "original"': (Trainer({**config, **NOTEBOOK["ORIGINAL"]}, dataset), Steps(loader, steps))}
+        lambda n: usual.train(Steps(common.usual_loader(usual_data, batch, n), min(steps, 4)))
+    )
+    sides = {
+        "usual": (usual, Steps(common.usual_loader(usual_data, batch, workers), steps)),
+        "ours": (Trainer(config, dataset), Steps(loader, steps)),
+        'ours, recipe "original"': (
+            Trainer({**config, **NOTEBOOK["ORIGINAL"]}, dataset),
+            Steps(loader, steps),
+        ),
+    }
     for trainer, batches in sides.values():
         trainer.train(Steps(batches.loader, 3))  # memory, libraries; not timed
-    measures = {name: lambda trainer=trainer, batches=batches: trainer.train(batches)
-                for name, (trainer, batches) in sides.items()}
+    measures = {
+        name: lambda trainer=trainer, batches=batches: trainer.train(batches)
+        for name, (trainer, batches) in sides.items()
+    }
     measures[LIMIT] = lambda: limit(usual.model, batch, max(5, steps // 8))
-    common.report("Training", data=f"{description}; {len(dataset):,} training frames",
-                  network=f"pencil, context {config['context']}, batch {batch}, masks {config['augmentations']}",
-                  precision=f"ours and the limit {DTYPE}, usual {usual.precision}", workers=speeds,
-                  runs=f"{arguments.runs} of each side, alternating, {steps} steps each, after a warm-up")
+    common.report(
+        "Training",
+        data=f"{description}; {len(dataset):,} training frames",
+        network=f"pencil, context {config['context']}, batch {batch}, masks {config['augmentations']}",
+        precision=f"ours and the limit {DTYPE}, usual {usual.precision}",
+        workers=speeds,
+        runs=f"{arguments.runs} of each side, alternating, {steps} steps each, after a warm-up",
+    )
     results = common.alternate(measures, arguments.runs)
     common.print_table(results, "frames/s")
     top = results.pop(LIMIT)
     for name, values in results.items():
         # each run against the limit measured right after it, so that a busy machine slows both
         shares = [value / high for value, high in zip(values, top)]
-        print(f"{name}: {statistics.median(shares):.1%} of the limit [{min(shares):.1%} - {max(shares):.1%}]")
+        print(
+            f"{name}: {statistics.median(shares):.1%} of the limit [{min(shares):.1%} - {max(shares):.1%}]"
+        )
     if common.DEVICE == "cuda":
         print(f"peak GPU memory: {torch.cuda.max_memory_allocated() / 2**30:.2f} GiB")
 
