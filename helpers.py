@@ -11,7 +11,7 @@ the windows become batches:
 Sections, and the functions to start with:
 
     Errors and files         DataError, RunError, atomic_write, one_process_at_a_time
-    Config                   check_config
+    Config                   check_config, make_run_config
     Code                     code_of, code_differences
     Device and precision     pick_device, pick_precision
     Reading                  read_partition
@@ -20,7 +20,7 @@ Sections, and the functions to start with:
     Network                  Dropout, scale_dropout, print_layers
     Loss and schedule        loss_weight, check_schedule
     Metrics                  confusion_matrix, boundary_distance, calibration
-    Figures                  draw_frames, draw_phones
+    Figures                  plot_utterance, plot_history, plot_confusion
     Decoding                 viterbi, Decoder
     Checkpoint               save_checkpoint, load_checkpoint, start_or_resume, restore
     Folders, wandb, Drive    runs_folder, start_wandb, log_history, finish_wandb, copy_to_drive
@@ -66,6 +66,8 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from types import SimpleNamespace
 
+import matplotlib
+import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import safetensors.torch
@@ -290,7 +292,62 @@ def map_in_threads(function, jobs):
         pool.shutdown(cancel_futures=True)
 
 
-# ---- Config -------------------------------------------------------------------------------------------------
+# ---- Config --------------------------------------------------------------------------------------
+
+# The keys of the notebook's config: key: (its default, what it may be). That is
+#   (type, lowest, highest), perhaps with other values behind them;
+#   a list of values, with str among them for the name of a run;
+#   str for the name of a folder;
+#   None for the name of a part: an entry in one of the notebook's tables (see its `options`).
+CONFIG_KEYS = {
+    "Name": ("pencil", str),
+    "subset": (1, (float, 1e-9, 1)),
+    "context": (50, (int, 0, 1000)),
+    "archetype": ("pencil", None),
+    "activations": ("leakyrelu", None),
+    "batch_norm": (True, [True, False]),
+    "batchnorm_alternate": (False, [True, False]),
+    "num_layers": (7, (int, 0, 8)),
+    "dropout": (0.225, (float, 0, 0.99)),
+    "dropout_alternate": (True, [True, False]),
+    "weight_initialization": ("kaiming_uniform", None),
+    "optimizers": ("adamw", None),
+    "learning_rate": (0.001, (float, 0, 100)),
+    "weight_decay": (0.001, (float, 0, 100)),
+    "scheduler": ("cosineanneal", None),
+    "epochs": (150, (int, 1, 10**6)),
+    "batch_size": (2048, (int, 2, 10**7)),
+    "augmentations": ("FreqMask", None),
+    "freq_mask_param": (4, (int, 0, 28)),
+    "time_mask_param": (8, (int, 0, 2001)),
+    # added to the course's keys
+    "loss": ("crossentropy", None),
+    "seed": (23, (int, 0, 2**32 - 1)),
+    "start_from": (None, [None, str]),
+    "recipe": ("best", ["best", "original"]),
+    "warp": (0.2, (float, 0, 0.5)),
+    "dropout_scale": ("auto", (float, 0, 4, "auto")),
+    "lr_scale": ("auto", (float, 0, 100, "auto")),
+    "test_warps": (5, (int, 1, 99)),
+    "smoothing": (False, [True, False]),
+    "data": ("auto", ["auto", "practice", "kaggle", "librispeech"]),
+    "competition": ("11785-spring-25-hw-1-p-2", str),
+    "shorten": (True, [True, False]),
+    "wandb": ("auto", ["auto", "online", "offline", "disabled"]),
+    "artifacts": (True, [True, False]),
+    "drive": (False, [True, False]),
+    "kaggle_submit": (False, [True, False]),
+    "ablations": (False, [True, False]),
+}
+DEFAULTS = {key: default for key, (default, _) in CONFIG_KEYS.items()}
+OPTIONS = {key: allowed for key, (_, allowed) in CONFIG_KEYS.items()}
+
+# What config["recipe"] = "original" sets: the course's training, nothing else.
+ORIGINAL = {"warp": 0, "dropout_scale": 1, "lr_scale": 1, "test_warps": 1}
+# What suits the practice corpus, in place of the defaults.
+SHORTER = {"epochs": 3, "batch_size": 512}
+# How runs were trained before these keys existed. (For a key of your own: 0, False or None.)
+BEFORE = {**ORIGINAL, "loss": "crossentropy", "seed": 23, "start_from": None}
 
 
 def _is_name(value):
@@ -306,80 +363,115 @@ def _is_name(value):
 
 
 def _is_one_of(value, allowed):
-    """Is the value among the allowed ones, of the same type too? True is not 1."""
+    """Is the value among the allowed ones, and of the same type? True is not 1."""
     return any(type(value) is type(option) and value == option for option in allowed)
 
 
-def _spelled(value, allowed):
-    """The one of the allowed values that this text stands for, in upper or lower case; other values as they are."""
-    if not isinstance(value, str) or not isinstance(allowed, (list, tuple)):
+def _plain_number(value):
+    """Python's number in place of one of numpy's or a tensor of one element; others as they are."""
+    return value.item() if getattr(value, "ndim", None) == 0 else value
+
+
+def _with_our_capitals(value, allowed):
+    """The allowed value that this text spells in other capitals: "GELU" is "gelu", "None" None."""
+    if isinstance(allowed, tuple):
+        allowed = allowed[3:]  # behind (type, lowest, highest)
+    if not isinstance(value, str) or not isinstance(allowed, (list, tuple)) or value in allowed:
         return value
-    options = (
-        allowed if isinstance(allowed, list) else allowed[3:]
-    )  # behind (type, lowest, highest)
-    alike = [option for option in options if str(option).casefold() == value.casefold()]
-    return value if value in alike or not alike else alike[0]
+    for option in allowed:
+        if str(option).casefold() == value.casefold():
+            return option
+    return value
+
+
+def _fault(value, allowed):
+    """What a value should be instead, as text; None where it is allowed. For `allowed` see above."""
+    if allowed is None:
+        return None
+    if allowed is str:
+        hint = (
+            '1 to 200 characters (bytes in UTF-8) that can name a folder: none of / \\ < > : " | ? '
+            "* [ ], no dot or blank at the ends; and not 'cache'"
+        )
+        return None if _is_name(value) else hint
+    if isinstance(allowed, list):
+        if _is_one_of(value, allowed):
+            return None
+        if str in allowed and isinstance(value, str) and all(map(_is_name, value.split("/"))):
+            return None  # the name of a run; that of a variant has slashes
+        return ", ".join("the name of a run" if each is str else repr(each) for each in allowed)
+    kind, lowest, highest, *others = allowed
+    is_number = isinstance(value, (int, kind)) and not isinstance(value, bool)
+    if is_number and lowest <= value <= highest or _is_one_of(value, others):
+        return None
+    kind = "a whole number" if kind is int else "a number"
+    return " or ".join([f"{lowest} to {highest} ({kind})", *map(repr, others)])
 
 
 def check_config(config, options, defaults=None):
     """A checked copy of a config; numpy's numbers and one-element tensors in it become Python's.
 
-    options: what each key may be: a list of values, with str among them for the name of a run; (type, lowest, highest),
-    with other values behind them; or str for the name of a folder. A text may have other capitals than the option:
-    "GELU" becomes "gelu", "None" None.
-    defaults: the values of keys that are missing; None: they are faults.
-    Raises a ValueError that lists every unknown or missing key and every value that is not allowed.
+    options: what each key may be, as in CONFIG_KEYS. A text may have other capitals than the
+    option: "GELU" becomes "gelu", and "None" None.
+    defaults: the values of missing keys; without it, a missing key is a fault.
+    Raises a ValueError that lists every unknown or missing key and every value not allowed.
 
-    Example: check_config({"epochs": np.int64(3)}, {"epochs": (int, 1, 10)})  # {"epochs": 3}
+    Example:
+        check_config({"epochs": np.int64(3)}, {"epochs": (int, 1, 10)})  # {"epochs": 3}
     """
-    config = {**(defaults or {}), **config}
-    config = {
-        key: value.item() if getattr(value, "ndim", None) == 0 else value
-        for key, value in config.items()
-    }
-    config = {key: _spelled(value, options.get(key)) for key, value in config.items()}
-    faults = [
-        f"unknown key {key!r}; the keys are {', '.join(options)}"
-        for key in config
-        if key not in options
-    ]
-    faults += [f"the key {key!r} is missing" for key in options if key not in config]
-    for key, allowed in options.items():
-        value = config.get(key)
-        if allowed is str:
-            good = _is_name(value)
-            hint = (
-                '1 to 200 characters (bytes in UTF-8) that can name a folder: none of / \\ < > : " | ? * [ ], no '
-                "dot or blank at the ends; and not 'cache'"
-            )
-        elif isinstance(allowed, list):
-            named = (
-                str in allowed and isinstance(value, str) and all(map(_is_name, value.split("/")))
-            )
-            good = named or _is_one_of(value, allowed)
-            hint = ", ".join("the name of a run" if each is str else repr(each) for each in allowed)
-        else:
-            kind, low, high, *others = allowed
-            number = isinstance(value, (int, kind)) and not isinstance(value, bool)
-            good = low <= value <= high if number else _is_one_of(value, others)
-            hint = f"{low} to {high} ({'a whole number' if kind is int else 'a number'})"
-            hint = " or ".join([hint, *map(repr, others)])
-        if key in config and not good:
-            faults.append(f"{key!r} is {value!r}; allowed: {hint}")
+    checked, faults = {}, []
+    for key, value in {**(defaults or {}), **config}.items():
+        if key not in options:
+            faults.append(f"unknown key {key!r}; the keys are {', '.join(options)}")
+            continue
+        value = _with_our_capitals(_plain_number(value), options[key])
+        expected = _fault(value, options[key])
+        if expected is not None:
+            faults.append(f"{key!r} is {value!r}; allowed: {expected}")
+        checked[key] = value
+    faults += [f"the key {key!r} is missing" for key in options if key not in checked]
     if faults:
         raise ValueError("config: " + "\n        ".join(faults))
-    return config
+    return checked
+
+
+def make_run_config(config, options, changes=()):
+    """The config as a run uses it, and the folder of its data (see `get_data`).
+
+    config: the notebook's; what is missing has its default. options: see `check_config`.
+    changes: a dict, such as a variant's; its values win over what follows:
+    `recipe` "original" sets the values of ORIGINAL, and with `shorten`, on the practice corpus,
+    SHORTER replaces the defaults.
+    Raises a ValueError for a bad config, and what `get_data` raises.
+    """
+    config = check_config({**config, **dict(changes)}, options, DEFAULTS)
+    if config["recipe"] == "original":
+        config |= {key: value for key, value in ORIGINAL.items() if key not in changes}
+        if any(config[key] != value for key, value in ORIGINAL.items()):
+            config["recipe"] = "best"  # it has values of its own now, which are to stay
+    data_folder = get_data(config["data"], cache_folder(), config["competition"])
+    if config["shorten"] and data_folder.name == PRACTICE:
+        shortened = [key for key in SHORTER if config[key] == DEFAULTS[key]]
+        config |= {key: SHORTER[key] for key in shortened if key not in changes}
+        if any(key in changes for key in shortened):
+            config["shorten"] = False  # these values are the user's, and are to stay
+    return config, data_folder
+
+
+def update_switches(run, run_config):
+    """Let a trained run follow what the config says now of the prediction and the submission."""
+    for key in ("test_warps", "smoothing", "competition", "artifacts", "kaggle_submit"):
+        run.config[key] = run_config[key]
 
 
 def variant_name(changes):
-    """The name of a variant by its changes to the config, a dict: short enough for a folder, the same each time."""
+    """The name of a variant: its changes to the config, a dict, as text that can name a folder."""
     text = ",".join(f"{key}={value}" for key, value in sorted(changes.items())) or "base"
     name = re.sub(r"[^\w.,=+-]", "_", text)
-    return (
-        name
-        if _is_name(name)
-        else f"{name[:40].strip('.')}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
-    )
+    if _is_name(name):
+        return name
+    digest = hashlib.sha256(text.encode()).hexdigest()[:12]  # too long: the same each time
+    return f"{name[:40].strip('.')}-{digest}"
 
 
 # ---- Code: what a run was made by --------------------------------------------------------------------------
@@ -1318,32 +1410,25 @@ def hidden_layers(model):
     return [layer for layer in layers if layer.out_features != len(PHONEMES)]
 
 
-def scale_dropout(model, config, train_frames, epoch):
-    """Set the rates p of all dropout layers for this epoch, a factor times those that they were made with.
+def scale_dropout(model, factor, by_width):
+    """Set the rate p of every dropout layer to its original rate times a factor, at most 0.99.
 
-    It is config["dropout_scale"]; or "auto": with r training frames per parameter and x = (1.8 / r)^0.6 it goes
-    over config["epochs"] in equal steps from the smaller one of x and 1 / x to x, within 0.1 ... 2. The course's data
-    and network have r = 1.8, so x = 1. Of this factor a layer of n < 1600 units gets n / 1600: in a sum over its units,
-    dropout p is noise in proportion to p / ((1 - p) n). tests/benchmarks/accuracy.md has the measurements behind it.
+    by_width: multiply it by n / 1600 as well in a layer of n < 1600 units: in a sum over its units,
+    dropout p is noise in proportion to p / ((1 - p) n). n is that of the last of the
+    `hidden_layers` defined before it; without one, the layer gets the factor whole.
+    tests/benchmarks/accuracy.md has the measurements behind it.
 
-    n is that of the `hidden_layers` before it in the order of their definition; without one, it gets the factor whole.
-    `functional.dropout` is no layer, and is not scaled. Returns the factor. The rate that a layer was made with is kept
-    as its `rate`.
+    `functional.dropout` is no layer, and is not scaled. A layer's original rate is kept in it as
+    `rate`.
     """
-    auto = config["dropout_scale"] == "auto"
-    scale, share = config["dropout_scale"], 1  # share: of the scale, for the layer's width
-    if auto:
-        x = (1.8 * sum(map(torch.numel, model.parameters())) / train_frames) ** 0.6
-        first, last = (min(max(factor, 0.1), 2) for factor in (min(x, 1 / x), x))
-        scale = first + (last - first) * (epoch - 1) / max(config["epochs"] - 1, 1)
     hidden = {id(layer) for layer in hidden_layers(model)}
+    width_factor = 1
     for layer in model.modules():
-        if auto and id(layer) in hidden:
-            share = min(layer.out_features / 1600, 1)  # of the dropout behind it
+        if by_width and id(layer) in hidden:
+            width_factor = min(layer.out_features / 1600, 1)  # of the dropout behind it
         elif isinstance(layer, DROPOUTS):
             layer.rate = getattr(layer, "rate", layer.p)
-            layer.p = min(scale * share * layer.rate, 0.99)
-    return scale
+            layer.p = min(factor * width_factor * layer.rate, 0.99)
 
 
 def print_layers(model, frames):
@@ -1401,6 +1486,29 @@ def ignore_skipped_steps():
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")
         yield
+
+
+@contextlib.contextmanager
+def explain_out_of_memory(config):
+    """Turn torch's error that the GPU's memory is full into a RunError that says what to change."""
+    try:
+        yield
+    except torch.cuda.OutOfMemoryError:
+        size = config["batch_size"]
+        raise RunError(
+            f"the GPU's memory is too small for batch_size {size}. Restart the kernel; if that "
+            f"does not help, try another config['Name'] with batch_size {max(size // 2, 2)}."
+        ) from None
+
+
+def check_finite(train_loss, val_loss, epoch, config):
+    """Raise a RunError that says what to change if one of the losses of an epoch is not finite."""
+    if not np.isfinite([train_loss, val_loss]).all():
+        raise RunError(
+            f"the loss of epoch {epoch} is not finite; the checkpoint of epoch {epoch - 1} is "
+            "intact. Try, under another config['Name'], the learning rate "
+            f"{config['learning_rate'] / 10:g}, batch_norm, or another weight_initialization."
+        )
 
 
 # ---- Metrics -----------------------------------------------------------------------------------------------
@@ -1487,20 +1595,21 @@ def calibration(confidences, correct, bins=10):
     )
 
 
-# ---- Figures -----------------------------------------------------------------------------------------------
+# ---- Figures -------------------------------------------------------------------------------------
 
 
 def set_up_notebook():
-    """Let figures appear in the notebook, whatever MPLBACKEND says, and tqdm not warn of missing widgets."""
+    """Show figures in the notebook, whatever MPLBACKEND says; no warning if widgets are missing."""
     from IPython import get_ipython
 
-    if shell := get_ipython():
+    shell = get_ipython()
+    if shell is not None:
         shell.run_line_magic("matplotlib", "inline")
-    warnings.filterwarnings("ignore", "IProgress not found")  # its bar is of text then
+    warnings.filterwarnings("ignore", "IProgress not found")  # tqdm's bar is of text then
 
 
 def draw_frames(axis, frames):
-    """Draw MFCCs (T, k) along time into matplotlib's axis: red above the mean, blue below."""
+    """Draw MFCCs (T, k) over time on an axis of matplotlib: red above the mean, blue below."""
     frames = frames.float().cpu().numpy()
     axis.imshow(
         frames.T,
@@ -1512,24 +1621,242 @@ def draw_frames(axis, frames):
         interpolation="nearest",
         extent=(0, len(frames), -0.5, frames.shape[1] - 0.5),
     )
+    axis.set(ylabel="MFCC")
 
 
 def draw_phones(axis, labels, color="black"):
-    """Write the phonemes of labels (T,), an array, along time into an axis of matplotlib, where there is room."""
-    boundaries = [0, *(np.flatnonzero(np.diff(labels)) + 1), len(labels)]
+    """Write the phonemes of labels (T,), an array, over time on an axis, where there is room."""
+    changes = np.flatnonzero(np.diff(labels)) + 1
+    boundaries = [0, *changes, len(labels)]
     for first, end in zip(boundaries, boundaries[1:]):
         axis.axvline(first, color="lightgrey", linewidth=0.5)
         if end - first > 3:
-            axis.text(
-                (first + end) / 2,
-                0.5,
-                PHONEMES[labels[first]].strip("[]"),
-                ha="center",
-                va="center",
-                fontsize=9,
-                color=color,
-            )
+            name = PHONEMES[labels[first]].strip("[]")
+            middle = (first + end) / 2
+            axis.text(middle, 0.5, name, ha="center", va="center", fontsize=9, color=color)
     axis.set(ylim=(0, 1), yticks=[])
+
+
+def plot_utterance(data, i=0, frames=200):
+    """The i-th utterance of an AudioDataset with labels: its MFCCs, its phonemes, and one window.
+
+    frames: only the first ones are drawn, at most so many.
+    """
+    mfccs, labels = data.utterance(i)
+    mfccs, labels = mfccs[:frames], labels[:frames].cpu().numpy()
+    figure, (top, bottom) = plt.subplots(
+        2, 1, figsize=(11, 4), height_ratios=(5, 1), sharex=True, layout="constrained"
+    )
+    draw_frames(top, mfccs)
+    middle = len(mfccs) // 2
+    first, end = middle - data.context, middle + data.context + 1
+    top.axvspan(first, end, facecolor="none", edgecolor="black", linewidth=1.5)
+    top.axvline(middle + 0.5, color="black", linestyle=":")
+    top.set(title=f"Utterance {i}; the box is the window of the frame at the dotted line")
+    draw_phones(bottom, labels)
+    bottom.set(xlabel="frame (10 ms)")
+    plt.show()
+
+
+def plot_windows(windows):
+    """Windows side by side. windows: {title: tensor (2c+1, k)}."""
+    figure, axes = plt.subplots(
+        1, len(windows), figsize=(11, 2.4), sharey=True, layout="constrained", squeeze=False
+    )
+    for axis, (title, window) in zip(axes[0], windows.items()):
+        draw_frames(axis, window)
+        axis.set(title=title, xlabel="frame of the window", ylabel="")
+    axes[0][0].set(ylabel="MFCC")
+    plt.show()
+
+
+def plot_history(history, config):
+    """Loss and accuracy by epoch, the best one marked; below, the learning rate.
+
+    history: dicts, one per epoch, as in `run.history`. Returns the figure.
+    """
+    table = pd.DataFrame(history).set_index("epoch")
+    best = table["val_acc"].idxmax()
+    figure, axes = plt.subplot_mosaic(
+        [["loss", "acc"], ["rate", "rate"]],
+        figsize=(11, 5),
+        height_ratios=(4, 1),
+        layout="constrained",
+    )
+    units = {"loss": (1, f"loss ({config['loss']})"), "acc": (100, "accuracy, % of frames")}
+    for name, (unit, label) in units.items():
+        axis = axes[name]
+        training, validation = unit * table[f"train_{name}"], unit * table[f"val_{name}"]
+        axis.plot(training, ".-", label="training (with masks, warps and dropout)")
+        axis.plot(validation, ".-", label="validation")
+        star = f"best validation accuracy: {table['val_acc'][best]:.2%}, epoch {best}"
+        axis.plot(best, validation[best], "k*", markersize=12, label=star)
+        axis.set(ylabel=label)
+        axis.legend(fontsize=8)
+    axes["rate"].plot(table["learning_rate"], ".-", color="grey")
+    axes["rate"].set(ylabel="learning rate", xlabel="epoch", ylim=(0, None))
+    for axis in axes.values():
+        axis.set_xlim(0.5, max(config["epochs"], len(history)) + 0.5)
+        axis.xaxis.get_major_locator().set_params(integer=True)
+        axis.grid(alpha=0.3)
+    figure.suptitle(f"run: {config['Name']}")
+    return figure
+
+
+def plot_phonemes(by_phoneme, accuracy):
+    """Accuracy of each phoneme, with its number of frames below its name.
+
+    by_phoneme: of `accuracy_by_phoneme`. accuracy: of all frames (0-1), drawn as a line.
+    """
+    percent = 100 * by_phoneme["accuracy"].to_numpy()
+    names = [
+        f"{frames:,}   {phoneme:>5}"
+        for phoneme, frames in zip(by_phoneme["phoneme"], by_phoneme["frames"])
+    ]
+    correlation = by_phoneme[["frames", "accuracy"]].rank().corr().iloc[0, 1]
+    lowest = min(50, 10 * (percent.min() // 10))
+    figure, axis = plt.subplots(figsize=(11, 4), layout="constrained")
+    axis.vlines(range(len(names)), lowest, percent, color="lightsteelblue")
+    axis.plot(range(len(names)), percent, "o", color="steelblue")
+    axis.axhline(100 * accuracy, color="grey", linestyle=":", label=f"all frames: {accuracy:.1%}")
+    axis.set_xticks(range(len(names)), names, rotation=90, fontsize=8, family="monospace")
+    axis.set(
+        ylabel="accuracy (%)",
+        ylim=(lowest, 101),
+        title="Validation accuracy of each phoneme; below its name, its frames "
+        f"(rank correlation {correlation:.2f})",
+    )
+    axis.margins(x=0.01)
+    axis.legend(loc="upper right")
+    plt.show()
+
+
+def plot_confusion(confusion):
+    """A confusion matrix, int64 (42, 42), in % of each true phoneme, grouped by MANNERS."""
+    order = [PHONEMES.index(phoneme) for group in MANNERS.values() for phoneme in group]
+    names = [PHONEMES[i] for i in order]
+    counts = confusion[np.ix_(order, order)]
+    percent = 100 * counts / counts.sum(axis=1, keepdims=True).clip(1)
+    figure, axis = plt.subplots(figsize=(9, 8), layout="constrained")
+    colours = matplotlib.colors.SymLogNorm(linthresh=10, vmin=0, vmax=100)
+    image = axis.imshow(percent, cmap="Blues", norm=colours)
+    axis.set(
+        xlabel="predicted",
+        ylabel="true",
+        title="Confusion matrix, % of each true phoneme's frames (colours linear up to 10%)",
+    )
+    axis.set_xticks(range(len(names)), names, rotation=90, fontsize=7)
+    axis.set_yticks(range(len(names)), names, fontsize=7)
+    edge = -0.5
+    for name, group in MANNERS.items():
+        size = len(group)
+        square = plt.Rectangle((edge, edge), size, size, fill=False, edgecolor="darkorange")
+        axis.add_patch(square)
+        axis.text(len(names), edge + size / 2, name, va="center", fontsize=8, color="darkorange")
+        edge += size
+    figure.colorbar(image, shrink=0.6, pad=0.02, ticks=[0, 2, 5, 10, 100], format="%d")
+    plt.show()
+
+
+def plot_boundaries(truth, correct, offsets):
+    """Accuracy, and the share of all errors, by the distance to the nearest phone boundary.
+
+    truth: integer (n,). correct: bool (n,). offsets: see `boundary_distance`.
+    """
+    distance = boundary_distance(truth, offsets).clip(max=10)
+    frames = np.bincount(distance, minlength=11)
+    errors = np.bincount(distance, ~correct, minlength=11)
+    figure, axis = plt.subplots(figsize=(7, 3.8), layout="constrained")
+    accuracy = 100 * (1 - errors / frames.clip(1))
+    share = 100 * errors / max(errors.sum(), 1)
+    axis.bar(range(11), accuracy, color="steelblue", label="accuracy at this distance")
+    axis.plot(range(11), share, "o-", color="firebrick", label="share of all errors")
+    axis.set_xticks(range(11), [*range(10), "10+"])
+    axis.set(
+        xlabel="frames to the nearest phone boundary",
+        ylabel="%",
+        ylim=(0, 125),
+        title="Validation frames by their distance to a phone boundary",
+    )
+    axis.legend(ncols=2, loc="upper center")
+    plt.show()
+
+
+def plot_calibration(confidences, correct):
+    """Accuracy by confidence. confidences: float (n,), 0-1. correct: bool (n,). See `calibration`."""
+    confidence, accuracy, count, error = calibration(confidences, correct)
+    figure, axis = plt.subplots(figsize=(7, 3.8), layout="constrained")
+    centres = np.arange(5, 100, 10)
+    share = 100 * count / count.sum()
+    axis.bar(centres, share, width=9, color="lightgrey", zorder=0, label="share of the frames")
+    axis.plot([0, 100], [0, 100], ":", color="grey", label="ideal")
+    axis.plot(100 * confidence, 100 * accuracy, "o-", color="steelblue", label="accuracy")
+    axis.set(
+        xlabel="confidence (%)",
+        ylabel="%",
+        title=f"Calibration (expected calibration error {error:.1%})",
+    )
+    axis.legend()
+    plt.show()
+
+
+def pick_utterance(results):
+    """The utterance to look at: of middling accuracy, and changed most by Viterbi.
+
+    results: of the notebook's `evaluate_best`. Of the fifth of the utterances around the median
+    accuracy, it is the one where the largest share of frames differs. Returns its number.
+    """
+    starts, lengths = results.offsets[:-1], np.diff(results.offsets)
+    accuracy = np.add.reduceat(results.correct.astype(int), starts) / lengths
+    changed = np.add.reduceat((results.predicted != results.decoded).astype(int), starts) / lengths
+    ranks = accuracy.argsort().argsort()
+    middling = abs(ranks - len(ranks) // 2) <= len(ranks) // 10
+    return int(np.where(middling, changed, -1).argmax())
+
+
+def plot_prediction(results, data, i, frames=200):
+    """An utterance as it is and as it was predicted: MFCCs, three rows of phonemes, the errors.
+
+    results: of the notebook's `evaluate_best`. data: its validation set. i: the utterance.
+    frames: only the first ones are drawn, at most so many.
+    """
+    first, end = results.offsets[i], results.offsets[i + 1]
+    accuracy = results.correct[first:end].mean()
+    end = min(end, first + frames)
+    figure, axes = plt.subplots(
+        5, 1, figsize=(11, 5.5), height_ratios=(5, 1, 1, 1, 0.5), sharex=True, layout="constrained"
+    )
+    draw_frames(axes[0], data.utterance(i)[0][:frames])
+    axes[0].set(
+        title=f"Validation utterance {i}: the network has {accuracy:.1%} of its frames right"
+    )
+    rows = {
+        "true": (results.truth, "black"),
+        "network": (results.predicted, "navy"),
+        "Viterbi": (results.decoded, "darkgreen"),
+    }
+    for axis, (name, (labels, color)) in zip(axes[1:4], rows.items()):
+        draw_phones(axis, labels[first:end], color)
+        axis.set_ylabel(name, rotation=0, ha="right", va="center")
+    errors = ~results.correct[None, first:end]
+    extent = (0, end - first, 0, 1)
+    axes[4].imshow(errors, aspect="auto", cmap="Reds", vmin=0, vmax=1, extent=extent)
+    axes[4].set(xlabel="frame (10 ms)", yticks=[])
+    axes[4].set_ylabel("errors of\nthe network", rotation=0, ha="right", va="center")
+    plt.show()
+
+
+def plot_runs(runs, names):
+    """Validation accuracy by epoch. runs: {name: (config, history)}. names: in this order."""
+    figure, axis = plt.subplots(figsize=(11, 5), layout="constrained")
+    for name in names:
+        history = pd.DataFrame(runs[name][1])
+        axis.plot(history["epoch"], 100 * history["val_acc"], ".-", label=name)
+    axis.set(xlabel="epoch", ylabel="validation accuracy (%)", title="The best run comes first")
+    axis.xaxis.get_major_locator().set_params(integer=True)
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
+    plt.show()
 
 
 # ---- Decoding ----------------------------------------------------------------------------------------------
