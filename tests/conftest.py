@@ -4,10 +4,9 @@ from pathlib import Path
 import pytest
 import torch
 
-sys.path[:0] = [
-    str(Path(__file__).resolve().parents[1]),
-    str(Path(__file__).with_name("benchmarks")),
-]
+TESTS = Path(__file__).resolve().parent
+sys.path[:0] = [str(TESTS.parent), str(TESTS)]
+pytest.register_assert_rewrite("support")
 
 import helpers  # noqa: E402
 

@@ -5,11 +5,11 @@ import re
 from functools import partial
 from unittest import mock
 
-import kills
 import numpy as np
 import pytest
 import torch
-from notebook import NOTEBOOK, ROOT, TINY, Session, code_cells, wandb_values
+from support import kills
+from support.notebook import NOTEBOOK, ROOT, TINY, Session, code_cells, wandb_values
 from torch import nn
 from torch.optim import lr_scheduler
 from torch.utils.data import ConcatDataset, DataLoader, Subset, WeightedRandomSampler

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from mutations import attempt, take_source, write
-from reference import write_partition
+from support.mutations import attempt, take_source, write
+from support.reference import write_partition
 
 import helpers
 from helpers import AudioDataset, DataError

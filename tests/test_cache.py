@@ -7,12 +7,12 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from unittest.mock import Mock
 
-import kills
 import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from reference import check_windows, packed_equal, read_partition, write_partition
+from support import kills
+from support.reference import check_windows, packed_equal, read_partition, write_partition
 
 import helpers
 from helpers import AudioDataset

@@ -9,8 +9,8 @@ import textwrap
 
 import pytest
 import torch
-from notebook import TINY, Session, code_cells
-from reference import packed_equal, write_partition
+from support.notebook import TINY, Session, code_cells
+from support.reference import packed_equal, write_partition
 
 import helpers
 from helpers import RunError, code_differences, code_of, code_of_network

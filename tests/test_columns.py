@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from notebook import TINY, Session, definitions, run_cells
+from support.notebook import TINY, Session, definitions, run_cells
 
 import helpers
 from helpers import AudioDataset, DataError

@@ -6,7 +6,7 @@ import re
 import numpy as np
 import pytest
 import torch
-from notebook import definitions
+from support.notebook import definitions
 
 import helpers
 

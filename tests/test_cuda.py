@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from notebook import TINY, definitions
+from support.notebook import TINY, definitions
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
     FakeTensor,

@@ -10,8 +10,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from mutations import write
-from reference import FLOAT16, check_windows, read_partition, write_partition
+from support.mutations import write
+from support.reference import FLOAT16, check_windows, read_partition, write_partition
 
 import helpers
 from helpers import PHONEMES, AudioDataset, Batches, make_loader

@@ -11,7 +11,7 @@ from unittest import mock
 
 import pytest
 import torch
-from notebook import ROOT
+from support.notebook import ROOT
 
 import helpers
 from helpers import (

@@ -4,11 +4,11 @@ import re
 import warnings
 from unittest import mock
 
-import kills
 import numpy as np
 import pytest
 import torch
-from notebook import TINY, Session, code_cells, definitions
+from support import kills
+from support.notebook import TINY, Session, code_cells, definitions
 
 import helpers
 from helpers import RunError

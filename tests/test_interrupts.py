@@ -7,11 +7,11 @@ import os
 import random
 import time
 
-import kills
 import numpy as np
 import pytest
 import torch
-from reference import contents
+from support import kills
+from support.reference import contents
 
 import helpers
 

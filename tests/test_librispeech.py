@@ -10,8 +10,8 @@ from unittest.mock import Mock
 
 import numpy as np
 import pytest
-from notebook import ROOT, TINY, run_cells
-from reference import contents, labels_at_centres
+from support.notebook import ROOT, TINY, run_cells
+from support.reference import contents, labels_at_centres
 
 import helpers
 from helpers import DataError, RunError, make_librispeech_corpus

@@ -9,7 +9,7 @@ import nbformat
 import pandas as pd
 import pytest
 from nbclient import NotebookClient
-from notebook import NOTEBOOK, ROOT, TINY, Session, execute, wandb_records, wandb_values
+from support.notebook import NOTEBOOK, ROOT, TINY, Session, execute, wandb_records, wandb_values
 
 import helpers
 

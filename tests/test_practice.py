@@ -12,8 +12,8 @@ from unittest import mock
 import espeakng_loader
 import numpy as np
 import pytest
-from notebook import ROOT
-from reference import contents, labels_at_centres
+from support.notebook import ROOT
+from support.reference import contents, labels_at_centres
 
 import helpers
 from helpers import (

@@ -13,11 +13,11 @@ import sys
 import warnings
 from unittest.mock import Mock
 
-import kills
 import numpy as np
 import pytest
 import torch
-from notebook import TINY, Session, definitions, run_cells
+from support import kills
+from support.notebook import TINY, Session, definitions, run_cells
 
 import helpers
 from helpers import RunError

@@ -4,12 +4,12 @@ import json
 import re
 import shutil
 
-import kills
 import numpy as np
 import pandas as pd
 import pytest
 import torch
-from notebook import NOTEBOOK, TINY, Session, code_cells
+from support import kills
+from support.notebook import NOTEBOOK, TINY, Session, code_cells
 
 import helpers
 from helpers import RunError

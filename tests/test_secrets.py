@@ -7,7 +7,7 @@ import string
 import subprocess
 
 import pytest
-from notebook import ROOT
+from support.notebook import ROOT
 
 # An old wandb key is as long as a git hash: what stands after one of these words is a hash.
 HASH = (

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 from unittest.mock import Mock
 
 import pytest
-from notebook import ROOT, Session, definitions
+from support.notebook import ROOT, Session, definitions
 
 import helpers
 from helpers import DataError, RunError

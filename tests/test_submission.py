@@ -9,7 +9,7 @@ from unittest import mock
 import numpy as np
 import pandas as pd
 import pytest
-from notebook import definitions
+from support.notebook import definitions
 
 import helpers
 from helpers import (

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from notebook import TINY, definitions
+from support.notebook import TINY, definitions
 from torch import nn
 from torchsummaryX import summary
 

@@ -16,8 +16,8 @@ import numpy as np
 import pandas as pd
 import pytest
 import wandb
-from notebook import ROOT, wandb_records, wandb_values
-from wandb_server import WandbServer
+from support.notebook import ROOT, wandb_records, wandb_values
+from support.wandb_server import WandbServer
 
 import helpers
 from helpers import (

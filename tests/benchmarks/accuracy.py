@@ -25,9 +25,9 @@ from pathlib import Path
 
 import common
 import matplotlib.pyplot as plt
-import notebook
 import numpy as np
 import torch
+from support import notebook
 
 import helpers
 

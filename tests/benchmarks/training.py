@@ -11,8 +11,8 @@ import statistics
 from types import SimpleNamespace
 
 import common
-import notebook
 import torch
+from support import notebook
 from torch import nn
 
 import helpers

@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 from unittest import mock
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 NOTEBOOK = ROOT / "hw1p2_starter.ipynb"
 TINY = {
     "archetype": "pyramid",
