@@ -17,20 +17,19 @@ from torch.utils.data import ConcatDataset, DataLoader, Subset, WeightedRandomSa
 import helpers
 from helpers import DataError, RunError
 
-TRAINING, CHECK, RESULTS = "run = make_run(config)\n", "def options", "results = evaluate_best(run)"
-LAST = "# @title The last entries of the wandb run"
+TRAINING, RESULTS = "run = make_run(config)\n", "results = evaluate_best(run)"
+LAST = "helpers.finish_wandb(run, results, submission)"
 QUICK = {**TINY, "batch_size": 128}
 SECTION = (ROOT / "README.md").read_text("utf-8").split("## Change something")[1].split("\n## ")[0]
 BLOCKS = {
     re.search(r'config\.update\(Name="(.*?)"', block)[1]: block
     for block in re.findall(r"```python\n(.*?)```", SECTION, re.S)
 }
-[FOLD] = [
-    block
-    for cell in json.loads(NOTEBOOK.read_text("utf-8"))["cells"]
-    for block in re.findall(r"```python\n(.*?)```", "".join(cell["source"]), re.S)
-    if "fold-0" in block
-]
+CELLS = json.loads(NOTEBOOK.read_text("utf-8"))["cells"]
+TEXT = "\n".join("".join(cell["source"]) for cell in CELLS if cell["cell_type"] == "markdown")
+EXAMPLES = re.findall(r"```python\n(.*?)```", TEXT, re.S)  # in the notebook's texts
+[FOLD] = [block for block in EXAMPLES if "fold-0" in block]
+[TRIAL] = [block for block in EXAMPLES if "def trial" in block]
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -56,10 +55,11 @@ def session(corpus, tmp_path):
 
 
 def run_with(block, runs, data, stop_at_step=None):
-    """The whole notebook with a block of the README before the check; interrupted at this step of the optimizer."""
+    """The whole notebook with a block of the README behind its table; interrupted at this step of the optimizer."""
     session, count, step = Session(runs, data, QUICK), [0], torch.optim.AdamW.step
     cells = code_cells(QUICK)
-    place = next(i for i, source in enumerate(cells) if CHECK in source)
+    [table] = re.findall(r"^([A-Z]+)\[", block, re.M)
+    [place] = [i + 1 for i, source in enumerate(cells) if re.search(rf"^{table} = ", source, re.M)]
 
     def stop(*arguments, **options):
         count[0] += 1
@@ -140,12 +140,17 @@ def test_a_fold_of_links_is_trained_on(session, corpus):
     assert torch.equal(train.utterance(0)[0], helpers.AudioDataset(corpus).utterance(1)[0])
 
 
-def test_a_typing_error_is_refused_before_anything_is_loaded(corpus, tmp_path):
-    for key in ("archetype", "loss", "optimizers", "scheduler", "augmentations"):
+def test_a_typing_error_is_refused_before_the_training(corpus, tmp_path):
+    for key in ("archetype", "loss", "optimizers", "scheduler", "augmentations", "activations"):
         session = Session(tmp_path, corpus, {**TINY, key: "nonsense"})
         with pytest.raises(ValueError, match=f"'{key}' is 'nonsense'; allowed: "):
             session.run_all()
-        assert "train_data" not in session.namespace and "make_network" not in session.namespace
+        assert "make_run" not in session.namespace
+    for key in ("lr", "recipe", "epochs"):  # not the name of a part: before anything is loaded
+        session = Session(tmp_path, corpus, {**TINY, key: "nonsense"})
+        with pytest.raises(ValueError, match=key):
+            session.run_all()
+        assert "load_data" not in session.namespace
 
 
 # ---- Losses ------------------------------------------------------------------------------------------------
@@ -336,9 +341,9 @@ def test_rates_of_a_network_of_ones_own(session, make, width, factor):
     run = session["run"]
     assert run.history[0]["learning_rate"] == pytest.approx(0.001 * factor)
     layers = [layer for layer in run.model.modules() if isinstance(layer, nn.Dropout)]
-    scale = helpers.scale_dropout(run.model, run.config, len(session["train_data"]), 2)
+    scale = session["set_dropout"](run.model, run.config, len(session["train_data"]), 2)
     for epoch in (1, 2, 2):  # the rate that it was made with is not forgotten
-        scale = helpers.scale_dropout(run.model, run.config, len(session["train_data"]), epoch)
+        scale = session["set_dropout"](run.model, run.config, len(session["train_data"]), epoch)
         assert [layer.p for layer in layers] == pytest.approx(
             [scale * 0.25 * (width or 0) / 1600] * len(layers)
         )
@@ -478,17 +483,19 @@ def test_what_a_variant_sets_wins_over_recipe_and_shorten(tmp_path):
     session = Session(tmp_path, changes={"recipe": "original", "data": "practice"})
     session.run_all(until="def load_data")
     (tmp_path / "cache" / "practice-corpus").mkdir(parents=True)
-    original = session["ORIGINAL"]
+    original = helpers.ORIGINAL
     for changes, expected in (
-        ({}, {**original, "epochs": 2, "batch_size": 512}),
-        ({"warp": 0.2}, {**original, "warp": 0.2, "epochs": 2}),
+        ({}, {**original, "epochs": 3, "batch_size": 512}),
+        ({"warp": 0.2}, {**original, "warp": 0.2, "epochs": 3}),
         ({"lr_scale": 4, "epochs": 150}, {**original, "lr_scale": 4, "epochs": 150}),
-        ({"batch_size": 2048}, {"batch_size": 2048, "epochs": 2}),
-        ({"recipe": "best"}, {"warp": 0.2, "lr_scale": "auto", "epochs": 2}),
+        ({"batch_size": 2048}, {"batch_size": 2048, "epochs": 3}),
+        ({"recipe": "best"}, {"warp": 0.2, "lr_scale": "auto", "epochs": 3}),
     ):
-        prepared, _ = session.call("prepare", session["config"], changes)
-        assert {key: prepared[key] for key in expected} == expected
-        assert session.call("prepare", prepared)[0] == prepared  # prepared again, it stays as it is
+        run_config, _ = session.call("make_run_config", session["config"], changes)
+        assert {key: run_config[key] for key in expected} == expected
+        assert (
+            session.call("make_run_config", run_config)[0] == run_config
+        )  # run_config again, it stays as it is
 
 
 def test_variants_of_recipe_original_are_different_runs(session):
@@ -514,7 +521,8 @@ def test_a_trial_of_a_sweep_has_the_whole_config_its_best_accuracy_and_its_files
 
     session = Session(tmp_path, corpus, {**TINY, "recipe": "original"}, wandb_mode="offline")
     session.run_all(until=TRAINING)
-    session.run("def trial")
+    session.run("def run_variant")
+    session.execute(TRIAL)
     session.namespace["base"] = {"num_layers": 3}
     started, init = [], wandb.init
 

@@ -275,7 +275,10 @@ def test_a_run_of_other_code_is_refused_and_the_difference_named(trained, corpus
     [
         ('    """One epoch.', '    """An epoch.'),
         ("tqdm(loader,", "tqdm(loader,  # a bar\n                               "),
-        ('title="Confusion matrix', 'title="Confusions'),  # figures
+        (
+            "helpers.plot_phonemes(results.by_phoneme",
+            "helpers.plot_phonemes(results.by_phoneme[:9]",
+        ),
         ("Mean loss and accuracy (0-1) over all frames.", "Loss and accuracy."),
         (
             '"exponential": Schedule(',

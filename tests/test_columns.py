@@ -161,7 +161,7 @@ def test_both_orders_end_with_the_same_accuracy(corpus, turned, tmp_path, monkey
 def test_unknown_columns_are_trained_on_without_warps_and_it_is_said(corpus, tmp_path, capsys):
     root = copy(corpus, tmp_path / "copy", lambda mfcc: mfcc[:, [*range(13), 27, *range(13, 27)]])
     session = Session(tmp_path / "runs", root, {**TINY, "epochs": 1})
-    session.run_all("# @title Accuracy of each phoneme")
+    session.run_all("helpers.plot_phonemes(results")
     assert (
         capsys.readouterr().out.count("WARNING: these columns are neither HTK's nor torchaudio's")
         >= 2

@@ -21,7 +21,7 @@ def check_config(config):
 def test_the_notebooks_own_config_passes():
     check_config(CONFIG)
     assert set(CONFIG) == set(OPTIONS)
-    assert CONFIG == BOOK["DEFAULTS"]
+    assert CONFIG == helpers.DEFAULTS
     assert all(
         CONFIG[key] == value
         for key, value in {
@@ -185,7 +185,7 @@ STARTER = {  # as a course's starter has it, in other spellings
 
 
 def test_a_starters_config_is_completed_by_our_defaults():
-    config = helpers.check_config(STARTER, OPTIONS, BOOK["DEFAULTS"])
+    config = helpers.check_config(STARTER, OPTIONS, helpers.DEFAULTS)
     assert config == {
         **CONFIG,
         **STARTER,

@@ -16,7 +16,7 @@ from helpers import RunError
 QUICK = {**TINY, "epochs": 2, "batch_size": 1024, "scheduler": "steplr", "dropout_scale": 1}
 TRAINING, RESULTS = "run = make_run(config)\n", "results = evaluate_best(run)"
 SUBMISSION = "predictions = test(run, "
-LAST = "# @title The last entries of the wandb run"
+LAST = "helpers.finish_wandb(run, results, submission)"
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -79,27 +79,27 @@ def test_recipe_original_switches_the_additions_off_and_the_config_stays_as_it_w
     session = Session(tmp_path, corpus, {**TINY, "recipe": "original"})
     session.run_all(until="def load_data")
     off = {"warp": 0, "dropout_scale": 1, "lr_scale": 1, "test_warps": 1}
-    original, _ = session.call("prepare", session["config"])
-    assert session["ORIGINAL"] == off and off.items() <= original.items()
+    original, _ = session.call("make_run_config", session["config"])
+    assert helpers.ORIGINAL == off and off.items() <= original.items()
     assert session["config"]["warp"] == 0.2 and all(
         session["config"][key] != value for key, value in off.items()
     )
     session["config"]["recipe"] = "best"
-    assert session.call("prepare", session["config"])[0] == {**session["config"]}
+    assert session.call("make_run_config", session["config"])[0] == {**session["config"]}
 
 
 def test_a_practice_run_is_shortened_only_where_the_config_has_the_defaults(tmp_path):
     session = Session(tmp_path, changes={"epochs": 150, "batch_size": 2048})
     session.run_all(until="def load_data")
     (tmp_path / "cache" / "practice-corpus").mkdir(parents=True)
-    short = {"epochs": 2, "batch_size": 512}
+    short = {"epochs": 3, "batch_size": 512}
     for changes, expected in (
         ({}, short),
         ({"shorten": False}, {}),
-        ({"epochs": 3}, {"batch_size": 512}),
+        ({"epochs": 4}, {"batch_size": 512}),
     ):
         config = {**session["config"], "data": "practice", **changes}
-        assert session.call("prepare", config)[0] == {**config, **expected}
+        assert session.call("make_run_config", config)[0] == {**config, **expected}
 
 
 def test_the_old_runs_folder_is_free_when_another_one_has_begun(session):
@@ -199,9 +199,9 @@ def test_what_the_user_must_know_is_still_there_when_the_figure_is_drawn(
 def test_every_cell_may_be_run_twice(corpus, tmp_path):
     twice, once = (Session(tmp_path / name, corpus, QUICK, "offline") for name in ("twice", "once"))
     once.run_all()
-    twice.run_all(until="def prepare")
+    twice.run_all(until="def options")
     for source in code_cells()[
-        code_cells().index(next(s for s in code_cells() if s.startswith("def prepare"))) :
+        code_cells().index(next(s for s in code_cells() if "def options" in s)) :
     ]:
         twice.execute(source, source)
     assert weights(twice) == weights(once)
@@ -223,7 +223,7 @@ def test_a_cell_that_needs_what_is_not_there_says_what_to_run_first(corpus, tmp_
             session.execute(source)
         told[source] = True
     bodies = r"#[^\n]*|(def|class) \w+\(.*?(?=\n\S|\Z)"
-    names = r"\b(results|run|train_data|prepared|frames|submission)\b"
+    names = r"\b(results|run|train_data|run_config|train_loader|submission)\b"
     uses = [
         source
         for source in code_cells()
@@ -231,7 +231,7 @@ def test_a_cell_that_needs_what_is_not_there_says_what_to_run_first(corpus, tmp_
     ]
     makes = (
         "run = make_run",
-        "prepared, data_folder =",
+        "run_config, data_folder =",
         "LOSSES = {",
         "MADE_IN",
         "import platform",
@@ -274,7 +274,7 @@ def test_results_of_an_earlier_run_are_not_taken_for_this_ones(session):
     session.run(TRAINING, RESULTS)
     session["config"]["Name"] = "b"
     session.run(TRAINING)
-    for cell in (SUBMISSION, "# @title Accuracy of each phoneme", LAST):
+    for cell in (SUBMISSION, "helpers.plot_phonemes(results", LAST):
         with pytest.raises(
             RunError, match="`results` is not there, or belongs to an earlier run: run section 8"
         ):

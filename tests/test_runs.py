@@ -343,7 +343,7 @@ def test_the_notebook_shows_all_runs(trained, capsys):
     session.namespace |= {name: value for name, value in new_session(trained[0]).namespace.items()}
     shown = []
     session.namespace["show_runs"] = shown.append
-    session.run("if runs := helpers.read_runs():")
+    session.run("runs = helpers.read_runs()")
     assert [*shown[0]] == ["24", "pencil"]
 
 

@@ -446,7 +446,7 @@ def test_dropout_scale_is_a_factor_of_all_rates(book, archetype, scale, expected
     )
     model = book.make_network(config, DATA_28)
     for epoch in (1, 2):
-        assert helpers.scale_dropout(model, config, 1000, epoch) == scale
+        assert book.set_dropout(model, config, 1000, epoch) == scale
         rates = [layer.p for layer in model.model if isinstance(layer, nn.Dropout)]
         assert rates == pytest.approx(expected)
 
@@ -459,7 +459,7 @@ def test_the_fewer_frames_per_parameter_the_more_dropout_in_the_end(book):
     for ratio in (0.001, 0.01, 0.1, 1, 1.8, 10):
         scales = []
         for epoch in range(1, 6):
-            scales.append(helpers.scale_dropout(model, config, round(ratio * parameters), epoch))
+            scales.append(book.set_dropout(model, config, round(ratio * parameters), epoch))
             rates = [layer.p for layer in model.model if isinstance(layer, nn.Dropout)]
             assert rates == pytest.approx(
                 [0.2 * scales[-1] * width / 1600 for width in (512, 256, 128)]
@@ -467,7 +467,7 @@ def test_the_fewer_frames_per_parameter_the_more_dropout_in_the_end(book):
         assert scales == pytest.approx(np.linspace(scales[0], scales[-1], 5))
         ends[ratio] = scales[0], scales[-1]
         assert (
-            helpers.scale_dropout(model, {**config, "epochs": 1}, round(ratio * parameters), 1)
+            book.set_dropout(model, {**config, "epochs": 1}, round(ratio * parameters), 1)
             == scales[0]
         )
     assert (
@@ -490,7 +490,7 @@ def test_a_layer_wider_than_the_pencils_has_no_higher_rate(book):
         epochs=1,
     )
     model = book.make_network(config, DATA_28)
-    assert helpers.scale_dropout(
+    assert book.set_dropout(
         model, config, round(1.8 * sum(map(torch.numel, model.parameters()))), 1
     ) == (pytest.approx(1, abs=1e-3))
     rates = [layer.p for layer in model.model if isinstance(layer, nn.Dropout)]
@@ -503,7 +503,7 @@ def test_dropout_is_scaled_in_every_epoch(book, loaders, tmp_path):
     frames, expected = len(loaders[0].dataset), {}
     [layer, *_] = [layer for layer in run.model.model if isinstance(layer, nn.Dropout)]
     for epoch in (1, 2, 3):
-        helpers.scale_dropout(run.model, config, frames, epoch)
+        book.set_dropout(run.model, config, frames, epoch)
         expected[epoch] = layer.p
     run.model.register_forward_pre_hook(lambda *_: seen.update({loaders[0].sampler.epoch: layer.p}))
     fit(book, run, tmp_path)

@@ -47,7 +47,7 @@ def config_of(recipe, epochs):
     """The config that a recipe's name stands for."""
     config = {**NOTEBOOK["config"], "epochs": epochs, "shorten": False, "wandb": "disabled"}
     if recipe != "best":
-        config |= NOTEBOOK["ORIGINAL"]
+        config |= helpers.ORIGINAL
     if "=" in recipe:
         for change in recipe.removeprefix("original,").split(","):
             key, value = change.split("=")
@@ -60,10 +60,10 @@ def config_of(recipe, epochs):
 
 def narrow(width, match_noise):
     """Make the notebook's pencil `width` units wide; its dropout the same, or the same noise (see above)."""
-    scale_dropout = helpers.scale_dropout
+    set_dropout = NOTEBOOK["set_dropout"]
 
     def matched(model, config, *arguments):
-        scale = scale_dropout(model, config, *arguments)
+        scale = set_dropout(model, config, *arguments)
         if config["dropout_scale"] != "auto":  # which is in proportion to the width on its own
             for layer in (layer for layer in model.model if isinstance(layer, torch.nn.Dropout)):
                 odds = layer.p / (1 - layer.p) * width / WIDTH
@@ -72,7 +72,7 @@ def narrow(width, match_noise):
 
     NOTEBOOK["ARCHETYPES"]["pencil"] = lambda n: [width] * 7
     if match_noise:
-        helpers.scale_dropout = matched
+        NOTEBOOK["set_dropout"] = matched
 
 
 def train(config, seed, arguments):
@@ -83,7 +83,7 @@ def train(config, seed, arguments):
         f"{key}={config[key]}"
         for key in config
         if key not in (*helpers.KEYS_FREE_ON_RESUME, "seed")
-        and (key == "epochs" or config[key] != {**NOTEBOOK["config"], **NOTEBOOK["ORIGINAL"]}[key])
+        and (key == "epochs" or config[key] != {**NOTEBOOK["config"], **helpers.ORIGINAL}[key])
     ]
     network = [f"width={arguments.width}"] * (arguments.width != WIDTH) + [
         "match-noise"
@@ -181,9 +181,7 @@ def main():
                 )
     offsets = helpers.AudioDataset(arguments.data, "dev-clean", 0).offsets.numpy()
     frames = np.diff(offsets)
-    best = {
-        key: value for key, value in config_of("best", 1).items() if key in NOTEBOOK["ORIGINAL"]
-    }
+    best = {key: value for key, value in config_of("best", 1).items() if key in helpers.ORIGINAL}
     ratios = sorted({f"{result['frames_a_parameter']:.2g}" for result in sum(rows.values(), [])})
     common.report(
         "Accuracy",

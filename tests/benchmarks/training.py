@@ -135,7 +135,7 @@ def main():
         "usual": (usual, Steps(common.usual_loader(usual_data, batch, workers), steps)),
         "ours": (Trainer(config, dataset), Steps(loader, steps)),
         'ours, recipe "original"': (
-            Trainer({**config, **NOTEBOOK["ORIGINAL"]}, dataset),
+            Trainer({**config, **helpers.ORIGINAL}, dataset),
             Steps(loader, steps),
         ),
     }

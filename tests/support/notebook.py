@@ -128,11 +128,8 @@ def definitions():
         "OPTIMIZERS",
         "SCHEDULERS",
         "AUGMENTATIONS",
-        "ORIGINAL",
-        "DEFAULTS",
-        "SHORTER",
-        "BEFORE",
-        "SWITCHES",
+        "PENCIL_DROPOUT",
+        "PARTS",
         "MADE_IN",
     }
     namespace = {"__name__": "notebook"}
