@@ -230,8 +230,8 @@ def again(runs, corpus, old=None, new=None, **changes):
     [
         ("torch.rand(()) < 0.7", "torch.rand(()) < 0.5", "`train` has changed"),
         (
-            "[nn.Linear(input_size, output_size), *[nn.LeakyReLU()] * pencil]",
-            "[nn.Linear(input_size, output_size), nn.LeakyReLU(0.5)]",
+            "layers.append(nn.LeakyReLU())",
+            "layers.append(nn.LeakyReLU(0.5))",
             "`Network.__init__` has changed",
         ),
         (
@@ -255,6 +255,7 @@ def again(runs, corpus, old=None, new=None, **changes):
             "3 * (1600 / max(widths))",
             "`learning_rate_scale` has changed",
         ),
+        ("(1.8 * parameters / frames)", "(1.9 * parameters / frames)", "`dropout_factor` has"),
     ],
     ids=lambda text: text[:30],
 )
