@@ -476,6 +476,26 @@ def test_an_epoch_of_one_seed_is_none_of_another():
     assert len(set(orders.values())) == len(orders)
 
 
+# ---- The exercises of the last section ---------------------------------------------------------------------
+
+
+def test_the_exercises_run(corpus, tmp_path, capsys):
+    section = TEXT.split("## 13. What next?")[1]
+    variants, *others = re.findall(r"```python\n(.*?)```", section, re.S)
+    session = Session(tmp_path, corpus, QUICK)
+    session.run_all()
+    session.execute(variants)
+    session.run("trained, failures, ", 'need("trained")')
+    assert len(session["trained"]) == 5 and not session["failures"]
+    capsys.readouterr()
+    session.execute(*others)
+    printed = capsys.readouterr().out
+    rates = [float(rate) for rate in re.findall(r": ([\d.]+) phones per second", printed)]
+    assert len(rates) == 3 and rates[2] < rates[1]  # Viterbi has fewer phones than the network
+    both, two = (float(share) for share in re.findall(r"^([\d.]+)%$", printed, re.M))
+    assert two > both > 10
+
+
 # ---- Variants and sweeps -----------------------------------------------------------------------------------
 
 
