@@ -1,12 +1,15 @@
 """The module behind the notebook hw1p2_starter.ipynb: everything that is not the lesson itself.
 
-It reads from top to bottom as the data flow. A folder of .npy files becomes one array, the array becomes windows, and
-the windows become batches:
+The sections stand in the order in which the data flow. A folder of .npy files becomes one array,
+the array becomes windows, and the windows become batches:
 
-    data = AudioDataset(root, "train-clean-100", context=50)  # root: a folder in the course's layout
+    # root: a folder in the course's layout
+    data = AudioDataset(root, "train-clean-100", context=50)
     maps = warp_maps(0.2, data)
-    for frames, phonemes in make_loader(data, 2048, shuffle=True):  # float16 (2048, 101, 28) and int64 (2048,)
-        mask_frames(warp_frames(frames, maps), "FreqMask")  # in place
+    for frames, phonemes in make_loader(data, 2048, shuffle=True):
+        # frames: float16 (2048, 101, 28), phonemes: int64 (2048,)
+        warp_frames(frames, maps)  # in place
+        mask_frames(frames, "FreqMask")  # in place
 
 Sections, and the functions to start with:
 
@@ -72,13 +75,15 @@ import safetensors.torch
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-# ---- Constants ---------------------------------------------------------------------------------------------
+# ---- Constants -----------------------------------------------------------------------------------
 
 PHONEMES = (
-    "[SIL] AA AE AH AO AW AY B CH D DH EH ER EY F G HH IH IY JH K L M N NG OW OY P R S SH T TH UH UW V W Y "
-    "Z ZH [SOS] [EOS]"
+    "[SIL] AA AE AH AO AW AY B CH D DH EH ER EY F G HH IH IY JH K L M N NG OW OY P R S SH T TH "
+    "UH UW V W Y Z ZH [SOS] [EOS]"
 ).split()
-MANNERS = {  # manner of articulation: its phonemes, in the order of the confusion matrix's picture
+
+# The phonemes by manner of articulation, in the order of the picture of the confusion matrix.
+MANNERS = {
     "silence": ["[SIL]"],
     "vowels": "IY IH EH AE AH ER UW UH AO AA OW EY AY OY AW".split(),
     "glides, liquids": "Y W R L".split(),
@@ -87,14 +92,21 @@ MANNERS = {  # manner of articulation: its phonemes, in the order of the confusi
     "affricates": "CH JH".split(),
     "fricatives": "F V TH DH S Z SH ZH HH".split(),
 }
+
 PARTITIONS = ("train-clean-100", "dev-clean", "test-clean")
-KINDS = ("mfcc", "transcript")  # folders of a partition; test has the first one only
-OLD_SPELLING = {"SIL": "[SIL]", "<sos>": "[SOS]", "<eos>": "[EOS]"}  # of the editions of 2022
+KINDS = ("mfcc", "transcript")  # the folders of a partition; the test partition has only the first
+OLD_SPELLING = {"SIL": "[SIL]", "<sos>": "[SOS]", "<eos>": "[EOS]"}  # in the editions of 2022
 LIFTER = 22  # HTK's default: coefficient i is multiplied by 1 + 11 sin(pi i / 22)
-LIBRISPEECH = "gilkeyio/librispeech-alignments"  # on the Hugging Face hub: 33,861 utterances, 7 GB; 5.3 GB as MFCCs
+
+# A dataset on the Hugging Face hub: 33,861 utterances, 7 GB, which become 5.3 GB of MFCCs.
+LIBRISPEECH = "gilkeyio/librispeech-alignments"
 LIBRISPEECH_REVISION = "0daa1eb43dda38ee6ce752e785555380e5628f5c"  # of 2023-11-22
+
 PRACTICE = "practice-corpus"  # the name of its folder
-EDITIONS = {  # Kaggle's names of the course's competitions, the default first: the folder of their data
+
+# The course's competitions on Kaggle, the default first, each with the name of the folder that its
+# data come in (None: not known).
+EDITIONS = {
     "11785-spring-25-hw-1-p-2": "11785-s25-hw1p2",
     "11785-hw1p2-f24": None,
     "11785-hw-1-p-2-fall-2025-main": "11785-f25-hw1p2",
@@ -102,10 +114,11 @@ EDITIONS = {  # Kaggle's names of the course's competitions, the default first: 
     "hw-1-p-2-fall-2026-student-competition": None,
     "hw-1-p-2-fall-2026-slack-competition": None,
 }
-KAGGLE = Path("/kaggle")  # on Kaggle's own notebooks: input/ is what was attached, working/ is kept
+
+KAGGLE = Path("/kaggle")  # in Kaggle's notebooks: input/ is what was attached, working/ is kept
 
 
-# ---- Errors and files --------------------------------------------------------------------------------------
+# ---- Errors and files ----------------------------------------------------------------------------
 
 
 class DataError(ValueError):
@@ -117,81 +130,103 @@ class RunError(RuntimeError):
 
 
 def path_from_environment(name):
-    """The path in an environment variable, ~ and $VARIABLES expanded; None where it is unset or empty."""
+    """The path in an environment variable, ~ and $VARIABLES expanded; None if unset or empty.
+
+    Raises a RunError if it begins with the home directory of an unknown user.
+    """
     value = os.environ.get(name, "").strip(" \t\r\n'\"")  # %env and .env files keep the quotes
+    if not value:
+        return None
     path = os.path.expanduser(os.path.expandvars(value))
-    if path.startswith("~"):  # left as it is where there is no such user
-        raise RunError(f"{name} is {value}: there is no home directory for {path.split(os.sep)[0]}")
-    return Path(path) if value else None
+    if path.startswith("~"):  # expanduser has not found the user
+        user = path.split(os.sep)[0]
+        raise RunError(f"{name} is {value}: there is no home directory for {user}")
+    return Path(path)
 
 
 def is_clutter(name):
-    """Is this the name of a hidden file, a backup or an archive's extras, which systems and editors leave behind?"""
+    """Is this a hidden file, a backup, or what archives of a Mac add?"""
     return name.startswith((".", "~")) or name.endswith("~") or name == "__MACOSX"
 
 
 def find_files(folder, *patterns):
-    """The sorted paths below a folder that match one of these patterns of `Path.glob`, without clutter."""
-    return sorted(
-        path
-        for pattern in patterns
-        for path in Path(folder).glob(pattern)
-        if not any(map(is_clutter, path.relative_to(folder).parts))
-    )
+    """Sorted paths below a folder that match one of these patterns of `Path.glob`; no clutter."""
+    folder = Path(folder)
+    found = []
+    for pattern in patterns:
+        for path in folder.glob(pattern):
+            parts = path.relative_to(folder).parts
+            if not any(is_clutter(part) for part in parts):
+                found.append(path)
+    return sorted(found)
 
 
 def shorten(text, width=200):
-    """A foreign text, such as an error's, on one line of at most `width` characters, cut between words."""
+    """A foreign text, such as an error message, on one line of at most `width` characters."""
     return textwrap.shorten(str(text), width, placeholder=" ...")
 
 
 def first_ten(lines, more="more"):
-    """The first ten of these lines, and one that counts the others."""
-    rest = len(lines) - 10
-    return lines[:10] + ([f"... and {rest:,} {more}"] if rest > 0 else [])
+    """The first ten of these lines; if there are others, one more line says how many."""
+    others = len(lines) - 10
+    if others <= 0:
+        return lines
+    return [*lines[:10], f"... and {others:,} {more}"]
 
 
 def last_words(text, width=300):
-    """The end of a foreign text, at most `width` characters, beginning with a word."""
-    end = text[-width:]
-    return end if len(text) <= width else re.sub(r"^\S+\s+", "", end)
+    """The end of a foreign text: at most `width` characters, beginning with a whole word."""
+    if len(text) <= width:
+        return text
+    return re.sub(r"^\S+\s+", "", text[-width:])
 
 
 def internet_hint():
-    """A hint for messages about failed downloads: on Kaggle the Internet is a switch. Elsewhere it is empty."""
+    """A hint for messages about failed downloads: Kaggle has a switch; elsewhere it is empty."""
     return " On Kaggle, Settings > Internet must be on." if KAGGLE.is_dir() else ""
 
 
+def _module_name(package):
+    """The module's name for pip's name of a package: torchsummaryX for "torchsummaryX==1.1.0"."""
+    return package.split("=")[0].replace("-", "_")
+
+
 def _can_import(name):
-    """Is there a module of this name? A mere folder of that name beside the notebook is none: it has no origin."""
+    """Is there a module of this name? A mere folder of that name is none: it has no origin."""
     spec = importlib.util.find_spec(name)
     return spec is not None and spec.origin is not None
 
 
 def install(*packages):
-    """Install with pip what cannot be imported yet, such as "torchsummaryX==1.1.0"; a RunError where that fails."""
-    if wanted := [
-        each for each in packages if not _can_import(each.split("=")[0].replace("-", "_"))
-    ]:
-        print("installing", *wanted)
-        command = [sys.executable, "-m", "pip", "install", "--quiet", *wanted]
-        pip = subprocess.run(command, capture_output=True, text=True)
-        if pip.returncode:
-            raise RunError(
-                f"pip could not install {' '.join(wanted)}: {last_words(pip.stderr)}\nIs there a connection?"
-                + internet_hint()
-            )
-        importlib.invalidate_caches()
-        for name in {each.split("=")[0].replace("-", "_") for each in wanted}:
-            sys.modules.pop(name, None)  # a mere folder of that name, imported before
+    """Install those of these packages that cannot be imported yet, with pip.
+
+    packages: as for pip, such as "torchsummaryX==1.1.0".
+    Raises a RunError if pip fails.
+    """
+    missing = [package for package in packages if not _can_import(_module_name(package))]
+    if not missing:
+        return
+    print("installing", *missing)
+    command = [sys.executable, "-m", "pip", "install", "--quiet", *missing]
+    pip = subprocess.run(command, capture_output=True, text=True)
+    if pip.returncode != 0:
+        raise RunError(
+            f"pip could not install {' '.join(missing)}: {last_words(pip.stderr)}\n"
+            f"Is there a connection?{internet_hint()}"
+        )
+    importlib.invalidate_caches()
+    for package in missing:
+        # a mere folder of that name may have been imported before
+        sys.modules.pop(_module_name(package), None)
 
 
 @contextlib.contextmanager
 def atomic_write(path, size):
-    """Give a temporary path beside `path`; flush it and move it into place only if the block succeeds.
+    """Give a temporary path beside `path`, and move it into place if the block succeeds.
 
-    A reader sees the old file or the new one, never a part of it. If it cannot be written, a RunError says how many
-    bytes are needed (`size`) and how many are free.
+    A reader sees the old file or the new one, never a part of it. size: about how many bytes the
+    file will have, for the message.
+    Raises a RunError if it cannot be written, which says how much space is needed and free.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.tmp")
@@ -204,8 +239,9 @@ def atomic_write(path, size):
     except (OSError, safetensors.SafetensorError) as error:
         free = shutil.disk_usage(path.parent).free if path.parent.exists() else 0
         raise RunError(
-            f"{path} could not be written ({error}): {size / 1e6:.1f} MB are needed there, {free / 1e6:.1f} "
-            "MB are free. What was there before is unchanged. Free some space and run again."
+            f"{path} could not be written ({error}): {size / 1e6:.1f} MB are needed there, "
+            f"{free / 1e6:.1f} MB are free. What was there before is unchanged. Free some space "
+            "and run again."
         ) from error
     finally:
         with contextlib.suppress(OSError):
@@ -213,7 +249,7 @@ def atomic_write(path, size):
 
 
 def check_writable(folder):
-    """Return the folder, made if need be; a RunError where files cannot be written into it."""
+    """Make a folder if need be, and return it. Raises a RunError if it cannot be written to."""
     folder = Path(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -227,17 +263,30 @@ def check_writable(folder):
 
 
 class _LockFile(io.FileIO):
-    """A file that closes without a ResourceWarning when it is garbage-collected."""
+    """A file that is closed without a ResourceWarning when it is garbage-collected."""
 
     def __del__(self):
         self.close()
 
 
-def take_lock(path, say=print):
-    """Lock the file `path` for this process until the returned file is closed; None if another process holds the lock.
+def _lock(file):
+    """Lock an open file. BlockingIOError or PermissionError: another process holds the lock."""
+    if os.name == "nt":
+        import msvcrt
 
-    The operating system releases the lock when the process ends, even if it is killed. On a file system without locks
-    `say` gets a warning and the work goes on. Raises a RunError if the file cannot be created.
+        msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+    else:
+        import fcntl
+
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def try_to_lock(path, say=print):
+    """An open file at `path` that this process has locked; None if another one holds the lock.
+
+    The lock is released when the file is closed or the process ends, even if it is killed. On a
+    file system without locks a warning goes to `say`, and the file is returned all the same.
+    Raises a RunError if the file cannot be created.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -245,40 +294,37 @@ def take_lock(path, say=print):
     except OSError as error:
         raise RunError(f"{path.parent} cannot be written to: {error}") from error
     try:
-        if os.name == "nt":
-            import msvcrt
-
-            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
-        else:
-            import fcntl
-
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        _lock(file)
     except (BlockingIOError, PermissionError):
         file.close()
         return None
     except OSError as error:
         say(
-            f"{path} cannot be locked on this file system ({error}): going on without a lock. Do not start a second "
-            "notebook that writes there at the same time."
+            f"{path} cannot be locked on this file system ({error}): going on without a lock. "
+            "Do not start a second notebook that writes there at the same time."
         )
     return file
 
 
 @contextlib.contextmanager
 def one_process_at_a_time(path):
-    """Let one process at a time into the block: a second notebook that makes the file or folder `path` waits."""
-    for attempt in itertools.count():
-        if lock := take_lock(path.with_name(f".{path.name}.lock")):
-            break
-        if attempt == 0:
-            print(f"another notebook is making {path}: waiting for it")
+    """Let one process at a time into the block, which makes the file or folder `path`."""
+    lock_path = path.with_name(f".{path.name}.lock")
+    lock = try_to_lock(lock_path)
+    if lock is None:
+        print(f"another notebook is making {path}: waiting for it")
+    while lock is None:
         time.sleep(0.1)
+        lock = try_to_lock(lock_path)
     with lock:
         yield
 
 
 def map_in_threads(function, jobs):
-    """Yield function(job) for each job, in order. 16 threads work ahead, and end with the generator."""
+    """Yield function(job) for each job, in order.
+
+    16 threads work ahead, by 64 jobs at most. They end with the generator.
+    """
     pool = ThreadPoolExecutor(16)
     try:
         futures = (pool.submit(function, job) for job in jobs)
@@ -382,41 +428,35 @@ def variant_name(changes):
     )
 
 
-# ---- Code: what a run was made by --------------------------------------------------------------------------
+# ---- Code: what a run was made by ----------------------------------------------------------------
+#
+# A run keeps, beside its weights, the code that made them: texts by name, from `code_of`. When it
+# is opened again, these are compared with the texts of the code that is there now. For example:
+#
+#     "train":              "def train(run):\n    for ..."               the source of a function
+#     "mask_frames":        "def mask_frames(frames, ..."               and of one that it calls
+#     "LIFTER":             "22"                                        a constant that one uses
+#     "MyLoss.forward":     "def forward(self, logits, phonemes): ..."  a method of the user's class
+#     "criterion":          "torch.nn.modules.loss.CrossEntropyLoss"    a library's class: its name
+#     "criterion.weight":   "torch.float32 (3,): 1 2 1"                 what an object of it holds
+#     "optimizer":          "torch.optim.sgd.SGD"                       a functools.partial
+#     "optimizer, given":   "momentum=0.9"                              and its arguments
 
-FOR_SPEED = (
-    "fused",
-    "foreach",
-    "capturable",
-)  # options of optimizers that do not change what they compute
-
-
-def _is_ours(thing):
-    """Is this function or class of the notebook, of this file or of another one of the user's, not of a library?"""
-    if inspect.isclass(thing):
-        module = sys.modules.get(thing.__module__)
-        path = getattr(module, "__file__", None) or ""
-        if module is not None and not path and module.__name__ != "__main__":
-            return False  # built in
-    else:
-        path = thing.__code__.co_filename
-    libraries = [
-        sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")
-    ]
-    installed = {"site-packages", "dist-packages"} & set(Path(path).parts)
-    return not installed and not path.startswith(tuple(libraries))
+# Arguments of torch's optimizers that do not change what they compute.
+FOR_SPEED = ("fused", "foreach", "capturable")
 
 
 def _read_source():
+    """The text of this file; None if it cannot be read."""
     with contextlib.suppress(OSError):
         return Path(__file__).read_text("utf-8")
 
 
-_SOURCE = _read_source() or ""  # of this file, as it was imported
+_SOURCE = _read_source() or ""  # as it was imported
 
 
 def edited_hint():
-    """A line for the user where this file was edited after its import; else ""."""
+    """A line for the user if this file was edited after it was imported; else an empty text."""
     if _read_source() in (_SOURCE, None):
         return ""
     return (
@@ -424,34 +464,61 @@ def edited_hint():
     )
 
 
+def _is_ours(thing):
+    """Is this function or class from the notebook, this file or another one of the user's?"""
+    if inspect.isclass(thing):
+        module = sys.modules.get(thing.__module__)
+        path = getattr(module, "__file__", None)
+        if path is None:  # it is from a notebook, or built into Python
+            return module is None or module.__name__ == "__main__"
+    else:
+        path = thing.__code__.co_filename
+    path = Path(path)
+    if "site-packages" in path.parts or "dist-packages" in path.parts:
+        return False
+    return not any(
+        path.is_relative_to(sysconfig.get_path(name)) for name in ("stdlib", "platstdlib")
+    )
+
+
 @functools.lru_cache(100)
 def _sources_in(text):
-    """The sources of all functions and lambdas in a text, by their first line and name.
+    """{(first line, name): source} of all functions and lambdas in the text of a file or cell.
 
-    Of lambdas that begin in one line it is the source of all.
+    Lambdas that begin in the same line share an entry.
     """
-    sources, lines = {}, text.splitlines(keepends=True)
+    lines = text.splitlines(keepends=True)
+    sources = {}
     for node in ast.walk(ast.parse(text)):
-        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+        if isinstance(node, ast.FunctionDef):
             first = min(each.lineno for each in [node, *node.decorator_list])
-            sources[first, node.name] = textwrap.dedent("".join(lines[first - 1 : node.end_lineno]))
+            source = "".join(lines[first - 1 : node.end_lineno])
+            sources[first, node.name] = textwrap.dedent(source)
         elif isinstance(node, ast.Lambda):
-            others = sources.get((node.lineno, "<lambda>"), "")
-            sources[node.lineno, "<lambda>"] = f"{others}({ast.get_source_segment(text, node)})\n"
+            key = node.lineno, "<lambda>"
+            source = f"({ast.get_source_segment(text, node)})\n"
+            sources[key] = sources.get(key, "") + source
     return sources
 
 
 def _source(function):
-    """The source of a function or a lambda; None where it cannot be had, as in a plain Python prompt."""
+    """The source of a function or lambda; None if there is none, as in a plain Python prompt."""
     code = function.__code__
-    imported = code.co_filename == __file__  # the file may have been edited since
-    text = (
-        _SOURCE if imported else "".join(linecache.getlines(code.co_filename, function.__globals__))
-    )
+    if code.co_filename == __file__:
+        text = _SOURCE  # the file may have been edited since
+    else:
+        text = "".join(linecache.getlines(code.co_filename, function.__globals__))
     try:
         return _sources_in(text).get((code.co_firstlineno, code.co_name))
     except SyntaxError:
         return None
+
+
+def _unwrapped(value):
+    """The function inside a decorated one or a method; other values as they are."""
+    if callable(value):
+        value = inspect.unwrap(value)
+    return value.__func__ if inspect.ismethod(value) else value
 
 
 def _is_simple(value):
@@ -461,170 +528,246 @@ def _is_simple(value):
 
 
 def _used_by(function, source):
-    """{name: value} of the functions, classes and CONSTANTS outside a function that its source uses."""
+    """{name: value} of our functions and classes, and of the constants, that a function uses.
+
+    Constants are simple values whose names are in CAPITALS or belong to an enclosing function.
+    """
+    enclosing = function.__code__.co_freevars
     known = dict(function.__globals__)
-    for name, cell in zip(function.__code__.co_freevars, function.__closure__ or ()):
-        with contextlib.suppress(ValueError):  # not assigned yet
+    for name, cell in zip(enclosing, function.__closure__ or ()):
+        with contextlib.suppress(ValueError):  # it has no value yet
             known[name] = cell.cell_contents
-    used = {}
+
+    found = []
     for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.Name):
-            name, value = node.id, known.get(node.id)
+        if isinstance(node, ast.Name) and node.id in known:  # mask_frames
+            found.append((node.id, known[node.id]))
         elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
-            name, owner = node.attr, known.get(node.value.id)
-            value = getattr(owner, name, None) if inspect.ismodule(owner) else None
-        else:
-            continue
-        value = inspect.unwrap(value) if callable(value) else value
-        constant = _is_simple(value) and (name.isupper() or name in function.__code__.co_freevars)
-        code = (inspect.isfunction(value) or inspect.isclass(value)) and _is_ours(value)
-        if constant or code:
+            module = known.get(node.value.id)
+            if inspect.ismodule(module):  # helpers.mask_frames
+                found.append((node.attr, getattr(module, node.attr, None)))
+
+    used = {}
+    for name, value in found:
+        value = _unwrapped(value)
+        is_code = inspect.isfunction(value) or inspect.isclass(value)
+        if is_code and _is_ours(value):
+            used[name] = value
+        elif _is_simple(value) and (name.isupper() or name in enclosing):
             used[name] = value
     return used
 
 
-def _describe(name, value, texts, above=()):
-    """Add to `texts` what a value is, under its name, and what makes it up, under names below that.
+class _Description:
+    """Collects texts that say what values are, and what they are made of.
 
-    above: the ids of the values that this one is a part of; one that is a part of itself ends there.
+    Attributes: `texts`, {name: text}; `unfinished`, the ids of the values of which the one that is
+    being described is a part: a value that is a part of itself ends there.
     """
-    value = inspect.unwrap(value) if callable(value) else value
-    value = value.__func__ if inspect.ismethod(value) else value
-    if id(value) in above and not _is_simple(value):
-        return
-    above += (id(value),)
-    if isinstance(value, functools.partial):
-        _describe(name, value.func, texts, above)
-        given = {**dict(enumerate(value.args)), **value.keywords}
-        simple = {
-            key: each for key, each in given.items() if key not in FOR_SPEED and _is_simple(each)
-        }
-        texts[f"{name}, given"] = (
-            ", ".join(f"{key}={each!r}" for key, each in simple.items()) or "nothing"
-        )
-        for key in given.keys() - simple.keys() - {*FOR_SPEED}:
-            _describe(f"{name}, {key}", given[key], texts, above)
-    elif inspect.isfunction(value) and _is_ours(value):
-        key = name if value.__name__ == "<lambda>" else value.__qualname__
-        source = None if key in texts else _source(value)
-        if key != name:
-            texts.setdefault(name, key)
-        if source is not None:
-            texts[key] = source
-            for used, each in _used_by(value, source).items():
-                enclosed = used in value.__code__.co_freevars
-                _describe(f"{key}, {used}" if enclosed else used, each, texts, above)
-    elif inspect.isfunction(value) or inspect.isclass(value) or inspect.isbuiltin(value):
-        texts.setdefault(name, f"{value.__module__}.{value.__qualname__}")
-        members = (
-            [each for parent in value.__mro__ if _is_ours(parent) for each in vars(parent).values()]
-            if inspect.isclass(value)
-            else []
-        )
-        for member in members:
-            member = getattr(member, "__func__", None) or getattr(member, "fget", None) or member
-            if inspect.isfunction(member):
-                _describe(member.__qualname__, member, texts, above)
-    elif isinstance(value, torch.Tensor):
-        numbers = [f"{each:.4g}" for each in value.flatten()[:1000].tolist()]
-        texts[name] = f"{value.dtype} {tuple(value.shape)}: {' '.join(numbers)}"
-    elif _is_simple(value):
-        texts[name] = repr(value)
-    elif isinstance(value, (dict, list, tuple)):
-        items = value.items() if isinstance(value, dict) else enumerate(value)
-        texts[name] = type(value).__name__
-        for key, each in items:
-            _describe(f"{name}.{key}", each, texts, above)
-    else:  # an object: its class, and what it holds
-        _describe(name, type(value), texts, above)
-        held = {
-            key: each
-            for key, each in getattr(value, "__dict__", {}).items()
-            if not key.startswith("_")
-        }
+
+    def __init__(self):
+        self.texts = {}
+        self.unfinished = []
+
+    def add(self, name, value):
+        """Describe a value under its name, and its parts under names of their own."""
+        value = _unwrapped(value)
+        if _is_simple(value):
+            self.texts[name] = repr(value)
+        elif id(value) not in self.unfinished:
+            self.unfinished.append(id(value))
+            self._add_compound(name, value)
+            self.unfinished.pop()
+
+    def _add_compound(self, name, value):
+        if isinstance(value, functools.partial):
+            self._add_partial(name, value)
+        elif inspect.isfunction(value) and _is_ours(value):
+            self._add_function(name, value)
+        elif inspect.isfunction(value) or inspect.isbuiltin(value):
+            self.texts.setdefault(name, f"{value.__module__}.{value.__qualname__}")
+        elif inspect.isclass(value):
+            self._add_class(name, value)
+        elif isinstance(value, torch.Tensor):
+            numbers = [f"{number:.4g}" for number in value.flatten()[:1000].tolist()]
+            self.texts[name] = f"{value.dtype} {tuple(value.shape)}: {' '.join(numbers)}"
+        elif isinstance(value, dict):
+            self._add_items(name, value, value.items())
+        elif isinstance(value, (list, tuple)):
+            self._add_items(name, value, enumerate(value))
+        else:
+            self._add_object(name, value)
+
+    def _add_items(self, name, container, items):
+        self.texts[name] = type(container).__name__
+        for key, value in items:
+            self.add(f"{name}.{key}", value)
+
+    def _add_partial(self, name, partial):
+        self.add(name, partial.func)
+        arguments = {**dict(enumerate(partial.args)), **partial.keywords}
+        simple = []
+        for key, value in arguments.items():
+            if key in FOR_SPEED:
+                continue
+            if _is_simple(value):
+                simple.append(f"{key}={value!r}")
+            else:
+                self.add(f"{name}, {key}", value)
+        self.texts[f"{name}, given"] = ", ".join(simple) or "nothing"
+
+    def _add_function(self, name, function):
+        """A function of ours: its source, and all that it uses."""
+        if function.__name__ == "<lambda>":
+            key = name
+        else:
+            key = function.__qualname__
+            if key != name:
+                self.texts.setdefault(name, key)
+        if key in self.texts:
+            return
+        source = _source(function)
+        if source is None:
+            return
+        self.texts[key] = source
+        for used, value in _used_by(function, source).items():
+            is_enclosed = used in function.__code__.co_freevars
+            self.add(f"{key}, {used}" if is_enclosed else used, value)
+
+    def _add_class(self, name, kind):
+        """A class: its name, and the functions in it and in those of its bases that are ours."""
+        self.texts.setdefault(name, f"{kind.__module__}.{kind.__qualname__}")
+        for base in kind.__mro__:
+            members = vars(base).values() if _is_ours(base) else ()
+            for member in members:
+                if isinstance(member, (staticmethod, classmethod)):
+                    member = member.__func__
+                elif isinstance(member, property):
+                    member = member.fget
+                if inspect.isfunction(member):
+                    self.add(member.__qualname__, member)
+
+    def _add_object(self, name, value):
+        """An object: its class, and what it holds, if that is simple, a tensor or a function."""
+        self.add(name, type(value))
+        attributes = getattr(value, "__dict__", {})
+        held = {key: part for key, part in attributes.items() if not key.startswith("_")}
         if isinstance(value, torch.nn.Module):
             held.pop("training")
-            held |= {**dict(value.named_parameters()), **dict(value.named_buffers())}
-        for key, each in held.items():
-            if _is_simple(each) or isinstance(each, torch.Tensor) or inspect.isfunction(each):
-                _describe(f"{name}.{key}", each, texts, above)
+            held.update(value.named_parameters())
+            held.update(value.named_buffers())
+        for key, part in held.items():
+            if _is_simple(part) or isinstance(part, torch.Tensor) or inspect.isfunction(part):
+                self.add(f"{name}.{key}", part)
 
 
 def code_of(parts):
-    """What these parts do, as text by name: to be kept with a run, and compared by `code_differences`.
+    """What these parts do, as {name: text}: kept with a run, compared by `code_differences`.
 
-    Of functions and classes of the notebook and of this file it is the source, with that of all functions, classes and
-    CONSTANTS that they use; of other things what they are and what they hold. Where there is no source, there is no
-    text. parts: {name: a function, a class, an object or a container of such}.
+    parts: {name: a function, class or object, or a list, tuple or dict of such}. Of functions and
+    classes of the notebook and of this file it is the source, also of all that they use; of others
+    the name, and what they hold. A function without a source has no text.
     """
-    texts = {}
+    description = _Description()
     for name, part in parts.items():
-        _describe(name, part, texts)
-    return texts
+        description.add(name, part)
+    return description.texts
+
+
+def _settings_of(layer):
+    """What a layer prints of itself, "1600, eps=1e-05", as "1600" and {"eps": "1e-05"}."""
+    unnamed = []
+    named = {}
+    for setting in re.split(r", (?=\w+=)", layer.extra_repr()):
+        if re.match(r"\w+=", setting):
+            key, value = setting.split("=", 1)
+            named[key] = value
+        else:
+            unnamed.append(setting)
+    return ", ".join(unnamed), named
 
 
 def code_of_network(model):
-    """The same for a network: its layers, and the source of those classes that are the user's."""
-    texts = {}
+    """The same for a network: its layers, and the source of those that are the user's own."""
+    description = _Description()
+    texts = description.texts
     for name, layer in model.named_modules():
-        if name.split(".")[-1] != "_orig_mod":  # the inside of a compiled one
-            layer = getattr(layer, "_orig_mod", layer)
-            name = f"layer {name.replace('_orig_mod.', '')}" if name else "network"
-            # each setting by itself: other versions of torch print more or fewer of them
-            settings = re.split(r", (?=\w+=)", layer.extra_repr())
-            named = [setting.split("=", 1) for setting in settings if re.match(r"\w+=", setting)]
-            texts[name] = (
-                f"{type(layer).__name__}({'' if named and len(named) == len(settings) else settings[0]})"
-            )
-            texts |= {f"{name}, {key}": value for key, value in named}
-            if _is_ours(type(layer)):
-                _describe(type(layer).__qualname__, type(layer), texts)
+        # torch.compile puts a layer into another one, under the name _orig_mod: that one counts
+        if name.split(".")[-1] == "_orig_mod":
+            continue
+        layer = getattr(layer, "_orig_mod", layer)
+        name = f"layer {name.replace('_orig_mod.', '')}" if name else "network"
+        # a text for each setting, as other versions of torch print more or fewer of them
+        unnamed, named = _settings_of(layer)
+        texts[name] = f"{type(layer).__name__}({unnamed})"
+        for key, value in named.items():
+            texts[f"{name}, {key}"] = value
+        if _is_ours(type(layer)):
+            description.add(type(layer).__qualname__, type(layer))
     return texts
 
 
-class _Bare(ast.NodeTransformer):
-    """Take docstrings and `torch.compile` out of a syntax tree."""
+class _RemoveExtras(ast.NodeTransformer):
+    """Removes docstrings and `torch.compile` from a syntax tree."""
 
-    def generic_visit(self, node):
-        super().generic_visit(node)
-        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
-            if ast.get_docstring(node, clean=False) is not None:
-                node.body = node.body[1:] or [ast.Pass()]
-            node.decorator_list = [
-                each for each in node.decorator_list if "torch.compile" not in ast.unparse(each)
-            ]
-        if isinstance(node, ast.Call) and ast.unparse(node.func) == "torch.compile" and node.args:
+    def visit_FunctionDef(self, node):
+        self.generic_visit(node)
+        if ast.get_docstring(node, clean=False) is not None:
+            node.body = node.body[1:] or [ast.Pass()]
+        node.decorator_list = [
+            decorator
+            for decorator in node.decorator_list
+            if "torch.compile" not in ast.unparse(decorator)
+        ]
+        return node
+
+    visit_ClassDef = visit_FunctionDef
+
+    def visit_Call(self, node):
+        self.generic_visit(node)
+        if ast.unparse(node.func) == "torch.compile" and node.args:
             return node.args[0]
         return node
 
 
+def _essence(source):
+    """A source without its comments, layout, docstrings and `torch.compile`, as text."""
+    return ast.dump(_RemoveExtras().visit(ast.parse(source)))
+
+
 def _is_same_code(one, other):
-    """Do two sources differ in nothing but comments, layout, docstrings and `torch.compile`?"""
-    try:  # both by the Python that runs now: its syntax trees differ from version to version
-        return (
-            one == other
-            or len({ast.dump(_Bare().visit(ast.parse(each))) for each in (one, other)}) == 1
-        )
-    except SyntaxError:
+    """Do two sources compute the same, as far as their `_essence` tells?"""
+    if one == other:
+        return True
+    try:  # both are parsed now, as the syntax trees differ from one version of Python to another
+        return _essence(one) == _essence(other)
+    except SyntaxError:  # a text that is no source
         return False
 
 
+def _lines_that_differ(old, new):
+    """Lines of two texts, "-" before those of the old one and "+" before those of the new one."""
+    lines = difflib.unified_diff(old.splitlines(), new.splitlines(), n=0, lineterm="")
+    without_header = list(lines)[2:]
+    return [line for line in without_header if not line.startswith("@@")]
+
+
 def code_differences(saved, now):
-    """Lines that say what differs between two results of `code_of`; what only one of them has is no difference."""
+    """Lines that say what differs between two results of `code_of`.
+
+    What only one of them has is no difference.
+    """
     lines = []
-    for name in saved:
-        if name in now and not _is_same_code(saved[name], now[name]):
-            if "\n" in saved[name].strip() + now[name].strip():
-                changes = difflib.unified_diff(
-                    saved[name].splitlines(), now[name].splitlines(), n=0, lineterm=""
-                )
-                changes = [
-                    line for line in [*changes][2:] if not line.startswith("@@")
-                ]  # two lines of a header
-                lines.append(f"`{name}` has changed; - there, + now:")
-                lines += [f"  {line}" for line in first_ten(changes, "more lines")]
-            else:
-                lines.append(f"{name}: {saved[name]} there, {now[name]} now")
+    for name, old in saved.items():
+        new = now.get(name, old)
+        if _is_same_code(old, new):
+            continue
+        if "\n" in old.strip() or "\n" in new.strip():
+            lines.append(f"`{name}` has changed; - there, + now:")
+            changes = first_ten(_lines_that_differ(old, new), "more lines")
+            lines += [f"  {line}" for line in changes]
+        else:
+            lines.append(f"{name}: {old} there, {new} now")
     return lines
 
 
@@ -1667,22 +1810,25 @@ KEYS_FREE_ON_RESUME = (
     "ablations",
 )
 
-_RUN_LOCKS = weakref.WeakValueDictionary()  # path -> lock
+# {path: lock file} of the runs of this process; a file that nobody else refers to leaves it
+_RUN_LOCKS = weakref.WeakValueDictionary()
 
 
 def lock_run(folder, say=print):
-    """Lock a run's folder for this process, until the returned file is closed or garbage-collected; again is harmless.
+    """Lock a run's folder for this process, until the returned file is closed or forgotten.
 
-    Where there are no locks, `say` gets a warning. Raises a RunError if another process holds the lock.
+    To lock it again gives the same file. On a file system without locks a warning goes to `say`.
+    Raises a RunError if another process holds the lock.
     """
     path = Path(folder).resolve() / ".lock"
-    lock = _RUN_LOCKS.get(path)
-    if lock is None or lock.closed:
-        lock = take_lock(path, say)
+    held = _RUN_LOCKS.get(path)
+    if held is not None and not held.closed:
+        return held
+    lock = try_to_lock(path, say)
     if lock is None:
         raise RunError(
-            f"{folder}: another notebook is training in this folder. Stop it (Kernel > Shut Down), or give "
-            "this run another config['Name']."
+            f"{folder}: another notebook is training in this folder. Stop it (Kernel > Shut "
+            "Down), or give this run another config['Name']."
         )
     _RUN_LOCKS[path] = lock
     return lock
