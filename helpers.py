@@ -145,7 +145,7 @@ def path_from_environment(name):
 
 
 def is_clutter(name):
-    """Is this a hidden file, a backup, or what archives of a Mac add?"""
+    """Is this the name of a hidden file, a backup, or what a Mac adds to archives?"""
     return name.startswith((".", "~")) or name.endswith("~") or name == "__MACOSX"
 
 
@@ -446,6 +446,9 @@ def variant_name(changes):
 FOR_SPEED = ("fused", "foreach", "capturable")
 
 
+# Whose code is it, and what is its source?
+
+
 def _read_source():
     """The text of this file; None if it cannot be read."""
     with contextlib.suppress(OSError):
@@ -514,11 +517,16 @@ def _source(function):
         return None
 
 
+# What is a value made of?
+
+
 def _unwrapped(value):
     """The function inside a decorated one or a method; other values as they are."""
     if callable(value):
         value = inspect.unwrap(value)
-    return value.__func__ if inspect.ismethod(value) else value
+    if inspect.ismethod(value):
+        value = value.__func__
+    return value
 
 
 def _is_simple(value):
@@ -618,15 +626,11 @@ class _Description:
 
     def _add_function(self, name, function):
         """A function of ours: its source, and all that it uses."""
-        if function.__name__ == "<lambda>":
-            key = name
-        else:
-            key = function.__qualname__
-            if key != name:
-                self.texts.setdefault(name, key)
-        if key in self.texts:
-            return
-        source = _source(function)
+        is_lambda = function.__name__ == "<lambda>"
+        key = name if is_lambda else function.__qualname__
+        if key != name:
+            self.texts.setdefault(name, key)
+        source = None if key in self.texts else _source(function)
         if source is None:
             return
         self.texts[key] = source
@@ -638,8 +642,9 @@ class _Description:
         """A class: its name, and the functions in it and in those of its bases that are ours."""
         self.texts.setdefault(name, f"{kind.__module__}.{kind.__qualname__}")
         for base in kind.__mro__:
-            members = vars(base).values() if _is_ours(base) else ()
-            for member in members:
+            if not _is_ours(base):
+                continue
+            for member in vars(base).values():
                 if isinstance(member, (staticmethod, classmethod)):
                     member = member.__func__
                 elif isinstance(member, property):
@@ -705,6 +710,9 @@ def code_of_network(model):
         if _is_ours(type(layer)):
             description.add(type(layer).__qualname__, type(layer))
     return texts
+
+
+# Is it the same as before?
 
 
 class _RemoveExtras(ast.NodeTransformer):
@@ -1471,8 +1479,9 @@ def warp_maps(strength, data, count=41, dtype=torch.float32):
     2013.
 
     data: an `AudioDataset`, whose convention says what its columns are (see `columns_of`).
-    Returns `dtype` (count, k, k), on the device of the data: normalised frames @ map are the warped
-    ones. None if the strength is 0 or the convention is not known: then there are no warps.
+    Returns the maps, (count, k, k) of `dtype`, on the device of the data: normalised frames @ map
+    are the warped ones. None if the strength is 0 or the convention is not known: there are no
+    warps then.
     """
     if strength == 0 or data.convention is None:
         return None
@@ -1978,7 +1987,7 @@ _RUN_LOCKS = weakref.WeakValueDictionary()
 def lock_run(folder, say=print):
     """Lock a run's folder for this process, until the returned file is closed or forgotten.
 
-    To lock it again gives the same file. On a file system without locks a warning goes to `say`.
+    Locking it again gives the same file. On a file system without locks a warning goes to `say`.
     Raises a RunError if another process holds the lock.
     """
     path = Path(folder).resolve() / ".lock"
