@@ -954,15 +954,16 @@ def _convert(paths, contents, coefficients):
     Returns what `_mfccs` gives, what `_labels` gives, and a list of what is wrong with the files.
     What is faulty or not there is None.
     """
-    mfccs, labels, faults = None, None, []
+    mfccs = None
+    labels = None
+    faults = []
     with _note_faults(paths[0], faults):
         mfccs = _mfccs(_load_npy(paths[0], contents[0]), coefficients)
     if len(paths) == 2:
         with _note_faults(paths[1], faults):
             labels = _labels(_load_npy(paths[1], contents[1]))
-            frames = len(labels) if mfccs is None else len(mfccs[0])
-            if len(labels) != frames:
-                raise ValueError(f"{len(labels)} phonemes; expected {frames}, one per frame")
+            if mfccs is not None and len(labels) != len(mfccs[0]):
+                raise ValueError(f"{len(labels)} phonemes; expected {len(mfccs[0])}, one per frame")
     return mfccs, labels, faults
 
 
@@ -983,7 +984,11 @@ def _pack(folder, names, kinds, gap):
     print(f"reading {len(names):,} utterances of {folder.name}")
     paths = [[folder / kind / name for kind in kinds] for name in names]  # of each utterance
     mfcc_paths = [files[0] for files in paths]
-    labels, lengths, means, stds, faults = [np.zeros(0, np.uint8)], [], [], [], []
+    faults = []
+    lengths = []
+    means = []
+    stds = []
+    labels = [np.zeros(0, np.uint8)]  # for test nothing else comes
     with warnings.catch_warnings():
         # numpy and Python warn about what stands in a damaged header
         warnings.simplefilter("ignore")
