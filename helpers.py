@@ -1435,7 +1435,7 @@ def mask_frames(frames, augmentations="Both", freq_mask_param=4, time_mask_param
             f"there is no mask {augmentations!r}; expected 'FreqMask', 'TimeMask', 'Both' or None"
         )
     windows, length, coefficients = frames.shape
-    # a product with 0 or 1 is the same for integers of these bits, and five times as fast on a CPU
+    # to multiply by 0 or 1 does the same to integers of these bits, five times as fast on a CPU
     bits = frames.view(torch.int16 if frames.dtype == torch.float16 else torch.int32)
     if augmentations in ("FreqMask", "Both"):
         keep = _draw_masks(windows, coefficients, freq_mask_param, frames.device)
