@@ -1,12 +1,15 @@
 """The module behind the notebook hw1p2_starter.ipynb: everything that is not the lesson itself.
 
-It reads from top to bottom as the data flow. A folder of .npy files becomes one array, the array becomes windows, and
-the windows become batches:
+The sections stand in the order in which the data flow. A folder of .npy files becomes one array,
+the array becomes windows, and the windows become batches:
 
-    data = AudioDataset(root, "train-clean-100", context=50)  # root: a folder in the course's layout
+    # root: a folder in the course's layout
+    data = AudioDataset(root, "train-clean-100", context=50)
     maps = warp_maps(0.2, data)
-    for frames, phonemes in make_loader(data, 2048, shuffle=True):  # float16 (2048, 101, 28) and int64 (2048,)
-        mask_frames(warp_frames(frames, maps), "FreqMask")  # in place
+    for frames, phonemes in make_loader(data, 2048, shuffle=True):
+        # frames: float16 (2048, 101, 28), phonemes: int64 (2048,)
+        warp_frames(frames, maps)  # in place
+        mask_frames(frames, "FreqMask")  # in place
 
 Sections, and the functions to start with:
 
@@ -74,13 +77,15 @@ import safetensors.torch
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-# ---- Constants ---------------------------------------------------------------------------------------------
+# ---- Constants -----------------------------------------------------------------------------------
 
 PHONEMES = (
-    "[SIL] AA AE AH AO AW AY B CH D DH EH ER EY F G HH IH IY JH K L M N NG OW OY P R S SH T TH UH UW V W Y "
-    "Z ZH [SOS] [EOS]"
+    "[SIL] AA AE AH AO AW AY B CH D DH EH ER EY F G HH IH IY JH K L M N NG OW OY P R S SH T TH "
+    "UH UW V W Y Z ZH [SOS] [EOS]"
 ).split()
-MANNERS = {  # manner of articulation: its phonemes, in the order of the confusion matrix's picture
+
+# The phonemes by manner of articulation, in the order of the picture of the confusion matrix.
+MANNERS = {
     "silence": ["[SIL]"],
     "vowels": "IY IH EH AE AH ER UW UH AO AA OW EY AY OY AW".split(),
     "glides, liquids": "Y W R L".split(),
@@ -89,14 +94,21 @@ MANNERS = {  # manner of articulation: its phonemes, in the order of the confusi
     "affricates": "CH JH".split(),
     "fricatives": "F V TH DH S Z SH ZH HH".split(),
 }
+
 PARTITIONS = ("train-clean-100", "dev-clean", "test-clean")
-KINDS = ("mfcc", "transcript")  # folders of a partition; test has the first one only
-OLD_SPELLING = {"SIL": "[SIL]", "<sos>": "[SOS]", "<eos>": "[EOS]"}  # of the editions of 2022
+KINDS = ("mfcc", "transcript")  # the folders of a partition; the test partition has only the first
+OLD_SPELLING = {"SIL": "[SIL]", "<sos>": "[SOS]", "<eos>": "[EOS]"}  # in the editions of 2022
 LIFTER = 22  # HTK's default: coefficient i is multiplied by 1 + 11 sin(pi i / 22)
-LIBRISPEECH = "gilkeyio/librispeech-alignments"  # on the Hugging Face hub: 33,861 utterances, 7 GB; 5.3 GB as MFCCs
+
+# A dataset on the Hugging Face hub: 33,861 utterances, 7 GB, which become 5.3 GB of MFCCs.
+LIBRISPEECH = "gilkeyio/librispeech-alignments"
 LIBRISPEECH_REVISION = "0daa1eb43dda38ee6ce752e785555380e5628f5c"  # of 2023-11-22
+
 PRACTICE = "practice-corpus"  # the name of its folder
-EDITIONS = {  # Kaggle's names of the course's competitions, the default first: the folder of their data
+
+# The course's competitions on Kaggle, the default first, each with the name of the folder that its
+# data come in (None: not known).
+EDITIONS = {
     "11785-spring-25-hw-1-p-2": "11785-s25-hw1p2",
     "11785-hw1p2-f24": None,
     "11785-hw-1-p-2-fall-2025-main": "11785-f25-hw1p2",
@@ -104,10 +116,11 @@ EDITIONS = {  # Kaggle's names of the course's competitions, the default first: 
     "hw-1-p-2-fall-2026-student-competition": None,
     "hw-1-p-2-fall-2026-slack-competition": None,
 }
-KAGGLE = Path("/kaggle")  # on Kaggle's own notebooks: input/ is what was attached, working/ is kept
+
+KAGGLE = Path("/kaggle")  # in Kaggle's notebooks: input/ is what was attached, working/ is kept
 
 
-# ---- Errors and files --------------------------------------------------------------------------------------
+# ---- Errors and files ----------------------------------------------------------------------------
 
 
 class DataError(ValueError):
@@ -119,81 +132,103 @@ class RunError(RuntimeError):
 
 
 def path_from_environment(name):
-    """The path in an environment variable, ~ and $VARIABLES expanded; None where it is unset or empty."""
+    """The path in an environment variable, ~ and $VARIABLES expanded; None if unset or empty.
+
+    Raises a RunError if it begins with the home directory of an unknown user.
+    """
     value = os.environ.get(name, "").strip(" \t\r\n'\"")  # %env and .env files keep the quotes
+    if not value:
+        return None
     path = os.path.expanduser(os.path.expandvars(value))
-    if path.startswith("~"):  # left as it is where there is no such user
-        raise RunError(f"{name} is {value}: there is no home directory for {path.split(os.sep)[0]}")
-    return Path(path) if value else None
+    if path.startswith("~"):  # expanduser has not found the user
+        user = path.split(os.sep)[0]
+        raise RunError(f"{name} is {value}: there is no home directory for {user}")
+    return Path(path)
 
 
 def is_clutter(name):
-    """Is this the name of a hidden file, a backup or an archive's extras, which systems and editors leave behind?"""
+    """Is this the name of a hidden file, a backup, or what a Mac adds to archives?"""
     return name.startswith((".", "~")) or name.endswith("~") or name == "__MACOSX"
 
 
 def find_files(folder, *patterns):
-    """The sorted paths below a folder that match one of these patterns of `Path.glob`, without clutter."""
-    return sorted(
-        path
-        for pattern in patterns
-        for path in Path(folder).glob(pattern)
-        if not any(map(is_clutter, path.relative_to(folder).parts))
-    )
+    """Sorted paths below a folder that match one of these patterns of `Path.glob`; no clutter."""
+    folder = Path(folder)
+    found = []
+    for pattern in patterns:
+        for path in folder.glob(pattern):
+            parts = path.relative_to(folder).parts
+            if not any(is_clutter(part) for part in parts):
+                found.append(path)
+    return sorted(found)
 
 
 def shorten(text, width=200):
-    """A foreign text, such as an error's, on one line of at most `width` characters, cut between words."""
+    """A foreign text, such as an error message, on one line of at most `width` characters."""
     return textwrap.shorten(str(text), width, placeholder=" ...")
 
 
 def first_ten(lines, more="more"):
-    """The first ten of these lines, and one that counts the others."""
-    rest = len(lines) - 10
-    return lines[:10] + ([f"... and {rest:,} {more}"] if rest > 0 else [])
+    """The first ten of these lines; if there are others, one more line says how many."""
+    others = len(lines) - 10
+    if others <= 0:
+        return lines
+    return [*lines[:10], f"... and {others:,} {more}"]
 
 
 def last_words(text, width=300):
-    """The end of a foreign text, at most `width` characters, beginning with a word."""
-    end = text[-width:]
-    return end if len(text) <= width else re.sub(r"^\S+\s+", "", end)
+    """The end of a foreign text: at most `width` characters, beginning with a whole word."""
+    if len(text) <= width:
+        return text
+    return re.sub(r"^\S+\s+", "", text[-width:])
 
 
 def internet_hint():
-    """A hint for messages about failed downloads: on Kaggle the Internet is a switch. Elsewhere it is empty."""
+    """A hint for messages about failed downloads: Kaggle has a switch; elsewhere it is empty."""
     return " On Kaggle, Settings > Internet must be on." if KAGGLE.is_dir() else ""
 
 
+def _module_name(package):
+    """The module's name for pip's name of a package: torchsummaryX for "torchsummaryX==1.1.0"."""
+    return package.split("=")[0].replace("-", "_")
+
+
 def _can_import(name):
-    """Is there a module of this name? A mere folder of that name beside the notebook is none: it has no origin."""
+    """Is there a module of this name? A mere folder of that name is none: it has no origin."""
     spec = importlib.util.find_spec(name)
     return spec is not None and spec.origin is not None
 
 
 def install(*packages):
-    """Install with pip what cannot be imported yet, such as "torchsummaryX==1.1.0"; a RunError where that fails."""
-    if wanted := [
-        each for each in packages if not _can_import(each.split("=")[0].replace("-", "_"))
-    ]:
-        print("installing", *wanted)
-        command = [sys.executable, "-m", "pip", "install", "--quiet", *wanted]
-        pip = subprocess.run(command, capture_output=True, text=True)
-        if pip.returncode:
-            raise RunError(
-                f"pip could not install {' '.join(wanted)}: {last_words(pip.stderr)}\nIs there a connection?"
-                + internet_hint()
-            )
-        importlib.invalidate_caches()
-        for name in {each.split("=")[0].replace("-", "_") for each in wanted}:
-            sys.modules.pop(name, None)  # a mere folder of that name, imported before
+    """Install those of these packages that cannot be imported yet, with pip.
+
+    packages: as for pip, such as "torchsummaryX==1.1.0".
+    Raises a RunError if pip fails.
+    """
+    missing = [package for package in packages if not _can_import(_module_name(package))]
+    if not missing:
+        return
+    print("installing", *missing)
+    command = [sys.executable, "-m", "pip", "install", "--quiet", *missing]
+    pip = subprocess.run(command, capture_output=True, text=True)
+    if pip.returncode != 0:
+        raise RunError(
+            f"pip could not install {' '.join(missing)}: {last_words(pip.stderr)}\n"
+            f"Is there a connection?{internet_hint()}"
+        )
+    importlib.invalidate_caches()
+    for package in missing:
+        # a mere folder of that name may have been imported before
+        sys.modules.pop(_module_name(package), None)
 
 
 @contextlib.contextmanager
 def atomic_write(path, size):
-    """Give a temporary path beside `path`; flush it and move it into place only if the block succeeds.
+    """Give a temporary path beside `path`, and move it into place if the block succeeds.
 
-    A reader sees the old file or the new one, never a part of it. If it cannot be written, a RunError says how many
-    bytes are needed (`size`) and how many are free.
+    A reader sees the old file or the new one, never a part of it. size: about how many bytes the
+    file will have, for the message.
+    Raises a RunError if it cannot be written, which says how much space is needed and free.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.tmp")
@@ -206,8 +241,9 @@ def atomic_write(path, size):
     except (OSError, safetensors.SafetensorError) as error:
         free = shutil.disk_usage(path.parent).free if path.parent.exists() else 0
         raise RunError(
-            f"{path} could not be written ({error}): {size / 1e6:.1f} MB are needed there, {free / 1e6:.1f} "
-            "MB are free. What was there before is unchanged. Free some space and run again."
+            f"{path} could not be written ({error}): {size / 1e6:.1f} MB are needed there, "
+            f"{free / 1e6:.1f} MB are free. What was there before is unchanged. Free some space "
+            "and run again."
         ) from error
     finally:
         with contextlib.suppress(OSError):
@@ -215,7 +251,7 @@ def atomic_write(path, size):
 
 
 def check_writable(folder):
-    """Return the folder, made if need be; a RunError where files cannot be written into it."""
+    """Make a folder if need be, and return it. Raises a RunError if it cannot be written to."""
     folder = Path(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -229,17 +265,30 @@ def check_writable(folder):
 
 
 class _LockFile(io.FileIO):
-    """A file that closes without a ResourceWarning when it is garbage-collected."""
+    """A file that is closed without a ResourceWarning when it is garbage-collected."""
 
     def __del__(self):
         self.close()
 
 
-def take_lock(path, say=print):
-    """Lock the file `path` for this process until the returned file is closed; None if another process holds the lock.
+def _lock(file):
+    """Lock an open file. BlockingIOError or PermissionError: another process holds the lock."""
+    if os.name == "nt":
+        import msvcrt
 
-    The operating system releases the lock when the process ends, even if it is killed. On a file system without locks
-    `say` gets a warning and the work goes on. Raises a RunError if the file cannot be created.
+        msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+    else:
+        import fcntl
+
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def try_to_lock(path, say=print):
+    """An open file at `path` that this process has locked; None if another one holds the lock.
+
+    The lock is released when the file is closed or the process ends, even if it is killed. On a
+    file system without locks a warning goes to `say`, and the file is returned all the same.
+    Raises a RunError if the file cannot be created.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -247,40 +296,37 @@ def take_lock(path, say=print):
     except OSError as error:
         raise RunError(f"{path.parent} cannot be written to: {error}") from error
     try:
-        if os.name == "nt":
-            import msvcrt
-
-            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
-        else:
-            import fcntl
-
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        _lock(file)
     except (BlockingIOError, PermissionError):
         file.close()
         return None
     except OSError as error:
         say(
-            f"{path} cannot be locked on this file system ({error}): going on without a lock. Do not start a second "
-            "notebook that writes there at the same time."
+            f"{path} cannot be locked on this file system ({error}): going on without a lock. "
+            "Do not start a second notebook that writes there at the same time."
         )
     return file
 
 
 @contextlib.contextmanager
 def one_process_at_a_time(path):
-    """Let one process at a time into the block: a second notebook that makes the file or folder `path` waits."""
-    for attempt in itertools.count():
-        if lock := take_lock(path.with_name(f".{path.name}.lock")):
-            break
-        if attempt == 0:
-            print(f"another notebook is making {path}: waiting for it")
+    """Let one process at a time into the block, which makes the file or folder `path`."""
+    lock_path = path.with_name(f".{path.name}.lock")
+    lock = try_to_lock(lock_path)
+    if lock is None:
+        print(f"another notebook is making {path}: waiting for it")
+    while lock is None:
         time.sleep(0.1)
+        lock = try_to_lock(lock_path)
     with lock:
         yield
 
 
 def map_in_threads(function, jobs):
-    """Yield function(job) for each job, in order. 16 threads work ahead, and end with the generator."""
+    """Yield function(job) for each job, in order.
+
+    16 threads work ahead, by 64 jobs at most. They end with the generator.
+    """
     pool = ThreadPoolExecutor(16)
     try:
         futures = (pool.submit(function, job) for job in jobs)
@@ -474,41 +520,38 @@ def variant_name(changes):
     return f"{name[:40].strip('.')}-{digest}"
 
 
-# ---- Code: what a run was made by --------------------------------------------------------------------------
+# ---- Code: what a run was made by ----------------------------------------------------------------
+#
+# A run keeps, beside its weights, the code that made them: texts by name, from `code_of`. When it
+# is opened again, these are compared with the texts of the code that is there now. For example:
+#
+#     "train":              "def train(run):\n    for ..."               the source of a function
+#     "mask_frames":        "def mask_frames(frames, ..."               and of one that it calls
+#     "LIFTER":             "22"                                        a constant that one uses
+#     "MyLoss.forward":     "def forward(self, logits, phonemes): ..."  a method of the user's class
+#     "criterion":          "torch.nn.modules.loss.CrossEntropyLoss"    a library's class: its name
+#     "criterion.weight":   "torch.float32 (3,): 1 2 1"                 what an object of it holds
+#     "optimizer":          "torch.optim.sgd.SGD"                       a functools.partial
+#     "optimizer, given":   "momentum=0.9"                              and its arguments
 
-FOR_SPEED = (
-    "fused",
-    "foreach",
-    "capturable",
-)  # options of optimizers that do not change what they compute
+# Arguments of torch's optimizers that do not change what they compute.
+FOR_SPEED = ("fused", "foreach", "capturable")
 
 
-def _is_ours(thing):
-    """Is this function or class of the notebook, of this file or of another one of the user's, not of a library?"""
-    if inspect.isclass(thing):
-        module = sys.modules.get(thing.__module__)
-        path = getattr(module, "__file__", None) or ""
-        if module is not None and not path and module.__name__ != "__main__":
-            return False  # built in
-    else:
-        path = thing.__code__.co_filename
-    libraries = [
-        sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")
-    ]
-    installed = {"site-packages", "dist-packages"} & set(Path(path).parts)
-    return not installed and not path.startswith(tuple(libraries))
+# Whose code is it, and what is its source?
 
 
 def _read_source():
+    """The text of this file; None if it cannot be read."""
     with contextlib.suppress(OSError):
         return Path(__file__).read_text("utf-8")
 
 
-_SOURCE = _read_source() or ""  # of this file, as it was imported
+_SOURCE = _read_source() or ""  # as it was imported
 
 
 def edited_hint():
-    """A line for the user where this file was edited after its import; else ""."""
+    """A line for the user if this file was edited after it was imported; else an empty text."""
     if _read_source() in (_SOURCE, None):
         return ""
     return (
@@ -516,34 +559,66 @@ def edited_hint():
     )
 
 
+def _is_ours(thing):
+    """Is this function or class from the notebook, this file or another one of the user's?"""
+    if inspect.isclass(thing):
+        module = sys.modules.get(thing.__module__)
+        path = getattr(module, "__file__", None)
+        if path is None:  # it is from a notebook, or built into Python
+            return module is None or module.__name__ == "__main__"
+    else:
+        path = thing.__code__.co_filename
+    path = Path(path)
+    if "site-packages" in path.parts or "dist-packages" in path.parts:
+        return False
+    return not any(
+        path.is_relative_to(sysconfig.get_path(name)) for name in ("stdlib", "platstdlib")
+    )
+
+
 @functools.lru_cache(100)
 def _sources_in(text):
-    """The sources of all functions and lambdas in a text, by their first line and name.
+    """{(first line, name): source} of all functions and lambdas in the text of a file or cell.
 
-    Of lambdas that begin in one line it is the source of all.
+    Lambdas that begin in the same line share an entry.
     """
-    sources, lines = {}, text.splitlines(keepends=True)
+    lines = text.splitlines(keepends=True)
+    sources = {}
     for node in ast.walk(ast.parse(text)):
-        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+        if isinstance(node, ast.FunctionDef):
             first = min(each.lineno for each in [node, *node.decorator_list])
-            sources[first, node.name] = textwrap.dedent("".join(lines[first - 1 : node.end_lineno]))
+            source = "".join(lines[first - 1 : node.end_lineno])
+            sources[first, node.name] = textwrap.dedent(source)
         elif isinstance(node, ast.Lambda):
-            others = sources.get((node.lineno, "<lambda>"), "")
-            sources[node.lineno, "<lambda>"] = f"{others}({ast.get_source_segment(text, node)})\n"
+            key = node.lineno, "<lambda>"
+            source = f"({ast.get_source_segment(text, node)})\n"
+            sources[key] = sources.get(key, "") + source
     return sources
 
 
 def _source(function):
-    """The source of a function or a lambda; None where it cannot be had, as in a plain Python prompt."""
+    """The source of a function or lambda; None if there is none, as in a plain Python prompt."""
     code = function.__code__
-    imported = code.co_filename == __file__  # the file may have been edited since
-    text = (
-        _SOURCE if imported else "".join(linecache.getlines(code.co_filename, function.__globals__))
-    )
+    if code.co_filename == __file__:
+        text = _SOURCE  # the file may have been edited since
+    else:
+        text = "".join(linecache.getlines(code.co_filename, function.__globals__))
     try:
         return _sources_in(text).get((code.co_firstlineno, code.co_name))
     except SyntaxError:
         return None
+
+
+# What is a value made of?
+
+
+def _unwrapped(value):
+    """The function inside a decorated one or a method; other values as they are."""
+    if callable(value):
+        value = inspect.unwrap(value)
+    if inspect.ismethod(value):
+        value = value.__func__
+    return value
 
 
 def _is_simple(value):
@@ -553,227 +628,316 @@ def _is_simple(value):
 
 
 def _used_by(function, source):
-    """{name: value} of the functions, classes and CONSTANTS outside a function that its source uses."""
+    """{name: value} of our functions and classes, and of the constants, that a function uses.
+
+    Constants are simple values whose names are in CAPITALS or belong to an enclosing function.
+    """
+    enclosing = function.__code__.co_freevars
     known = dict(function.__globals__)
-    for name, cell in zip(function.__code__.co_freevars, function.__closure__ or ()):
-        with contextlib.suppress(ValueError):  # not assigned yet
+    for name, cell in zip(enclosing, function.__closure__ or ()):
+        with contextlib.suppress(ValueError):  # it has no value yet
             known[name] = cell.cell_contents
-    used = {}
+
+    found = []
     for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.Name):
-            name, value = node.id, known.get(node.id)
+        if isinstance(node, ast.Name) and node.id in known:  # mask_frames
+            found.append((node.id, known[node.id]))
         elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
-            name, owner = node.attr, known.get(node.value.id)
-            value = getattr(owner, name, None) if inspect.ismodule(owner) else None
-        else:
-            continue
-        value = inspect.unwrap(value) if callable(value) else value
-        constant = _is_simple(value) and (name.isupper() or name in function.__code__.co_freevars)
-        code = (inspect.isfunction(value) or inspect.isclass(value)) and _is_ours(value)
-        if constant or code:
+            module = known.get(node.value.id)
+            if inspect.ismodule(module):  # helpers.mask_frames
+                found.append((node.attr, getattr(module, node.attr, None)))
+
+    used = {}
+    for name, value in found:
+        value = _unwrapped(value)
+        is_code = inspect.isfunction(value) or inspect.isclass(value)
+        if is_code and _is_ours(value):
+            used[name] = value
+        elif _is_simple(value) and (name.isupper() or name in enclosing):
             used[name] = value
     return used
 
 
-def _describe(name, value, texts, above=()):
-    """Add to `texts` what a value is, under its name, and what makes it up, under names below that.
+class _Description:
+    """Collects texts that say what values are, and what they are made of.
 
-    above: the ids of the values that this one is a part of; one that is a part of itself ends there.
+    Attributes: `texts`, {name: text}; `unfinished`, the ids of the values of which the one that is
+    being described is a part: a value that is a part of itself ends there.
     """
-    value = inspect.unwrap(value) if callable(value) else value
-    value = value.__func__ if inspect.ismethod(value) else value
-    if id(value) in above and not _is_simple(value):
-        return
-    above += (id(value),)
-    if isinstance(value, functools.partial):
-        _describe(name, value.func, texts, above)
-        given = {**dict(enumerate(value.args)), **value.keywords}
-        simple = {
-            key: each for key, each in given.items() if key not in FOR_SPEED and _is_simple(each)
-        }
-        texts[f"{name}, given"] = (
-            ", ".join(f"{key}={each!r}" for key, each in simple.items()) or "nothing"
-        )
-        for key in given.keys() - simple.keys() - {*FOR_SPEED}:
-            _describe(f"{name}, {key}", given[key], texts, above)
-    elif inspect.isfunction(value) and _is_ours(value):
-        key = name if value.__name__ == "<lambda>" else value.__qualname__
-        source = None if key in texts else _source(value)
+
+    def __init__(self):
+        self.texts = {}
+        self.unfinished = []
+
+    def add(self, name, value):
+        """Describe a value under its name, and its parts under names of their own."""
+        value = _unwrapped(value)
+        if _is_simple(value):
+            self.texts[name] = repr(value)
+        elif id(value) not in self.unfinished:
+            self.unfinished.append(id(value))
+            self._add_compound(name, value)
+            self.unfinished.pop()
+
+    def _add_compound(self, name, value):
+        if isinstance(value, functools.partial):
+            self._add_partial(name, value)
+        elif inspect.isfunction(value) and _is_ours(value):
+            self._add_function(name, value)
+        elif inspect.isfunction(value) or inspect.isbuiltin(value):
+            self.texts.setdefault(name, f"{value.__module__}.{value.__qualname__}")
+        elif inspect.isclass(value):
+            self._add_class(name, value)
+        elif isinstance(value, torch.Tensor):
+            numbers = [f"{number:.4g}" for number in value.flatten()[:1000].tolist()]
+            self.texts[name] = f"{value.dtype} {tuple(value.shape)}: {' '.join(numbers)}"
+        elif isinstance(value, dict):
+            self._add_items(name, value, value.items())
+        elif isinstance(value, (list, tuple)):
+            self._add_items(name, value, enumerate(value))
+        else:
+            self._add_object(name, value)
+
+    def _add_items(self, name, container, items):
+        self.texts[name] = type(container).__name__
+        for key, value in items:
+            self.add(f"{name}.{key}", value)
+
+    def _add_partial(self, name, partial):
+        self.add(name, partial.func)
+        arguments = {**dict(enumerate(partial.args)), **partial.keywords}
+        simple = []
+        for key, value in arguments.items():
+            if key in FOR_SPEED:
+                continue
+            if _is_simple(value):
+                simple.append(f"{key}={value!r}")
+            else:
+                self.add(f"{name}, {key}", value)
+        self.texts[f"{name}, given"] = ", ".join(simple) or "nothing"
+
+    def _add_function(self, name, function):
+        """A function of ours: its source, and all that it uses."""
+        is_lambda = function.__name__ == "<lambda>"
+        key = name if is_lambda else function.__qualname__
         if key != name:
-            texts.setdefault(name, key)
-        if source is not None:
-            texts[key] = source
-            for used, each in _used_by(value, source).items():
-                enclosed = used in value.__code__.co_freevars
-                _describe(f"{key}, {used}" if enclosed else used, each, texts, above)
-    elif inspect.isfunction(value) or inspect.isclass(value) or inspect.isbuiltin(value):
-        texts.setdefault(name, f"{value.__module__}.{value.__qualname__}")
-        members = (
-            [each for parent in value.__mro__ if _is_ours(parent) for each in vars(parent).values()]
-            if inspect.isclass(value)
-            else []
-        )
-        for member in members:
-            member = getattr(member, "__func__", None) or getattr(member, "fget", None) or member
-            if inspect.isfunction(member):
-                _describe(member.__qualname__, member, texts, above)
-    elif isinstance(value, torch.Tensor):
-        numbers = [f"{each:.4g}" for each in value.flatten()[:1000].tolist()]
-        texts[name] = f"{value.dtype} {tuple(value.shape)}: {' '.join(numbers)}"
-    elif _is_simple(value):
-        texts[name] = repr(value)
-    elif isinstance(value, (dict, list, tuple)):
-        items = value.items() if isinstance(value, dict) else enumerate(value)
-        texts[name] = type(value).__name__
-        for key, each in items:
-            _describe(f"{name}.{key}", each, texts, above)
-    else:  # an object: its class, and what it holds
-        _describe(name, type(value), texts, above)
-        held = {
-            key: each
-            for key, each in getattr(value, "__dict__", {}).items()
-            if not key.startswith("_")
-        }
+            self.texts.setdefault(name, key)
+        source = None if key in self.texts else _source(function)
+        if source is None:
+            return
+        self.texts[key] = source
+        for used, value in _used_by(function, source).items():
+            is_enclosed = used in function.__code__.co_freevars
+            self.add(f"{key}, {used}" if is_enclosed else used, value)
+
+    def _add_class(self, name, kind):
+        """A class: its name, and the functions in it and in those of its bases that are ours."""
+        self.texts.setdefault(name, f"{kind.__module__}.{kind.__qualname__}")
+        for base in kind.__mro__:
+            if not _is_ours(base):
+                continue
+            for member in vars(base).values():
+                if isinstance(member, (staticmethod, classmethod)):
+                    member = member.__func__
+                elif isinstance(member, property):
+                    member = member.fget
+                if inspect.isfunction(member):
+                    self.add(member.__qualname__, member)
+
+    def _add_object(self, name, value):
+        """An object: its class, and what it holds, if that is simple, a tensor or a function."""
+        self.add(name, type(value))
+        attributes = getattr(value, "__dict__", {})
+        held = {key: part for key, part in attributes.items() if not key.startswith("_")}
         if isinstance(value, torch.nn.Module):
             held.pop("training")
-            held |= {**dict(value.named_parameters()), **dict(value.named_buffers())}
-        for key, each in held.items():
-            if _is_simple(each) or isinstance(each, torch.Tensor) or inspect.isfunction(each):
-                _describe(f"{name}.{key}", each, texts, above)
+            held.update(value.named_parameters())
+            held.update(value.named_buffers())
+        for key, part in held.items():
+            if _is_simple(part) or isinstance(part, torch.Tensor) or inspect.isfunction(part):
+                self.add(f"{name}.{key}", part)
 
 
 def code_of(parts):
-    """What these parts do, as text by name: to be kept with a run, and compared by `code_differences`.
+    """What these parts do, as {name: text}: kept with a run, compared by `code_differences`.
 
-    Of functions and classes of the notebook and of this file it is the source, with that of all functions, classes and
-    CONSTANTS that they use; of other things what they are and what they hold. Where there is no source, there is no
-    text. parts: {name: a function, a class, an object or a container of such}.
+    parts: {name: a function, class or object, or a list, tuple or dict of such}. Of functions and
+    classes of the notebook and of this file it is the source, also of all that they use; of others
+    the name, and what they hold. A function without a source has no text.
     """
-    texts = {}
+    description = _Description()
     for name, part in parts.items():
-        _describe(name, part, texts)
-    return texts
+        description.add(name, part)
+    return description.texts
+
+
+def _settings_of(layer):
+    """What a layer prints of itself, "1600, eps=1e-05", as "1600" and {"eps": "1e-05"}."""
+    unnamed = []
+    named = {}
+    for setting in re.split(r", (?=\w+=)", layer.extra_repr()):
+        if re.match(r"\w+=", setting):
+            key, value = setting.split("=", 1)
+            named[key] = value
+        else:
+            unnamed.append(setting)
+    return ", ".join(unnamed), named
 
 
 def code_of_network(model):
-    """The same for a network: its layers, and the source of those classes that are the user's."""
-    texts = {}
+    """The same for a network: its layers, and the source of those that are the user's own."""
+    description = _Description()
+    texts = description.texts
     for name, layer in model.named_modules():
-        if name.split(".")[-1] != "_orig_mod":  # the inside of a compiled one
-            layer = getattr(layer, "_orig_mod", layer)
-            name = f"layer {name.replace('_orig_mod.', '')}" if name else "network"
-            # each setting by itself: other versions of torch print more or fewer of them
-            settings = re.split(r", (?=\w+=)", layer.extra_repr())
-            named = [setting.split("=", 1) for setting in settings if re.match(r"\w+=", setting)]
-            texts[name] = (
-                f"{type(layer).__name__}({'' if named and len(named) == len(settings) else settings[0]})"
-            )
-            texts |= {f"{name}, {key}": value for key, value in named}
-            if _is_ours(type(layer)):
-                _describe(type(layer).__qualname__, type(layer), texts)
+        # torch.compile puts a layer into another one, under the name _orig_mod: that one counts
+        if name.split(".")[-1] == "_orig_mod":
+            continue
+        layer = getattr(layer, "_orig_mod", layer)
+        name = f"layer {name.replace('_orig_mod.', '')}" if name else "network"
+        # a text for each setting, as other versions of torch print more or fewer of them
+        unnamed, named = _settings_of(layer)
+        texts[name] = f"{type(layer).__name__}({unnamed})"
+        for key, value in named.items():
+            texts[f"{name}, {key}"] = value
+        if _is_ours(type(layer)):
+            description.add(type(layer).__qualname__, type(layer))
     return texts
 
 
-class _Bare(ast.NodeTransformer):
-    """Take docstrings and `torch.compile` out of a syntax tree."""
+# Is it the same as before?
 
-    def generic_visit(self, node):
-        super().generic_visit(node)
-        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
-            if ast.get_docstring(node, clean=False) is not None:
-                node.body = node.body[1:] or [ast.Pass()]
-            node.decorator_list = [
-                each for each in node.decorator_list if "torch.compile" not in ast.unparse(each)
-            ]
-        if isinstance(node, ast.Call) and ast.unparse(node.func) == "torch.compile" and node.args:
+
+class _RemoveExtras(ast.NodeTransformer):
+    """Removes docstrings and `torch.compile` from a syntax tree."""
+
+    def visit_FunctionDef(self, node):
+        self.generic_visit(node)
+        if ast.get_docstring(node, clean=False) is not None:
+            node.body = node.body[1:] or [ast.Pass()]
+        node.decorator_list = [
+            decorator
+            for decorator in node.decorator_list
+            if "torch.compile" not in ast.unparse(decorator)
+        ]
+        return node
+
+    visit_ClassDef = visit_FunctionDef
+
+    def visit_Call(self, node):
+        self.generic_visit(node)
+        if ast.unparse(node.func) == "torch.compile" and node.args:
             return node.args[0]
         return node
 
 
+def _essence(source):
+    """A source without its comments, layout, docstrings and `torch.compile`, as text."""
+    return ast.dump(_RemoveExtras().visit(ast.parse(source)))
+
+
 def _is_same_code(one, other):
-    """Do two sources differ in nothing but comments, layout, docstrings and `torch.compile`?"""
-    try:  # both by the Python that runs now: its syntax trees differ from version to version
-        return (
-            one == other
-            or len({ast.dump(_Bare().visit(ast.parse(each))) for each in (one, other)}) == 1
-        )
-    except SyntaxError:
+    """Do two sources compute the same, as far as their `_essence` tells?"""
+    if one == other:
+        return True
+    try:  # both are parsed now, as the syntax trees differ from one version of Python to another
+        return _essence(one) == _essence(other)
+    except SyntaxError:  # a text that is no source
         return False
 
 
+def _lines_that_differ(old, new):
+    """Lines of two texts, "-" before those of the old one and "+" before those of the new one."""
+    lines = difflib.unified_diff(old.splitlines(), new.splitlines(), n=0, lineterm="")
+    without_header = list(lines)[2:]
+    return [line for line in without_header if not line.startswith("@@")]
+
+
 def code_differences(saved, now):
-    """Lines that say what differs between two results of `code_of`; what only one of them has is no difference."""
+    """Lines that say what differs between two results of `code_of`.
+
+    What only one of them has is no difference.
+    """
     lines = []
-    for name in saved:
-        if name in now and not _is_same_code(saved[name], now[name]):
-            if "\n" in saved[name].strip() + now[name].strip():
-                changes = difflib.unified_diff(
-                    saved[name].splitlines(), now[name].splitlines(), n=0, lineterm=""
-                )
-                changes = [
-                    line for line in [*changes][2:] if not line.startswith("@@")
-                ]  # two lines of a header
-                lines.append(f"`{name}` has changed; - there, + now:")
-                lines += [f"  {line}" for line in first_ten(changes, "more lines")]
-            else:
-                lines.append(f"{name}: {saved[name]} there, {now[name]} now")
+    for name, old in saved.items():
+        new = now.get(name, old)
+        if _is_same_code(old, new):
+            continue
+        if "\n" in old.strip() or "\n" in new.strip():
+            lines.append(f"`{name}` has changed; - there, + now:")
+            changes = first_ten(_lines_that_differ(old, new), "more lines")
+            lines += [f"  {line}" for line in changes]
+        else:
+            lines.append(f"{name}: {old} there, {new} now")
     return lines
 
 
-# ---- Device and precision ----------------------------------------------------------------------------------
+# ---- Device and precision ------------------------------------------------------------------------
 
 
 def pick_device():
-    """(device, its name): "cuda", "mps" or "cpu"; a RunError where there is a GPU that this torch cannot use."""
+    """(device, its name): the device is "cuda", "mps" or "cpu".
+
+    Raises a RunError if there is a GPU that this torch cannot use.
+    """
     if not torch.cuda.is_available():
         if torch.backends.mps.is_available():
             return "mps", f"{platform.machine()} Apple GPU"
         return "cpu", f"{platform.machine()} CPU, {os.cpu_count()} cores"
     name = torch.cuda.get_device_name()
     try:
-        torch.ones(
-            8, device="cuda"
-        ).sum().item()  # an old GPU is "available" and fails at its first operation
+        # a GPU that is too old is "available", and fails at its first operation
+        torch.ones(8, device="cuda").sum().item()
     except RuntimeError as error:
         raise RunError(
-            f"torch {torch.__version__} cannot use this GPU, {name} ({str(error).splitlines()[0]}). Choose "
-            "another one: on Kaggle Settings > Accelerator > GPU T4 x2, on Colab Runtime > Change runtime "
-            "type > T4."
+            f"torch {torch.__version__} cannot use this GPU, {name} "
+            f"({str(error).splitlines()[0]}). Choose another one: on Kaggle Settings > "
+            "Accelerator > GPU T4 x2, on Colab Runtime > Change runtime type > T4."
         ) from None
-    others = torch.cuda.device_count() - 1
-    return "cuda", name + (f" (the first of {others + 1}: a run uses one)" if others else "")
+    count = torch.cuda.device_count()
+    if count > 1:
+        name += f" (the first of {count}: a run uses one)"
+    return "cuda", name
 
 
 def pick_precision(device, saved=None):
-    """The dtype of the matrix products: the fastest on this device; a resumed run keeps its own if it can.
+    """The dtype of the matrix products: the fastest one, or that of a resumed run if possible.
 
-    float16 needs a gradient scaler; bfloat16 has the range of float32 and needs none. On a CPU it is bfloat16 where the
-    processor has instructions for its products (AVX-512 BF16 or AMX): elsewhere both are emulated, and slow.
+    float16 needs a gradient scaler; bfloat16 has the range of float32 and needs none. A CPU gets
+    bfloat16 only if it has instructions for such products (AVX-512 BF16 or AMX): others emulate
+    both, which is slow.
     saved: "float32", "bfloat16" or "float16", from a checkpoint of the run.
     """
-    if device == "mps":
-        return torch.float32
     if device == "cuda":
-        native = torch.cuda.is_bf16_supported(including_emulation=False)
-        supported = [torch.bfloat16, torch.float16] if native else [torch.float16]
+        supported = [torch.float16]
+        has_bfloat16 = torch.cuda.is_bf16_supported(including_emulation=False)
+    elif device == "cpu":
+        supported = [torch.float32]
+        known = hasattr(torch.cpu, "get_capabilities")  # older versions of torch cannot tell
+        capabilities = torch.cpu.get_capabilities() if known else {}
+        has_bfloat16 = capabilities.get("avx512_bf16") or capabilities.get("amx_bf16")
     else:
-        has = getattr(torch.cpu, "get_capabilities", dict)()
-        native = has.get("avx512_bf16") or has.get("amx_bf16")
-        supported = [torch.bfloat16, torch.float32] if native else [torch.float32]
-    return next((dtype for dtype in supported if str(dtype) == f"torch.{saved}"), supported[0])
+        supported = [torch.float32]
+        has_bfloat16 = False
+    if has_bfloat16:
+        supported.insert(0, torch.bfloat16)
+
+    for dtype in supported:
+        if str(dtype) == f"torch.{saved}":
+            return dtype
+    return supported[0]
 
 
-# ---- Reading: a folder of .npy files -> one packed array ---------------------------------------------------
+# ---- Reading: a folder of .npy files -> one packed array -----------------------------------------
 
-GAP = 50  # zero rows between utterances, at least; contexts up to this share one cache file
+GAP = 50  # rows of zeros between utterances, at least; contexts up to this share a cache file
+MOST_COEFFICIENTS = 100  # more columns are not MFCCs, perhaps frames: a transposed array
 _INDEX = {phoneme: i for i, phoneme in enumerate(PHONEMES[:40])}
-MOST_COEFFICIENTS = 100  # more columns are no MFCCs, perhaps frames: a transposed array
 
 
 def _mfccs(array, coefficients):
     """Check one utterance's MFCCs (T, k) and normalise them over time: (x - mean) / (std + 1e-8).
 
-    Returns them, float64 (T, k), and the mean (k,) and std (k,) that they had.
+    Returns them, float64 (T, k), and the mean (k,) and the standard deviation (k,) that they had.
     """
     if array.dtype.kind != "f" or array.dtype.itemsize > 8:
         raise ValueError(f"dtype {array.dtype}; expected float32")
@@ -782,144 +946,166 @@ def _mfccs(array, coefficients):
             f"shape {array.shape}; expected (frames, {coefficients}) with at least one frame"
         )
     with np.errstate(all="ignore"):
-        # less the first row, a constant coefficient is exactly zero;
-        # a rounding error over 1e-8 would be anything
+        # Less the first row, a constant coefficient is exactly zero. Its mean may be a little off
+        # otherwise, and what is left would be divided by 1e-8.
         first = array[0].astype(np.float64)
         array = np.subtract(array, first, dtype=np.float64)
         mean = array.mean(axis=0)
         array -= mean
         std = np.sqrt(np.square(array).mean(axis=0))
         array /= std + 1e-8
-    if not np.isfinite(
-        std
-    ).all():  # infinite too where the values are so large that their squares overflow
+    # infinite values, or such large ones that their squares overflow, show in the deviation too
+    if not np.isfinite(std).all():
         raise ValueError("NaN, infinite or absurdly large values; expected finite MFCCs")
     return array, first + mean, std
 
 
 def _labels(array):
-    """Check one utterance's transcript, text (T+2,), and turn it into indexes into PHONEMES, uint8 (T,)."""
+    """Check one utterance's transcript, text (T+2,), and turn it into indexes, uint8 (T,)."""
     if array.dtype.kind != "U":
         raise ValueError(f"dtype {array.dtype}; expected text, <U5")
     if array.ndim != 1 or len(array) < 3:
         raise ValueError(
             f"shape {array.shape}; expected (frames + 2,) for [SOS], one phoneme per frame, [EOS]"
         )
-    ends = [OLD_SPELLING.get(str(end), str(end)) for end in (array[0], array[-1])]
-    if ends != ["[SOS]", "[EOS]"]:
+    first, last = str(array[0]), str(array[-1])
+    if OLD_SPELLING.get(first, first) != "[SOS]" or OLD_SPELLING.get(last, last) != "[EOS]":
         raise ValueError(
-            f"it starts with {str(array[0])!r} and ends with {str(array[-1])!r}; expected [SOS] and [EOS]"
+            f"it starts with {first!r} and ends with {last!r}; expected [SOS] and [EOS]"
         )
     array = array[1:-1]
-    offsets = np.flatnonzero(
-        np.append(True, array[1:] != array[:-1])
-    )  # a phoneme lasts: one lookup for all its frames
-    phonemes = array[offsets].tolist()
-    phonemes = [OLD_SPELLING.get(phoneme, phoneme) for phoneme in phonemes]
-    for t, phoneme in zip(offsets, phonemes):
-        if phoneme not in _INDEX:
+    # a phoneme lasts for several frames, which share one look-up
+    is_new = np.append(True, array[1:] != array[:-1])
+    starts = np.flatnonzero(is_new)
+    lengths = np.diff(starts, append=len(array))
+    indexes = []
+    for start, phoneme in zip(starts, array[starts].tolist()):
+        index = _INDEX.get(OLD_SPELLING.get(phoneme, phoneme))
+        if index is None:
             raise ValueError(
-                f"{phoneme!r} at frame {t} is not a phoneme; expected one of {' '.join(_INDEX)}"
+                f"{phoneme!r} at frame {start} is not a phoneme; expected one of {' '.join(_INDEX)}"
             )
-    return np.repeat(
-        np.array([_INDEX[phoneme] for phoneme in phonemes], np.uint8),
-        np.diff(offsets, append=len(array)),
-    )
+        indexes.append(index)
+    return np.repeat(np.array(indexes, np.uint8), lengths)
 
 
-def _read(path):
-    """The bytes of a file, or the error that it cannot be read."""
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        return error
+def _read_ahead(paths):
+    """The bytes of each of these files; None for one that cannot be read.
+
+    `_load_npy` tries that one again, and raises the error where it is dealt with.
+    """
+    contents = []
+    for path in paths:
+        try:
+            contents.append(path.read_bytes())
+        except OSError:
+            contents.append(None)
+    return contents
 
 
-def _load_npy(content):
-    """The array in an .npy file of these bytes; an error that says what is wrong with it."""
-    if isinstance(content, OSError):
-        raise content
+def _load_npy(path, content=None):
+    """The array in an .npy file. content: the bytes of the file, if they have been read already.
+
+    Raises an OSError if the file cannot be read, a ValueError if it is not one whole array.
+    """
+    if content is None:
+        content = path.read_bytes()
     file = io.BytesIO(content)
     try:
         array = np.lib.format.read_array(file, allow_pickle=False)
         if file.read(1):
             raise ValueError("there is more in it")
         return array
-    except (
-        Exception
-    ) as error:  # numpy's parser, Python's, and Python's tokenizer have a dozen kinds
+    except Exception as error:  # the parsers of numpy and Python raise a dozen kinds
         raise ValueError(f"{error}; expected one whole array in an .npy file") from None
 
 
 def _count_coefficients(paths):
-    """How many MFCCs a frame has: the columns of the first file, or of most of the first five if they differ."""
+    """How many MFCCs a frame has: what most of the first five files say."""
     found = []
     for path in paths[:5]:
-        with contextlib.suppress(
-            Exception
-        ):  # whatever is wrong with it is reported when its turn comes
-            frames, coefficients = _load_npy(_read(path)).shape
+        with contextlib.suppress(Exception):  # a faulty file is reported when its turn comes
+            frames, coefficients = _load_npy(path).shape
             if 1 <= coefficients <= MOST_COEFFICIENTS:
                 found.append(coefficients)
     return statistics.mode(found) if found else 28  # as in most editions
 
 
-def _convert(contents, paths, coefficients):
-    """((MFCCs, means, stds), labels or None) of an utterance, and a list of what is wrong with its files."""
-    arrays, faults = [None, None], []
-    converters = functools.partial(_mfccs, coefficients=coefficients), _labels
-    for i, (path, content, convert) in enumerate(zip(paths, contents, converters)):
-        try:
-            arrays[i] = convert(_load_npy(content))
-        except Exception as error:  # whatever a damaged file provokes, it is that file's fault
-            faults.append(f"{path}: {error}")
-    if not faults and arrays[1] is not None and len(arrays[1]) != len(arrays[0][0]):
-        faults.append(
-            f"{paths[1]}: {len(arrays[1])} phonemes; expected {len(arrays[0][0])}, one per frame"
-        )
-    return *arrays, faults
+@contextlib.contextmanager
+def _note_faults(path, faults):
+    """Append what goes wrong in the block to the list `faults`, with the name of the file."""
+    try:
+        yield
+    except Exception as error:  # whatever a damaged file provokes is that file's fault
+        faults.append(f"{path}: {error}")
+
+
+def _convert(paths, contents, coefficients):
+    """Check and convert the files of one utterance, the MFCCs and, if there is one, the transcript.
+
+    Returns what `_mfccs` gives, what `_labels` gives, and a list of what is wrong with the files.
+    What is faulty or not there is None.
+    """
+    mfccs = None
+    labels = None
+    faults = []
+    with _note_faults(paths[0], faults):
+        mfccs = _mfccs(_load_npy(paths[0], contents[0]), coefficients)
+    if len(paths) == 2:
+        with _note_faults(paths[1], faults):
+            labels = _labels(_load_npy(paths[1], contents[1]))
+            if mfccs is not None and len(labels) != len(mfccs[0]):
+                raise ValueError(f"{len(labels)} phonemes; expected {len(mfccs[0])}, one per frame")
+    return mfccs, labels, faults
 
 
 def _raise_faults(folder, faults):
+    """Raise a DataError if there are faults. It counts them, and lists the first ten."""
     if faults:
         lines = [f"{folder}: {len(faults):,} fault(s) in the data", *first_ten(faults)]
         raise DataError(_printable("\n".join(lines)))
 
 
 def _printable(text):
-    """Text with file names as it can be printed: their bytes that are no text are escaped."""
+    """A text with names of files, in which bytes that are no text are escaped."""
     return text.encode(errors="backslashreplace").decode()
 
 
 def _pack(folder, names, kinds, gap):
-    """Read, check, normalise and pack the utterances of these names: what `read_partition` returns."""
-    paths = [[folder / kind / name for kind in kinds] for name in names]
+    """Read, check, normalise and pack utterances: what `read_partition` returns."""
     print(f"reading {len(names):,} utterances of {folder.name}")
+    paths = [[folder / kind / name for kind in kinds] for name in names]  # of each utterance
+    mfcc_paths = [files[0] for files in paths]
+    faults = []
+    lengths = []
+    means = []
+    stds = []
+    labels = [np.zeros(0, np.uint8)]  # for test nothing else comes
     with warnings.catch_warnings():
-        warnings.simplefilter(
-            "ignore"
-        )  # numpy's and Python's, about what stands in a damaged header
-        coefficients = _count_coefficients([mfcc for mfcc, *_ in paths])
-        # room for as many frames as the files can hold; what is not written to takes no memory
-        rows = sum(path.stat().st_size for path, *_ in paths if path.exists()) // (2 * coefficients)
-        frames = torch.from_numpy(
-            np.zeros((rows + gap * (len(names) + 1), coefficients), np.float16)
-        )
-        labels, lengths, means, stds, faults, row = [np.zeros(0, np.uint8)], [], [], [], [], gap
-        # reading small files is mostly waiting: threads do it;
-        # Python 3.11's parser of their headers is not thread-safe
-        contents = map_in_threads(lambda files: [_read(path) for path in files], paths)
-        for content, files in zip(contents, paths):
-            mfccs, phonemes, wrong = _convert(content, files, coefficients)
-            faults += wrong
-            if not faults:
-                mfcc, mean, std = mfccs
-                frames[row : row + len(mfcc)] = torch.from_numpy(mfcc)
-                row += len(mfcc) + gap
-                lengths.append(len(mfcc))
-                means.append(mean)
-                stds.append(std)
-                labels += [] if phonemes is None else [phonemes]
+        # numpy and Python warn about what stands in a damaged header
+        warnings.simplefilter("ignore")
+        coefficients = _count_coefficients(mfcc_paths)
+        # Room for as many frames as the files can hold, at two bytes a number. The pages of an
+        # array of zeros take no memory until something is written to them.
+        size = sum(path.stat().st_size for path in mfcc_paths if path.exists())
+        rows = size // (2 * coefficients) + gap * (len(names) + 1)
+        frames = torch.from_numpy(np.zeros((rows, coefficients), np.float16))
+        row = gap
+        # To read small files is mostly to wait, so threads do it. They do not parse them: in
+        # Python 3.11 the parser of the headers is not thread-safe.
+        for files, contents in zip(paths, map_in_threads(_read_ahead, paths)):
+            mfccs, phonemes, new_faults = _convert(files, contents, coefficients)
+            faults += new_faults
+            if faults:
+                continue  # nothing will be returned: only look for more of them
+            mfcc, mean, std = mfccs
+            frames[row : row + len(mfcc)] = torch.from_numpy(mfcc)
+            row += len(mfcc) + gap
+            lengths.append(len(mfcc))
+            means.append(mean)
+            stds.append(std)
+            if phonemes is not None:
+                labels.append(phonemes)
     _raise_faults(folder, faults)
     return {
         "frames": frames[:row],
@@ -930,142 +1116,174 @@ def _pack(folder, names, kinds, gap):
     }
 
 
-READING_CODE = {"_pack": _pack}  # what makes the numbers in the cache, with all that it uses
+# What makes the numbers in the cache, with all that it uses: a cache of other code is made anew.
+READING_CODE = {"_pack": _pack}
 
 
 def _npy_files(folder):
-    """Sorted names of the utterances' files in a folder, and of all else, which is not data.
+    """Sorted names of the utterances' files in a folder, and of all else in it, which is not data.
 
-    That is clutter, what has no .npy at the end, and copies beside their original: "x (1).npy", "x copy.npy",
-    "x - Copy.npy", "x-Copy1.npy".
+    That is clutter, names without .npy at the end, and copies beside their original: "x (1).npy",
+    "x copy.npy", "x - Copy.npy", "x-Copy1.npy".
     """
-    found = {*os.listdir(folder)}
-    copies = {
-        name
-        for name in found
-        if (match := re.match("(.+?)( |-Copy)", name)) and f"{match[1]}.npy" in found
-    }
-    names = {name for name in found - copies if name.endswith(".npy") and not is_clutter(name)}
-    return sorted(names), sorted(found - names)
+    found = set(os.listdir(folder))
+    utterances = []
+    for name in found:
+        copied = re.match("(.+?)( |-Copy)", name)
+        is_copy = copied is not None and f"{copied[1]}.npy" in found
+        if name.endswith(".npy") and not is_clutter(name) and not is_copy:
+            utterances.append(name)
+    return sorted(utterances), sorted(found - set(utterances))
 
 
 def _list_utterances(folder, kinds, subset):
-    """Sorted names of a partition's first utterances; a DataError where one has no counterpart or none is left."""
+    """Sorted names of the first utterances of a partition, the share `subset` of all.
+
+    Raises a DataError if a folder or a file's counterpart is missing, or no utterance is left.
+    """
     names = {}
     for kind in kinds:
         if not (folder / kind).is_dir():
             raise DataError(
-                f"{folder / kind}: there is no such folder; expected ROOT/{{train-clean-100,dev-clean}}/"
-                "{mfcc,transcript}/*.npy and ROOT/test-clean/mfcc/*.npy"
+                f"{folder / kind}: there is no such folder; expected "
+                "ROOT/{train-clean-100,dev-clean}/{mfcc,transcript}/*.npy and "
+                "ROOT/test-clean/mfcc/*.npy"
             )
         names[kind], ignored = _npy_files(folder / kind)
         if ignored:
+            examples = ", ".join(_printable(name) for name in ignored[:5])
             print(
-                f"{folder.name}: ignored {len(ignored)} file(s) in {kind} that are not utterances: "
-                + ", ".join(map(_printable, ignored[:5]))
+                f"{folder.name}: ignored {len(ignored)} file(s) in {kind} "
+                f"that are not utterances: {examples}"
             )
-    if not names["mfcc"]:
+    mfccs = names["mfcc"]
+    if not mfccs:
         raise DataError(
             f"{folder / 'mfcc'}: there are no .npy files in it; expected one for each utterance"
         )
-    _raise_faults(
-        folder,
-        [
-            f"{folder / kind / name}: no {'transcript' if kind == 'mfcc' else 'MFCC file'} of the same "
-            f"name in {folder / other}"
-            for kind, other in itertools.permutations(kinds, 2)
-            for name in sorted({*names[kind]} - {*names[other]})
-        ],
-    )
-    mfccs = names["mfcc"]
-    if int(subset * len(mfccs)) < 1:
+    faults = []
+    for kind, other in itertools.permutations(kinds, 2):
+        missing = "transcript" if other == "transcript" else "MFCC file"
+        for name in sorted(set(names[kind]) - set(names[other])):
+            faults.append(
+                f"{folder / kind / name}: no {missing} of the same name in {folder / other}"
+            )
+    _raise_faults(folder, faults)
+    count = int(subset * len(mfccs))
+    if count < 1:
         raise DataError(
-            f"{folder}: subset {subset} of its {len(mfccs)} utterances is none; expected at least one"
+            f"{folder}: subset {subset} of its {len(mfccs)} utterances is none; "
+            "expected at least one"
         )
-    return mfccs[: int(subset * len(mfccs))]
+    return mfccs[:count]
 
 
 def _cache_key(folder, names, kinds, gap):
-    """A digest of all that changes what the cache holds: format, gap, and each file's name, size and time."""
+    """A fingerprint of all that the cache depends on: its format, the gap, and the files.
+
+    Of these it takes the name, the size and the time of the last change, not the content.
+    """
 
     def stamp(name):
-        with contextlib.suppress(OSError):  # a link to nowhere: reported when it is read
-            stats = [os.stat(os.path.join(folder, kind, name)) for kind in kinds]
-            return name, *((stat.st_size, stat.st_mtime_ns) for stat in stats)
+        sizes_and_times = []
+        for kind in kinds:
+            try:
+                stat = os.stat(os.path.join(folder, kind, name))
+            except OSError:  # a broken link, which is reported when it is read
+                return None
+            sizes_and_times.append((stat.st_size, stat.st_mtime_ns))
+        return name, *sizes_and_times
 
-    return hashlib.sha256(
-        repr(("packed 5", folder.name, gap, [*map_in_threads(stamp, names)])).encode()
-    ).hexdigest()
+    stamps = list(map_in_threads(stamp, names))
+    text = repr(("packed 5", folder.name, gap, stamps))
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _as_tensor(text):
-    return torch.tensor([*text.encode()], dtype=torch.uint8)
+    return torch.tensor(list(text.encode()), dtype=torch.uint8)
 
 
 def _as_text(tensor):
     return tensor.numpy().tobytes().decode()
 
 
-def _open_cache(path, key):
-    """The packed tensors of a cache file, mapped into memory; None where it is missing, partial or not ours.
+def _load_tensors(path):
+    """The tensors in a safetensors file, mapped into memory if possible."""
+    try:
+        return safetensors.torch.load_file(path)
+    except Exception:  # some network disks cannot map: the whole file is read
+        return safetensors.torch.load(path.read_bytes())
 
-    Not ours is also what other code has made, before an edit of the functions of this section.
+
+def _open_cache(path, key):
+    """The packed tensors of a cache file; None if it is missing, damaged or out of date.
+
+    That is if its fingerprint is not `key`, or the code of this section was edited since.
     """
-    # the second way is for file systems that cannot map (some network disks): it reads the whole file
-    for load in (
-        safetensors.torch.load_file,
-        lambda path: safetensors.torch.load(path.read_bytes()),
-    ):
-        with contextlib.suppress(Exception):  # whatever is wrong with it, it is rebuilt
-            packed = load(path)
-            code = json.loads(_as_text(packed.pop("code")))
-            if _as_text(packed.pop("key")) == key and not code_differences(
-                code, code_of(READING_CODE)
-            ):
-                return packed
+    try:
+        packed = _load_tensors(path)
+        same_key = _as_text(packed.pop("key")) == key
+        code = json.loads(_as_text(packed.pop("code")))
+        same_code = not code_differences(code, code_of(READING_CODE))
+    except Exception:  # whatever is wrong with it, it is made anew
+        return None
+    return packed if same_key and same_code else None
+
+
+def _write_cache(path, key, packed):
+    code = json.dumps(code_of(READING_CODE))
+    tensors = {**packed, "key": _as_tensor(key), "code": _as_tensor(code)}
+    with atomic_write(path, packed["frames"].nbytes) as temporary:
+        safetensors.torch.save_file(tensors, temporary)
 
 
 def read_partition(root, partition, subset=1, gap=GAP, cache=None):
     """Read, check, normalise and pack one partition.
 
     root: data folder in the course's layout.
-    partition: "train-clean-100", "dev-clean", or "test-clean" (which has no transcripts and is always whole).
+    partition: "train-clean-100", "dev-clean", or "test-clean" (without transcripts, always whole).
     subset: the first int(subset * n) utterances of the n, in sorted order.
     gap: rows of zeros before, between and after the utterances.
-    cache: folder for a packed copy (safetensors), written once and then mapped; it is made anew where a file has
-    changed, or the code of this section.
+    cache: folder for a packed copy (safetensors), which is written once and then mapped into
+        memory. It is made anew if a file or the code of this section has changed.
 
-    Returns a dict of CPU tensors: "frames" float16 (rows, k), normalised per utterance, in zero rows of `gap`;
-    "labels" uint8 (n frames,), empty for test; "offsets" int64 (utterances + 1,), the first frame of each utterance
-    and the number of all, counted without the gaps; "means" and "stds" float32 (k,), of each coefficient
-    before normalisation: the mean over the utterances of its mean and of its standard deviation.
-    k is the number of MFCCs in a frame, the same in all files.
+    Returns a dict of tensors on the CPU, where k is the number of MFCCs in a frame:
+        "frames": float16 (rows, k), normalised per utterance, with `gap` rows of zeros between.
+        "labels": uint8 (n,), the phoneme's index of each frame; empty for test.
+        "offsets": int64 (utterances + 1,), the first frame of each utterance, and n. The gaps do
+            not count.
+        "means" and "stds": float32 (k,), each coefficient's mean and standard deviation before
+            the normalisation, as means over the utterances.
+
     Raises a DataError that counts all faulty files and names the first ten.
     """
     folder = Path(root) / partition
-    kinds, subset = (KINDS[:1], 1) if partition == "test-clean" else (KINDS, subset)
+    kinds = KINDS
+    if partition == "test-clean":
+        kinds = KINDS[:1]
+        subset = 1
     names = _list_utterances(folder, kinds, subset)
     if cache is None:
         return _pack(folder, names, kinds, gap)
     key = _cache_key(folder, names, kinds, gap)
     path = Path(cache) / f"{partition}-{key[:16]}.safetensors"
     packed = _open_cache(path, key)
-    if not packed:
-        try:
-            with one_process_at_a_time(path):
-                packed = _open_cache(path, key)  # another one may have made it meanwhile
-                if not packed:
-                    packed = _pack(folder, names, kinds, gap)
-                    code = json.dumps(code_of(READING_CODE))
-                    stamped = {**packed, "key": _as_tensor(key), "code": _as_tensor(code)}
-                    with atomic_write(path, packed["frames"].nbytes) as temporary:
-                        safetensors.torch.save_file(stamped, temporary)
-        except RunError as error:  # the cache is a convenience
-            print(f"going on without a cache: {error}")
-    return packed or _pack(folder, names, kinds, gap)
+    if packed is not None:
+        return packed
+    try:
+        with one_process_at_a_time(path):
+            packed = _open_cache(path, key)  # another notebook may have made it meanwhile
+            if packed is None:
+                packed = _pack(folder, names, kinds, gap)
+                _write_cache(path, key, packed)
+    except RunError as error:  # the cache is a convenience
+        print(f"going on without a cache: {error}")
+        if packed is None:
+            packed = _pack(folder, names, kinds, gap)
+    return packed
 
 
-# The two conventions of MFCCs that we know; the natural order is c0, c1, ..., each with the factor 1.
+# The two conventions of MFCCs that we know. In the natural order c0, c1, ... each has the factor 1.
 CONVENTIONS = ("HTK", "torchaudio")
 
 
@@ -1073,7 +1291,7 @@ def columns_of(convention, coefficients):
     """Which coefficient each of the columns is, int64 (k,), and its factor, float32 (k,).
 
     "HTK": c1, c2, ..., c0; c0 times sqrt 2, c_i times the lifter 1 + 11 sin(pi i / 22), which is
-    negative from c23 on (The HTK Book, sections 5.4 and 5.6). So are the course's features.
+    negative from c23 on (The HTK Book, sections 5.4 and 5.6). The course's features are such.
     "torchaudio": c0, c1, c2, ... as the cosine transform gives them (torchaudio.transforms.MFCC).
     """
     order = torch.arange(coefficients)
@@ -1085,45 +1303,50 @@ def columns_of(convention, coefficients):
 
 
 def find_convention(means, stds):
-    """Whose columns are these? "HTK", "torchaudio", or None where it is neither.
+    """By which convention were these MFCCs made? "HTK", "torchaudio", or None if by neither.
 
     means, stds: float32 (k,), of the coefficients before normalisation, over a training set.
     c0, the loudness, has by far the largest mean; it is HTK's last column and torchaudio's first.
-    And c1 varies four times as much as c11 and more, but about as much where there is a lifter.
+    c1 varies at least four times as much as c11, or about as much if there is a lifter.
     """
     if len(means) < 13:
         return None
-    second, first = means.abs().sort().values[-2:]
-    if first < 1.25 * second or first < 1e-3:  # features that were normalised before have no means
+    second, largest = means.abs().sort().values[-2:]
+    if largest < 1.25 * second or largest < 1e-3:  # they have no means: were normalised before
         return None
     for convention in CONVENTIONS:
         order, _ = columns_of(convention, len(means))
-        place = order.tolist().index
-        liftered = stds[place(1)] < 2.4 * stds[place(11)]
-        if means.abs().argmax() == place(0) and liftered == (convention == "HTK"):
+        column_of = {coefficient: column for column, coefficient in enumerate(order.tolist())}
+        liftered = stds[column_of[1]] < 2.4 * stds[column_of[11]]
+        if means.abs().argmax() == column_of[0] and liftered == (convention == "HTK"):
             return convention
     return None
 
 
 def describe_columns(data):
-    """A line for the user: whose columns an `AudioDataset` has, and where c0 is."""
+    """A line for the user: the convention of an `AudioDataset`'s columns, and where c0 is."""
     if data.convention is None:
         return (
-            "WARNING: these columns are neither HTK's nor torchaudio's MFCCs, so nobody knows how to stretch their "
-            "frequencies: config['warp'] and config['test_warps'] are not used"
+            "WARNING: these columns are neither HTK's nor torchaudio's MFCCs, so nobody knows how "
+            "to stretch their frequencies: config['warp'] and config['test_warps'] are not used"
         )
-    place = {"HTK": "the last one", "torchaudio": "the first one"}[data.convention]
-    return f"{data.coefficients} MFCCs per frame in {data.convention}'s order: c0, the loudness, is {place}"
+    column = "the last one" if data.convention == "HTK" else "the first one"
+    return (
+        f"{data.coefficients} MFCCs per frame in {data.convention}'s order: "
+        f"c0, the loudness, is {column}"
+    )
 
 
-# ---- Windows and loaders -----------------------------------------------------------------------------------
+# ---- Windows and loaders -------------------------------------------------------------------------
 
 
 class AudioDataset(Dataset):
-    """Frames of one partition, each with `context` frames on either side; zeros beyond the ends of its utterance.
+    """Frames of one partition, each with `context` frames on either side.
 
-    The utterances lie in one array on the device, rows of zeros between them. A window is 2c+1 of its rows. The view
-    `windows`, whose row i shows the array from row i on, holds all of them without a copy; a batch is one gather.
+    Beyond the ends of its utterance a frame's context is zeros. The utterances lie in one array on
+    the device, with rows of zeros between them, and a window is 2c+1 of its rows. The view
+    `windows`, whose row i shows the array from row i on, holds all windows without a copy, so a
+    batch is one gather:
 
         array     0 0 a b c d 0 0 e f g 0 0       two utterances, abcd and efg; context 2
         windows  [0 0 a b c]                      row 0: the window of frame a
@@ -1135,11 +1358,15 @@ class AudioDataset(Dataset):
         root, partition, subset, cache: see `read_partition`, also for the errors.
         context: frames on either side, c.
         device: where the array lies and the batches are made.
-        like: the training set, for the other partitions: its `convention` is theirs, and a DataError says
-            where they have another number of coefficients.
+        like: the training set, for the other partitions: they take its `convention`. Raises a
+            DataError if they have another number of coefficients.
 
-    Attributes, beside the arguments: `coefficients`, the MFCCs per frame; `convention`, whose columns they are
-    (see `find_convention`); `stds`, by which they were divided, float32 (k,); `utterances`, their number.
+    Attributes, beside some of the arguments:
+        coefficients: MFCCs per frame, k.
+        convention: by which the MFCCs were made, see `find_convention`.
+        stds: float32 (k,), the standard deviations before the normalisation.
+        frames, labels, offsets: see `read_partition`; labels is None for test.
+        length, utterances: the number of frames, and of utterances.
 
     Example:
         data = AudioDataset(root, "dev-clean", context=50)
@@ -1158,25 +1385,31 @@ class AudioDataset(Dataset):
         cache=None,
         like=None,
     ):
-        self.partition, self.context, self.gap = partition, context, max(GAP, context)
+        self.partition = partition
+        self.context = context
+        self.gap = max(GAP, context)
         packed = read_partition(root, partition, subset, self.gap, cache)
-        self.coefficients = packed["frames"].shape[1]
+        self.frames = packed["frames"].to(device)
+        self.offsets = packed["offsets"].to(device)
+        self.stds = packed["stds"].to(device)
+        self.labels = packed["labels"].to(device) if len(packed["labels"]) > 0 else None
+        self.length = int(packed["offsets"][-1])
+        self.utterances = len(packed["offsets"]) - 1
+        rows, self.coefficients = self.frames.shape
+
         if like is None:
             self.convention = find_convention(packed["means"], packed["stds"])
-        else:
+        elif like.coefficients == self.coefficients:
             self.convention = like.convention
-            if like.coefficients != self.coefficients:
-                raise DataError(
-                    f"{Path(root) / partition / 'mfcc'}: {self.coefficients} MFCCs per frame; expected "
-                    f"{like.coefficients}, as in {like.partition}"
-                )
-        self.frames, self.offsets, self.stds = (
-            packed[name].to(device) for name in ("frames", "offsets", "stds")
-        )
-        self.labels = packed["labels"].to(device) if len(packed["labels"]) else None
-        self.length, self.utterances = int(packed["offsets"][-1]), len(packed["offsets"]) - 1
-        width, k = 2 * context + 1, self.coefficients
-        self.windows = self.frames.as_strided((len(self.frames) - width + 1, width * k), (k, 1))
+        else:
+            raise DataError(
+                f"{Path(root) / partition / 'mfcc'}: {self.coefficients} MFCCs per frame; "
+                f"expected {like.coefficients}, as in {like.partition}"
+            )
+
+        width = 2 * context + 1
+        size = (rows - width + 1, width * self.coefficients)
+        self.windows = self.frames.as_strided(size, stride=(self.coefficients, 1))
 
     def __len__(self):
         return self.length
@@ -1184,185 +1417,208 @@ class AudioDataset(Dataset):
     def __getitem__(self, index):
         if isinstance(index, torch.Tensor) and index.dim() == 1:
             return self._batch(index)
-        index = range(self.length)[
-            int(index)
-        ]  # an IndexError where it is out of range; negative ones from the end
+        # as in a list: negative indexes count from the end, others may raise an IndexError
+        index = range(self.length)[int(index)]
         batch = self._batch(torch.tensor([index], device=self.frames.device))
-        return batch[0] if self.labels is None else (batch[0][0], batch[1][0])
+        if self.labels is None:
+            return batch[0]
+        frames, phonemes = batch
+        return frames[0], phonemes[0]
 
     def _batch(self, index):
-        gaps = torch.searchsorted(
-            self.offsets, index, right=True
-        )  # that lie before the frame: one per utterance
-        frames = torch.index_select(self.windows, 0, index + self.gap * gaps - self.context)
+        # there is a gap before each utterance: how many lie before these frames?
+        gaps = torch.searchsorted(self.offsets, index, right=True)
+        first_rows = index + self.gap * gaps - self.context
+        frames = torch.index_select(self.windows, 0, first_rows)
         frames = frames.view(len(index), -1, self.coefficients)
-        return frames if self.labels is None else (frames, self.labels[index].long())
+        if self.labels is None:
+            return frames
+        return frames, self.labels[index].long()
 
     def utterance(self, i):
-        """(MFCCs float16 (T, k), phoneme indexes uint8 (T,) or None for test) of the i-th utterance."""
-        first, last = self.offsets[i].item(), self.offsets[i + 1].item()
+        """(MFCCs float16 (T, k), phoneme indexes uint8 (T,) or None for test) of utterance i."""
+        first = self.offsets[i].item()
+        last = self.offsets[i + 1].item()
         shift = self.gap * (i + 1)
-        return self.frames[
-            first + shift : last + shift
-        ], None if self.labels is None else self.labels[first:last]
+        frames = self.frames[first + shift : last + shift]
+        labels = None if self.labels is None else self.labels[first:last]
+        return frames, labels
 
 
 class Batches(Sampler):
-    """Batches of frame indexes: int64 tensors on the device, shuffled by `seed` and the epoch, or in order.
+    """Batches of frame indexes: int64 tensors on the device, in order or shuffled.
 
-    The seed is 0 or more. torch's RandomSampler makes a Python list of all indexes, a gigabyte for 36 million frames.
+    The order of the shuffled ones depends on the seed (0 or more) and the epoch.
+    torch's RandomSampler makes a Python list of all indexes, a gigabyte for 36 million frames.
     """
 
     def __init__(self, length, batch_size, shuffle=False, seed=23, device="cpu"):
-        self.length, self.batch_size, self.shuffle, self.seed, self.device = (
-            length,
-            batch_size,
-            shuffle,
-            seed,
-            device,
-        )
+        self.length = length
+        self.batch_size = batch_size
+        self.shuffle = shuffle
+        self.seed = seed
+        self.device = device
         self.epoch = 0
 
     def set_epoch(self, epoch):
-        """As in torch's DistributedSampler: the order depends on the epoch alone, so a resumed run repeats it."""
+        """As in torch's DistributedSampler: a resumed run repeats the order of the epoch."""
         self.epoch = epoch
 
     def __iter__(self):
         if self.shuffle:
-            # mixed, so that the second epoch of a seed is not the first one of the next seed
-            [seed] = np.random.SeedSequence([self.seed, self.epoch]).generate_state(1).tolist()
-            generator = torch.Generator(self.device).manual_seed(seed)
+            # mixed, or the second epoch of one seed would be the first epoch of the next seed
+            mixed = np.random.SeedSequence([self.seed, self.epoch]).generate_state(1)
+            generator = torch.Generator(self.device).manual_seed(mixed.item())
             order = torch.randperm(self.length, generator=generator, device=self.device)
         else:
             order = torch.arange(self.length, device=self.device)
         return iter(order.split(self.batch_size)[: len(self)])
 
     def __len__(self):
-        # BatchNorm cannot train on a single frame: where shuffling leaves one over, it waits for the next epoch
-        one_over = self.shuffle and self.length % self.batch_size == 1
-        return -(-self.length // self.batch_size) - one_over
+        if self.shuffle and self.length % self.batch_size == 1:
+            # BatchNorm cannot train on the single frame that is left over: this epoch is without it
+            return self.length // self.batch_size
+        return math.ceil(self.length / self.batch_size)
 
 
 def make_loader(dataset, batch_size, shuffle=False, seed=23):
-    """A DataLoader of whole batches: float16 (B, 2c+1, k) and int64 (B,), or the frames alone for test, on the device.
+    """A DataLoader of whole batches: float16 (B, 2c+1, k) and int64 (B,), on the device.
 
-    No workers: a batch is one gather, which is quicker than passing it between processes.
-    dataset: an AudioDataset; a DataError for others, such as torch's Subset.
+    For test they are the frames alone. There are no workers: a batch is one gather, which is
+    quicker than passing it from one process to another.
+    dataset: an AudioDataset. Raises a DataError for others, such as torch's Subset.
     """
     if not isinstance(dataset, AudioDataset):
         raise DataError(
-            f"make_loader has got a {type(dataset).__name__}; expected an AudioDataset. A part of the "
-            "utterances, or several partitions as one, is a folder of links to their files: see section "
-            "12 of the notebook"
+            f"make_loader has got a {type(dataset).__name__}; expected an AudioDataset. A part of "
+            "the utterances, or several partitions as one, is a folder of links to their files: "
+            "see section 12 of the notebook"
         )
-    return DataLoader(
-        dataset,
-        sampler=Batches(len(dataset), batch_size, shuffle, seed, dataset.frames.device),
-        batch_size=None,
-    )
+    sampler = Batches(len(dataset), batch_size, shuffle, seed, dataset.frames.device)
+    return DataLoader(dataset, sampler=sampler, batch_size=None)
 
 
-# ---- Augmentation ------------------------------------------------------------------------------------------
+# ---- Augmentation --------------------------------------------------------------------------------
 
 
-def _keep_mask(windows, size, param, device):
-    """Bool (windows, size): False in a stretch of 0 ... param places, its width and its start uniform."""
+def _draw_masks(windows, length, longest, device):
+    """A random mask for each window: bool (windows, length), False in one stretch of it.
+
+    The width of the stretch is uniform over 0 ... `longest`, its position over all that fit.
+    """
     width, start = torch.rand(2, windows, 1, device=device)
-    width = (width * (min(param, size) + 1)).long()
-    start = (start * (size - width + 1)).long()
-    place = torch.arange(size, device=device)
-    return (place < start) | (place >= start + width)
+    width = (width * (min(longest, length) + 1)).long()
+    start = (start * (length - width + 1)).long()
+    position = torch.arange(length, device=device)
+    return (position < start) | (position >= start + width)
 
 
 def mask_frames(frames, augmentations="Both", freq_mask_param=4, time_mask_param=8):
-    """SpecAugment's masks: a stretch of coefficients and/or of frames set to zero, drawn anew for every window.
+    """SpecAugment's masks: a stretch of coefficients and/or of frames is set to zero, the mean.
 
-    The width is uniform over 0 ... param and the position over all that fit (Park et al., "SpecAugment", 2019).
-    Zero is the mean after normalisation.
+    It is drawn anew for every window: the width is uniform over 0 ... param, and the position over
+    all that fit (Park et al., "SpecAugment", 2019).
 
     frames: float16 or float32 (B, 2c+1, k); changed in place, and returned.
-    augmentations: "FreqMask", "TimeMask", "Both" or None; a ValueError for others.
+    augmentations: "FreqMask", "TimeMask", "Both" or None. Raises a ValueError for others.
     """
     if augmentations not in ("FreqMask", "TimeMask", "Both", None):
         raise ValueError(
             f"there is no mask {augmentations!r}; expected 'FreqMask', 'TimeMask', 'Both' or None"
         )
+    windows, length, coefficients = frames.shape
+    # to multiply by 0 or 1 does the same to integers of these bits, five times as fast on a CPU
     bits = frames.view(torch.int16 if frames.dtype == torch.float16 else torch.int32)
-    for name, axis, param in (("FreqMask", 2, freq_mask_param), ("TimeMask", 1, time_mask_param)):
-        if augmentations in (name, "Both"):
-            kept = _keep_mask(len(frames), frames.shape[axis], param, frames.device)
-            bits.mul_(
-                kept.unsqueeze(3 - axis)
-            )  # by 1 or 0: as integers, a CPU does it five times as fast
+    if augmentations in ("FreqMask", "Both"):
+        keep = _draw_masks(windows, coefficients, freq_mask_param, frames.device)
+        bits.mul_(keep[:, None, :])
+    if augmentations in ("TimeMask", "Both"):
+        keep = _draw_masks(windows, length, time_mask_param, frames.device)
+        bits.mul_(keep[:, :, None])
     return frames
 
 
 def _natural_maps(factors, coefficients, bands):
-    """Maps of MFCCs in their natural order that read the mel bands at each of the factors times their frequencies.
+    """Maps that warp MFCCs in their natural order: one for each of the factors, float32 (n,).
 
-    The way goes back to the log energies of the bands, on HTK's mel scale from 0 to 8 kHz, and returns by
-    the cosine transform. Returns float32 (factors, k, k): cepstra (..., k) @ map are the warped ones.
+    The way leads back to the log energies of the mel bands (on HTK's mel scale, from 0 to 8 kHz),
+    reads them at the factor times their frequencies, and returns by the cosine transform.
+    Returns float32 (n, k, k): cepstra (..., k) @ map are the warped ones.
     """
 
-    def mel(hertz):
+    def hertz_to_mel(hertz):
         return 2595 * torch.log10(1 + hertz / 700)
 
-    step = mel(torch.tensor(8000.0)) / (bands + 1)
-    centres = 700 * (10 ** (torch.arange(1, bands + 1) * step / 2595) - 1)  # of the bands, in Hz
-    position = (mel(factors[:, None] * centres) / step - 1).clamp(
-        0, bands - 1
-    )  # (factors, bands), in bands
-    read = (1 - (position[:, None] - torch.arange(bands)[:, None]).abs()).clamp(
-        min=0
-    )  # (factors, from, to)
-    # the orthonormal one, (bands, k); torchaudio's `create_dct` gives the same, but training does not need torchaudio
-    dct = torch.cos(
-        math.pi / bands * (torch.arange(bands) + 0.5)[:, None] * torch.arange(coefficients)
-    )
+    def mel_to_hertz(mel):
+        return 700 * (10 ** (mel / 2595) - 1)
+
+    band = torch.arange(bands)
+    step = hertz_to_mel(torch.tensor(8000.0)) / (bands + 1)  # from one band to the next, in mel
+    centres = mel_to_hertz((band + 1) * step)
+    # where each band is read, as a number of a band: (n, bands)
+    positions = hertz_to_mel(factors[:, None] * centres) / step - 1
+    positions = positions.clamp(0, bands - 1)
+    # linear interpolation between the two bands beside it: (n, bands from, bands to)
+    distance = (positions[:, None, :] - band[:, None]).abs()
+    interpolation = (1 - distance).clamp(min=0)
+    # the orthonormal cosine transform, (bands, k), as torchaudio's `create_dct` makes it;
+    # but training needs no torchaudio
+    dct = torch.cos(math.pi / bands * (band + 0.5)[:, None] * torch.arange(coefficients))
     dct[:, 0] *= 0.5**0.5
     dct *= (2 / bands) ** 0.5
-    return dct.T @ read @ dct
+    return dct.T @ interpolation @ dct
 
 
 def warp_maps(strength, data, count=41, dtype=torch.float32):
-    """Maps that stretch or squeeze the frequencies by factors from 1 - strength to 1 + strength, evenly spaced.
+    """Maps that stretch or squeeze frequencies by factors from 1 - strength to 1 + strength.
 
-    The idea: Jaitly and Hinton, "Vocal Tract Length Perturbation", 2013.
+    The factors are evenly spaced. The idea: Jaitly and Hinton, "Vocal Tract Length Perturbation",
+    2013.
+
     data: an `AudioDataset`, whose convention says what its columns are (see `columns_of`).
-    Returns `dtype` (count, k, k), on the device of the data: normalised frames @ map are the warped ones; None where
-    the strength is 0 or the convention is not known: then there are no warps. Reading between the bands shrinks the
-    high coefficients, so each is scaled to have the standard deviation 1 again, for coefficients that do not correlate.
+    Returns the maps, (count, k, k) of `dtype`, on the device of the data: normalised frames @ map
+    are the warped ones. None if the strength is 0 or the convention is not known: there are no
+    warps then.
     """
     if strength == 0 or data.convention is None:
         return None
-    bands = max(
-        28 if data.convention == "HTK" else 40, data.coefficients
-    )  # as many as their usual makers take
-    maps = _natural_maps(
-        torch.linspace(1 - strength, 1 + strength, count), data.coefficients, bands
-    )
-    # a column of the data is a natural coefficient times `scale`: in its order, with its factor, over its std
-    order, factors = columns_of(data.convention, data.coefficients)
+    usual_bands = 28 if data.convention == "HTK" else 40
+    bands = max(usual_bands, data.coefficients)
+    factors = torch.linspace(1 - strength, 1 + strength, count)
+    maps = _natural_maps(factors, data.coefficients, bands)
+
+    # The data have the same coefficients in an order of their own, each multiplied by its factor
+    # and divided by its standard deviation.
+    order, multipliers = columns_of(data.convention, data.coefficients)
     maps = maps[:, order][:, :, order].to(data.stds.device)
-    stds = data.stds.clamp(min=data.stds.max() / 1000)  # a constant coefficient has none
-    scale = factors.to(stds.device) / stds
+    stds = data.stds.clamp(min=data.stds.max() / 1000)  # that of a constant coefficient is 0
+    scale = multipliers.to(stds.device) / stds
     maps = maps / scale[:, None] * scale
-    return (maps / maps.norm(dim=1, keepdim=True)).to(dtype)
+
+    # Reading between the bands shrinks the high coefficients: each is scaled to the standard
+    # deviation 1 again, as if the coefficients did not correlate.
+    new_stds = maps.norm(dim=1, keepdim=True)
+    return (maps / new_stds).to(dtype)
 
 
 def warp_frames(frames, maps):
-    """Send each window of frames (B, 2c+1, k) through one of the maps (n, k, k), drawn at random; in place."""
+    """Send each window of frames (B, 2c+1, k) through one of the maps (n, k, k), at random.
+
+    The frames are changed in place, and returned.
+    """
     which = torch.randint(len(maps), (len(frames),), device=frames.device)
-    return frames.copy_(frames.to(maps.dtype) @ maps[which])
+    warped = frames.to(maps.dtype) @ maps[which]
+    return frames.copy_(warped)
 
 
-# ---- Network -----------------------------------------------------------------------------------------------
+# ---- Network -------------------------------------------------------------------------------------
 
 
 class Dropout(torch.nn.Dropout):
-    """torch's draws a random number for each unit; on a CPU, here four share one (p in steps of 1/65536).
+    """torch's dropout, quicker on a CPU: four units share one random number of 64 bits.
 
-    The rate p may change during the training (see `scale_dropout`), compiled or not.
+    So p has steps of 1/65536 there. It may change during the training (see `scale_dropout`),
+    compiled or not.
     """
 
     @property
@@ -1374,7 +1630,7 @@ class Dropout(torch.nn.Dropout):
         self._p = p
         if "rate_now" in self._buffers:
             self.rate_now.fill_(p)
-        else:  # torch.compile takes numbers for constants, but no tensors
+        else:  # a compiled network takes a number for a constant, but not a tensor
             self.register_buffer("rate_now", torch.tensor(float(p)), persistent=False)
 
     def forward(self, x):
@@ -1385,13 +1641,12 @@ class Dropout(torch.nn.Dropout):
             return x * keep.to(x.dtype) / (1 - self.rate_now).to(x.dtype)
         if x.device.type != "cpu":
             return super().forward(x)
-        bits = (
-            torch.empty(-(-x.numel() // 4), dtype=torch.int64)
-            .random_(-(2**63), None)
-            .view(torch.int16)
-        )
-        keep = bits[: x.numel()].view_as(x) >= round(self.p * 2**16) - 2**15
-        return x * keep.to(x.dtype).mul_(1 / (1 - self.p))
+        numbers = torch.empty(math.ceil(x.numel() / 4), dtype=torch.int64)
+        numbers.random_(-(2**63), None)  # all 64 bits
+        quarters = numbers.view(torch.int16)[: x.numel()].view_as(x)  # -2^15 ... 2^15 - 1
+        keep = quarters >= round(self.p * 2**16) - 2**15
+        factors = keep.to(x.dtype).mul_(1 / (1 - self.p))
+        return x * factors
 
 
 DROPOUTS = (
@@ -1405,7 +1660,10 @@ DROPOUTS = (
 
 
 def hidden_layers(model):
-    """The Linear layers of a model in the order of their definition, without the output layer, of 42 units."""
+    """The Linear layers of a model, in the order of their definition, but not the output layer.
+
+    The output layer is the one of 42 units.
+    """
     layers = [layer for layer in model.modules() if isinstance(layer, torch.nn.Linear)]
     return [layer for layer in layers if layer.out_features != len(PHONEMES)]
 
@@ -1432,7 +1690,7 @@ def scale_dropout(model, factor, by_width):
 
 
 def print_layers(model, frames):
-    """Print torchsummaryX's table of a model's layers for these frames; without torchsummaryX, the model itself."""
+    """Print torchsummaryX's table of a model's layers for these frames, or else the model."""
     try:
         install("torchsummaryX==1.1.0")
         from torchsummaryX import summary
@@ -1442,15 +1700,16 @@ def print_layers(model, frames):
         print(f"no table of the layers ({error!r:.200}):\n{model}")
 
 
-# ---- Loss and schedule --------------------------------------------------------------------------------------
+# ---- Loss and schedule ---------------------------------------------------------------------------
 
 
 def loss_weight(criterion, phonemes):
     """How much the mean loss of a batch weighs in the mean of an epoch; phonemes: int64 (B,).
 
-    That is the number of frames; or, where torch's cross entropy has weights of the classes or ignores one, the sum of
-    the frames' weights, by which it divides. So the loss of a data set does not depend on the size of its batches.
-    Other losses, and functions, are taken for means over the frames.
+    That is the number of frames. But torch's cross entropy may have weights of the classes or
+    ignore one: then it divides by the sum of the frames' weights, which is what this gives. So the
+    loss of a data set does not depend on the size of its batches.
+    Other losses, and functions, are assumed to be means over the frames.
     """
     divides = torch.nn.CrossEntropyLoss.forward, torch.nn.NLLLoss.forward
     if getattr(type(criterion), "forward", None) not in divides:
@@ -1458,13 +1717,16 @@ def loss_weight(criterion, phonemes):
     if criterion.weight is None and criterion.ignore_index < 0:
         return len(phonemes)
     weights = 1.0 if criterion.weight is None else criterion.weight[phonemes]
-    return (weights * (phonemes != criterion.ignore_index)).sum()
+    counts = phonemes != criterion.ignore_index
+    return (weights * counts).sum()
 
 
 def check_schedule(scheduler, step, epochs, steps):
-    """Will one of torch's schedulers be stepped as it was made for? A RunError says what to change.
+    """Raise a RunError if one of torch's schedulers will not be stepped as it was made for.
 
-    step: when it is stepped: after each "epoch", after each "batch", or with each epoch's "val_loss". steps: per epoch.
+    step: when it is stepped: after each "epoch", after each "batch", or with each epoch's
+        "val_loss".
+    steps: batches per epoch.
     """
     name = type(scheduler).__name__
     if step not in ("epoch", "batch", "val_loss"):
@@ -1475,14 +1737,17 @@ def check_schedule(scheduler, step, epochs, steps):
     planned = getattr(scheduler, "total_steps", times)  # OneCycleLR has it
     if planned != times:
         raise RunError(
-            f"{name} is made for {planned:,} steps, but with step={step!r} it is stepped {times:,} times: "
-            f"{epochs:,} epochs of {steps:,} batches"
+            f"{name} is made for {planned:,} steps, but with step={step!r} it is stepped "
+            f"{times:,} times: {epochs:,} epochs of {steps:,} batches"
         )
 
 
 @contextlib.contextmanager
 def ignore_skipped_steps():
-    """Without torch's warning that a schedule is stepped before the optimizer: float16 may have skipped its steps."""
+    """Silence torch's warning that a schedule is stepped before the optimizer.
+
+    With float16 the first steps of the optimizer may have been skipped.
+    """
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")
         yield
@@ -1511,88 +1776,101 @@ def check_finite(train_loss, val_loss, epoch, config):
         )
 
 
-# ---- Metrics -----------------------------------------------------------------------------------------------
+# ---- Metrics -------------------------------------------------------------------------------------
 
 
 def confusion_matrix(labels, predictions):
-    """Counts, int64 (42, 42): row = true phoneme, column = predicted; both arguments integer (n,)."""
+    """Counts, int64 (42, 42): row = true phoneme, column = predicted one.
+
+    labels, predictions: integers (n,).
+    """
     n = len(PHONEMES)
-    return np.bincount(
-        np.asarray(labels, np.int64) * n + np.asarray(predictions), minlength=n * n
-    ).reshape(n, n)
+    cells = np.asarray(labels, np.int64) * n + np.asarray(predictions)
+    return np.bincount(cells, minlength=n * n).reshape(n, n)
 
 
 def accuracy_by_phoneme(confusion):
-    """A table of a confusion matrix: each phoneme that occurs, its frames, its accuracy (0-1); the best one first."""
+    """A table of the phonemes that occur: their frames and their accuracy (0-1), best one first.
+
+    confusion: see `confusion_matrix`.
+    """
     frames = confusion.sum(1)
-    table = pd.DataFrame(
-        {"phoneme": PHONEMES, "frames": frames, "accuracy": confusion.diagonal() / frames.clip(1)}
-    )
+    accuracy = confusion.diagonal() / frames.clip(1)
+    table = pd.DataFrame({"phoneme": PHONEMES, "frames": frames, "accuracy": accuracy})
     return table[frames > 0].sort_values("accuracy", ascending=False)
 
 
 def top_confusions(confusion, count=10):
-    """A table of the most common confusions of a confusion matrix: which phonemes, how many frames, their shares."""
-    wrong = confusion * (1 - np.eye(len(confusion), dtype=int))
-    pairs = np.dstack(np.unravel_index(wrong.ravel().argsort()[::-1][:count], wrong.shape))[0]
-    return pd.DataFrame(
-        [
+    """A table of the most common confusions: the two phonemes, how many frames, their shares.
+
+    confusion: see `confusion_matrix`.
+    """
+    errors = confusion.copy()
+    np.fill_diagonal(errors, 0)
+    most_common = errors.ravel().argsort()[::-1][:count]
+    rows = []
+    for true, predicted in zip(*np.unravel_index(most_common, errors.shape)):
+        frames = errors[true, predicted]
+        rows.append(
             {
-                "true": PHONEMES[i],
-                "taken for": PHONEMES[j],
-                "frames": wrong[i, j],
-                "% of its frames": 100 * wrong[i, j] / max(confusion[i].sum(), 1),
-                "% of all errors": 100 * wrong[i, j] / max(wrong.sum(), 1),
+                "true": PHONEMES[true],
+                "taken for": PHONEMES[predicted],
+                "frames": frames,
+                "% of its frames": 100 * frames / max(confusion[true].sum(), 1),
+                "% of all errors": 100 * frames / max(errors.sum(), 1),
             }
-            for i, j in pairs
-        ]
-    )
+        )
+    return pd.DataFrame(rows)
 
 
 def share_within_manners(confusion):
-    """The share (0-1) of the errors in a confusion matrix between phonemes of one of the MANNERS; 0 without errors."""
-    manner = np.array(
-        [[phoneme in group for phoneme in PHONEMES] for group in MANNERS.values()], int
-    )
-    same = (manner.T @ manner).astype(bool)  # (42, 42); [SOS] and [EOS] are in no group
-    right = confusion.diagonal().sum()
-    return (confusion[same].sum() - right) / max(confusion.sum() - right, 1)
+    """The share (0-1) of the errors that are between phonemes of the same one of the MANNERS.
+
+    confusion: see `confusion_matrix`. Without errors it is 0.
+    """
+    is_in = [[phoneme in group for phoneme in PHONEMES] for group in MANNERS.values()]
+    is_in = np.array(is_in, int)  # (manners, 42); [SOS] and [EOS] are in none
+    share_manner = (is_in.T @ is_in).astype(bool)  # (42, 42)
+    correct = confusion.diagonal().sum()
+    errors = confusion.sum() - correct
+    errors_within = confusion[share_manner].sum() - correct
+    return errors_within / max(errors, 1)
 
 
 def boundary_distance(labels, offsets):
-    """Frames from each frame to the nearest phone boundary of its utterance, int64 (n,); 0 beside the boundary.
+    """Frames from each frame to the nearest phone boundary, int64 (n,); 0 beside the boundary.
 
-    labels: integer (n,). offsets: (utterances + 1,), the first frame of each utterance, and n. The ends of an utterance
-    are boundaries too.
+    labels: integers (n,). offsets: (utterances + 1,), the first frame of each utterance, and n.
+    The ends of an utterance are boundaries too.
     """
     labels, offsets = np.asarray(labels), np.asarray(offsets)
-    new = np.concatenate(([True], labels[1:] != labels[:-1]))
-    new[offsets[:-1]] = True
-    boundaries = np.append(np.flatnonzero(new), len(labels))
+    starts_phone = np.concatenate(([True], labels[1:] != labels[:-1]))
+    starts_phone[offsets[:-1]] = True
+    boundaries = np.append(np.flatnonzero(starts_phone), len(labels))
     frame = np.arange(len(labels))
-    phone = np.searchsorted(boundaries, frame, side="right")
-    return np.minimum(frame - boundaries[phone - 1], boundaries[phone] - 1 - frame)
+    after = np.searchsorted(boundaries, frame, side="right")  # the next boundary behind each frame
+    from_start = frame - boundaries[after - 1]
+    to_end = boundaries[after] - 1 - frame
+    return np.minimum(from_start, to_end)
 
 
 def calibration(confidences, correct, bins=10):
-    """Is a confidence of 80% right 80% of the time? Equal bins of (0, 1] (Guo et al., "On Calibration", 2017).
+    """Is a confidence of 80% right 80% of the time? (Guo et al., "On Calibration", 2017)
 
     confidences: float (n,), probability of the predicted phoneme; correct: bool (n,).
-    Returns mean confidence, accuracy (NaN where a bin is empty) and count, (bins,) each; expected calibration error.
+    Returns mean confidence, accuracy (NaN if a bin is empty) and count, (bins,) each, of equal bins
+    of (0, 1]; and the expected calibration error, a float.
     """
     confidences = np.asarray(confidences)
-    which = np.digitize(confidences, np.linspace(0, 1, bins + 1)[1:-1], right=True)
+    inner_edges = np.linspace(0, 1, bins + 1)[1:-1]
+    which = np.digitize(confidences, inner_edges, right=True)
     count = np.bincount(which, minlength=bins)
     with np.errstate(invalid="ignore"):  # 0 / 0 in an empty bin
-        confidence, accuracy = (
-            np.bincount(which, weights, bins) / count for weights in (confidences, correct)
-        )
-    return (
-        confidence,
-        accuracy,
-        count,
-        float(np.nansum(np.abs(confidence - accuracy) * count) / count.sum()),
-    )
+        confidence = np.bincount(which, confidences, bins) / count
+        accuracy = np.bincount(which, correct, bins) / count
+    gaps = np.abs(confidence - accuracy)
+    error = np.nansum(gaps * count) / count.sum()
+    return confidence, accuracy, count, float(error)
 
 
 # ---- Figures -------------------------------------------------------------------------------------
@@ -1863,54 +2141,70 @@ def plot_runs(runs, names):
 
 
 def count_transitions(labels, offsets, states=40):
-    """How often each phoneme occurs, and what follows it from frame to frame inside the utterances; add-one smoothed.
+    """How often each phoneme occurs, and what follows it from frame to frame in an utterance.
 
-    labels: integer (n,), below `states`: the 40 phonemes, as no frame is [SOS] or [EOS]. offsets: (utterances + 1,),
-    the first frame of each utterance, and n.
-    Returns log probabilities, float32: (states,), and (states, states), row = a frame's phoneme, column = the next's.
+    labels: integers (n,) below `states`: the 40 phonemes, as no frame is [SOS] or [EOS].
+    offsets: (utterances + 1,), the first frame of each utterance, and n.
+    Returns log probabilities, float32, from counts to which one was added: (states,) of the
+    phonemes, and (states, states), row = a frame's phoneme, column = the next frame's.
     """
     labels = labels.long()
-    inside = torch.ones(len(labels), dtype=torch.bool, device=labels.device)
-    inside[offsets[:-1]] = False  # the first frame of an utterance follows nothing
-    pairs = (labels[:-1] * states + labels[1:])[inside[1:]]
+    has_previous = torch.ones(len(labels), dtype=torch.bool, device=labels.device)
+    has_previous[offsets[:-1]] = False  # the first frame of an utterance follows nothing
+    pairs = (labels[:-1] * states + labels[1:])[has_previous[1:]]
     counts = torch.bincount(pairs, minlength=states**2).view(states, states).float() + 1
     prior = torch.bincount(labels, minlength=states).float() + 1
-    return (prior / prior.sum()).log(), (counts / counts.sum(1, keepdim=True)).log()
+    transitions = counts / counts.sum(1, keepdim=True)
+    return (prior / prior.sum()).log(), transitions.log()
 
 
 def viterbi(scores, transitions, offsets):
     """The best path through each utterance, int64 (n,).
 
-    scores: float32 (n, k) for each frame and state. transitions: float32 (k, k), row = from, column = to.
-    offsets: (utterances + 1,), the first frame of each utterance, and n.
+    scores: float32 (n, k) for each frame and state. transitions: float32 (k, k), row = from,
+    column = to. offsets: (utterances + 1,), the first frame of each utterance, and n.
     """
-    device, states = scores.device, scores.shape[1]
+    device = scores.device
+    states = scores.shape[1]
+    # All utterances are decoded at once, frame by frame. The longest come first, so that those
+    # which have a frame t are the first ones: `active[t]` of them.
     lengths, order = offsets.diff().sort(descending=True)
-    first = offsets[:-1][order].to(device)
+    first_frames = offsets[:-1][order].to(device)
     lengths = np.array(lengths.tolist())
-    active = (
-        (lengths > np.arange(lengths[0])[:, None]).sum(1).tolist()
-    )  # how many utterances have a frame t
-    best = scores.clone()  # the score of the best path to each state, up to a constant of the frame
+    times = np.arange(lengths[0])
+    active = (lengths > times[:, None]).sum(1).tolist()
+
+    # forwards: the score of the best path to each state, up to a constant of the frame
+    best = scores.clone()
     for t in range(1, len(active)):
-        frame = first[: active[t]] + t
+        frame = first_frames[: active[t]] + t
         total = (best[frame - 1].unsqueeze(2) + transitions).amax(1)
         best[frame] += total - total.amax(1, keepdim=True)  # small numbers stay exact
-    # backwards, the state before a known one is the best one for it; behind the last frame there is none
-    to_next = torch.cat([transitions.T, torch.zeros(1, states, device=device)])
-    state = torch.full((len(first),), states, device=device)
+
+    # backwards: the state before a known one is the one that is best for it
     path = torch.empty(len(scores), dtype=torch.int64, device=device)
+    nothing = states  # behind the last frame of an utterance, whatever the state
+    to_next = torch.cat([transitions.T, torch.zeros(1, states, device=device)])
+    next_state = torch.full((len(first_frames),), nothing, device=device)
     for t in reversed(range(len(active))):
-        frame = first[: active[t]] + t
-        state[: active[t]] = path[frame] = (best[frame] + to_next[state[: active[t]]]).argmax(1)
+        frame = first_frames[: active[t]] + t
+        state = (best[frame] + to_next[next_state[: active[t]]]).argmax(1)
+        path[frame] = state
+        next_state[: active[t]] = state
     return path
 
 
 class Decoder:
-    """Viterbi with the transitions of the labels (n,) and offsets (utterances + 1,) of the training set.
+    """Viterbi decoding with the transitions of the training set's labels.
 
-    A frame's score is its log posterior - `prior_scale` x the log prior; a step's is `transition_weight` x the log
-    probability of the transition, as in a hybrid HMM (Bourlard and Morgan, "Connectionist Speech Recognition", 1994).
+    A frame's score is its log posterior - `prior_scale` x the log prior; a step's score is
+    `transition_weight` x the log probability of the transition, as in a hybrid HMM (Bourlard and
+    Morgan, "Connectionist Speech Recognition", 1994).
+
+    Args:
+        labels: integers (n,), of the training set.
+        offsets: (utterances + 1,), the first frame of each utterance, and n.
+        prior_scale, transition_weight: see above; `tune` chooses them.
 
     Example:
         decoder = Decoder(train_data.labels, train_data.offsets)
@@ -1920,13 +2214,15 @@ class Decoder:
 
     def __init__(self, labels, offsets, prior_scale=0.0, transition_weight=1.0):
         self.prior, self.transitions = count_transitions(labels, offsets)
-        self.prior_scale, self.transition_weight = prior_scale, transition_weight
+        self.prior_scale = prior_scale
+        self.transition_weight = transition_weight
 
     def __call__(self, log_posteriors, offsets):
         """Log posteriors, float32 (n, 42) -> indexes of the 40 phonemes, int64 (n,)."""
         prior = self.prior.to(log_posteriors.device)
+        transitions = self.transitions.to(log_posteriors.device)
         scores = log_posteriors[:, : len(prior)] - self.prior_scale * prior
-        return viterbi(scores, self.transition_weight * self.transitions.to(scores.device), offsets)
+        return viterbi(scores, self.transition_weight * transitions, offsets)
 
     def save(self, path):
         """Write it to a file, for `load`: then no training labels are needed."""
@@ -1934,45 +2230,58 @@ class Decoder:
 
     @classmethod
     def load(cls, path):
-        """A decoder from a file of `save`; None where there is none."""
-        if (state := load_checkpoint(path)) is None:
+        """A decoder from a file of `save`; None if there is no such file."""
+        state = load_checkpoint(path)
+        if state is None:
             return None
+        del state["config"]
         decoder = cls.__new__(cls)
-        vars(decoder).update({name: each for name, each in state.items() if name != "config"})
+        vars(decoder).update(state)
         return decoder
 
     def tune(self, log_posteriors, labels, offsets, frames=200_000):
         """Set `prior_scale` and `transition_weight` to the pair that gets the most frames right.
 
-        It is chosen on about `frames` frames at most, of utterances from all over the set. log_posteriors: float32
-        (n, 42). labels: integer (n,). Returns indexes of phonemes, int64 (n,), that can be judged fairly against the
-        labels: each half of the utterances is decoded with the pair that is best on the other half.
+        It is chosen on about `frames` frames at most, of utterances from all over the set.
+
+        log_posteriors: float32 (n, 42). labels: integers (n,). offsets: (utterances + 1,).
+        Returns indexes of phonemes, int64 (n,), that can be judged fairly against the labels: each
+        half of the utterances is decoded with the pair that is best on the other half.
         """
-        step = 2 * max(1, round(len(labels) / frames))
-        utterance = torch.repeat_interleave(offsets.diff())  # of each frame
         labels = labels.to(log_posteriors.device)
-        pairs = [*itertools.product((0, 0.15, 0.3, 0.45), (0.25, 0.5, 0.75, 1, 1.5))]
+        pairs = list(itertools.product((0, 0.15, 0.3, 0.45), (0.25, 0.5, 0.75, 1, 1.5)))
+        utterance_of_frame = torch.repeat_interleave(offsets.diff())
 
         def part(first, step):
-            """Every step-th utterance from the first-th on: which frames these are, and their offsets."""
-            inside = (utterance % step == first).to(log_posteriors.device)
-            return inside, torch.cat([offsets[:1], offsets.diff()[first::step].cumsum(0)])
+            """Every step-th utterance from the first-th on: which frames, and their offsets."""
+            inside = (utterance_of_frame % step == first).to(log_posteriors.device)
+            lengths = offsets.diff()[first::step]
+            return inside, torch.cat([offsets[:1], lengths.cumsum(0)])
 
-        def count(pair, inside, part_offsets):
+        def decode(pair, inside, part_offsets):
             self.prior_scale, self.transition_weight = pair
-            return (self(log_posteriors[inside], part_offsets) == labels[inside]).sum().item()
+            return self(log_posteriors[inside], part_offsets)
 
-        halves = (0, 1) if len(offsets) > 2 else (0,)  # a single utterance is all there is
-        right = {half: [count(pair, *part(half, step)) for pair in pairs] for half in halves}
+        # The halves are the even and the odd utterances. On some of each: how many frames does
+        # each pair get right?
+        halves = (0, 1) if len(offsets) > 2 else (0,)  # a single utterance cannot be halved
+        step = 2 * max(1, round(len(labels) / frames))
+        correct = {half: [] for half in halves}
+        for half in halves:
+            inside, part_offsets = part(half, step)
+            for pair in pairs:
+                predicted = decode(pair, inside, part_offsets)
+                correct[half].append((predicted == labels[inside]).sum().item())
+
         path = torch.empty_like(labels, dtype=torch.int64)
         for half in halves:
-            others = right[halves[-1 - half]]
-            self.prior_scale, self.transition_weight = pairs[int(np.argmax(others))]
+            other_half = halves[-1 - half]
+            pair = pairs[int(np.argmax(correct[other_half]))]
             inside, part_offsets = part(half, len(halves))
-            path[inside] = self(log_posteriors[inside], part_offsets)
-        self.prior_scale, self.transition_weight = pairs[
-            int(np.argmax(np.sum([*right.values()], axis=0)))
-        ]
+            path[inside] = decode(pair, inside, part_offsets)
+
+        correct_in_all = np.sum(list(correct.values()), axis=0)
+        self.prior_scale, self.transition_weight = pairs[int(np.argmax(correct_in_all))]
         return path
 
 
@@ -1994,22 +2303,25 @@ KEYS_FREE_ON_RESUME = (
     "ablations",
 )
 
-_RUN_LOCKS = weakref.WeakValueDictionary()  # path -> lock
+# {path: lock file} of the runs of this process; a file that nobody else refers to leaves it
+_RUN_LOCKS = weakref.WeakValueDictionary()
 
 
 def lock_run(folder, say=print):
-    """Lock a run's folder for this process, until the returned file is closed or garbage-collected; again is harmless.
+    """Lock a run's folder for this process, until the returned file is closed or forgotten.
 
-    Where there are no locks, `say` gets a warning. Raises a RunError if another process holds the lock.
+    Locking it again gives the same file. On a file system without locks a warning goes to `say`.
+    Raises a RunError if another process holds the lock.
     """
     path = Path(folder).resolve() / ".lock"
-    lock = _RUN_LOCKS.get(path)
-    if lock is None or lock.closed:
-        lock = take_lock(path, say)
+    held = _RUN_LOCKS.get(path)
+    if held is not None and not held.closed:
+        return held
+    lock = try_to_lock(path, say)
     if lock is None:
         raise RunError(
-            f"{folder}: another notebook is training in this folder. Stop it (Kernel > Shut Down), or give "
-            "this run another config['Name']."
+            f"{folder}: another notebook is training in this folder. Stop it (Kernel > Shut "
+            "Down), or give this run another config['Name']."
         )
     _RUN_LOCKS[path] = lock
     return lock

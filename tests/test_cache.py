@@ -198,7 +198,7 @@ def test_a_cache_that_cannot_be_written_does_not_stop_loading(
 def test_a_cache_that_is_there_is_read_where_nothing_can_be_written(small, tmp_path, monkeypatch):
     expected = helpers.read_partition(small, "dev-clean", cache=tmp_path)
     forbid_reading(monkeypatch)
-    monkeypatch.setattr(helpers, "take_lock", Mock(side_effect=helpers.RunError("read-only")))
+    monkeypatch.setattr(helpers, "try_to_lock", Mock(side_effect=helpers.RunError("read-only")))
     assert packed_equal(helpers.read_partition(small, "dev-clean", cache=tmp_path), expected)
 
 

@@ -347,8 +347,8 @@ def test_comments_make_no_cache_anew(monkeypatch, tmp_path):
 
 
 def test_a_helper_that_train_uses_is_part_of_the_run(trained, corpus, monkeypatch):
-    edited(monkeypatch, "_keep_mask", "(min(param, size) + 1)", "(min(param, size) + 0)")
-    with pytest.raises(RunError, match="`_keep_mask` has changed"):
+    edited(monkeypatch, "_draw_masks", "(min(longest, length) + 1)", "(min(longest, length) + 0)")
+    with pytest.raises(RunError, match="`_draw_masks` has changed"):
         again(trained, corpus)
 
 
