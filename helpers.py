@@ -1649,7 +1649,7 @@ class Decoder:
         return path
 
 
-# ---- Checkpoint --------------------------------------------------------------------------------------------
+# ---- Checkpoint ---------------------------------------------------------------------------------
 
 # keys that may change when a run is resumed, because the trained weights do not depend on them
 KEYS_FREE_ON_RESUME = (
@@ -1688,143 +1688,155 @@ def lock_run(folder, say=print):
     return lock
 
 
-def _with_plain_numbers(value):
-    """The same value, but numpy's numbers in it, at any depth of dicts, lists and tuples, are Python's."""
-    if isinstance(value, np.generic):
-        return value.item()
-    if isinstance(value, dict):
-        plain = copy.copy(value)  # a state dict stays one
-        plain.clear()  # or a key would keep its type
-        plain.update(
-            {_with_plain_numbers(key): _with_plain_numbers(each) for key, each in value.items()}
-        )
-        return plain
-    if type(value) in (list, tuple):
-        return type(value)(map(_with_plain_numbers, value))
-    return value
-
-
-def _unreadable(value, name):
-    """What in a checkpoint `load_checkpoint` could not read: (its name, the value); None where all of it can be."""
-    parts = {}
-    if isinstance(value, dict):
-        parts = {f"{name}[{key!r}]": each for key, each in value.items()}
-    elif isinstance(value, (list, tuple)):
-        parts = {f"{name}[{i}]": each for i, each in enumerate(value)}
-    for part, each in parts.items():
-        if found := _unreadable(each, part):
-            return found
+def _is_readable(value):
+    """Can `load_checkpoint` read this value once it is written?"""
     try:
         file = io.BytesIO()
         torch.save(value, file)
         file.seek(0)
         torch.load(file, weights_only=True)
     except Exception:  # torch and pickle raise a dozen kinds
-        return name, value
-    return None
+        return False
+    return True
+
+
+def _as_plain_state(value, name):
+    """A copy of a state in which numpy's numbers, at any depth, have become Python's.
+
+    Raises a RunError that names the first value that could not be read again. name: of the state.
+    """
+    if isinstance(value, np.generic):
+        return value.item()
+    if isinstance(value, dict):
+        plain = copy.copy(value)  # a state dict keeps its type and its attributes
+        plain.clear()
+        for key, each in value.items():
+            plain_key = _as_plain_state(key, name)
+            plain[plain_key] = _as_plain_state(each, f"{name}[{key!r}]")
+        return plain
+    if type(value) in (list, tuple):
+        parts = [_as_plain_state(each, f"{name}[{i}]") for i, each in enumerate(value)]
+        return type(value)(parts)
+    known = (torch.Tensor, str, int, float, bool, type(None))
+    if type(value) not in known and not _is_readable(value):
+        raise RunError(
+            f"the checkpoint was not written: {name} is {value!r:.100}, a {type(value).__name__}, "
+            "and could not be read again. Make it a number, a text, a tensor, or a list or a dict "
+            "of these. What was there before is unchanged."
+        )
+    return value
 
 
 def save_checkpoint(path, state):
     """Write a dict of tensors, numbers and text atomically; numpy's numbers in it become Python's.
 
-    What was written is read back before it replaces the old file. A RunError, which names the value where it is one
-    that cannot be read back, leaves the old file untouched.
+    What was written is read back before it replaces the old file. Raises a RunError if the disk is
+    full, or if something cannot be read back; the old file stays as it was.
     """
     path = Path(path)
-    state = _with_plain_numbers(state)
-    file = io.BytesIO()  # torch.save loses the error of a full disk
-    try:
-        torch.save(state, file)
-        with atomic_write(path, file.tell()) as temporary:
-            temporary.write_bytes(file.getbuffer())
+    state = _as_plain_state(state, path.stem)
+    file = io.BytesIO()  # in memory first, because torch.save loses the error of a full disk
+    torch.save(state, file)
+    with atomic_write(path, file.tell()) as temporary:
+        temporary.write_bytes(file.getbuffer())
+        try:
             torch.load(temporary, map_location="cpu", weights_only=True)
-    except RunError:
-        raise
-    except Exception as error:  # torch and pickle raise a dozen kinds
-        found = _unreadable(state, path.stem)
-        if found is None:
+        except Exception as error:  # torch and pickle raise a dozen kinds
             raise RunError(
-                f"{path}: what was written could not be read back ({str(error)[:200]}). What was there "
-                "before is unchanged. If it happens again, the disk is damaged."
+                f"{path}: what was written could not be read back ({str(error)[:200]}). What was "
+                "there before is unchanged. If it happens again, the disk is damaged."
             ) from error
-        name, value = found
-        raise RunError(
-            f"{path} was not written: {name} is {value!r:.100}, a {type(value).__name__}, and could not be "
-            "read again. Make it a number, a text, a tensor, or a list or a dict of these. What was there "
-            "before is unchanged."
-        ) from error
+
+
+def _set_by(config, key, switches):
+    """A remark on the switch that may have set the value of a key in a config; "" if there is none.
+
+    switches: see `load_checkpoint`.
+    """
+    for (switch, value), changes in switches.items():
+        is_on = config.get(switch) == value
+        if is_on and key in changes and changes[key] == config.get(key):
+            return f" (config[{switch!r}] = {value!r} may have set it)"
+    return ""
 
 
 def _config_differences(saved, config, free, off, switches):
-    """Lines that say which keys, except `free` ones, have other values in two configs; see `load_checkpoint`."""
+    """A line for each key whose value differs between two configs, except for the keys in `free`.
 
-    def value_in(values, key):
-        return values.get(key, off.get(key))
-
-    def by(values, key):
-        """Which switch, if any, sets this value of a key."""
-        for (switch, value), changes in switches.items():
-            if values.get(switch) == value and key in changes and values.get(key) == changes[key]:
-                return f" (as config[{switch!r}] = {value!r} sets it)"
-        return ""
-
+    off, switches: see `load_checkpoint`.
+    """
     lines = []
-    for key in dict.fromkeys([*config, *saved]):
-        there, now = value_in(saved, key), value_in(config, key)
-        unknown = key not in saved or key not in config
-        if key in free or there == now or unknown and not there and not now:
+    for key in dict.fromkeys([*config, *saved]):  # each key once
+        there = saved.get(key, off.get(key))
+        now = config.get(key, off.get(key))
+        if key in free or there == now:
             continue
-        there, now = f"{there!r} there{by(saved, key)}", f"{now!r} now{by(config, key)}"
-        lines.append(
-            f"{key}: {there}, {now}" + " (a key that was added since)" * (key not in saved)
-        )
+        in_both = key in saved and key in config
+        if not in_both and not there and not now:  # 0, False, None: off in either case
+            continue
+        line = f"{key}: {there!r} there{_set_by(saved, key, switches)}, "
+        line += f"{now!r} now{_set_by(config, key, switches)}"
+        if key not in saved:
+            line += " (a key that was added since)"
+        lines.append(line)
     return lines
 
 
-def load_checkpoint(path, config=None, planned=True, off=None, switches=None):
-    """The dict of `save_checkpoint`, on the CPU; None where there is no such file.
+def _check_same_config(path, saved, config, planned, off, switches):
+    """Raise a RunError that lists the differences if a run may not be resumed with this config.
 
-    config: if given, it must agree with the checkpoint's own "config" in all keys but KEYS_FREE_ON_RESUME, and "epochs" where the
-    schedule does not depend on it (is not `planned`) and dropout_scale is not "auto".
-    off: {key: its value in a run that did not know it yet}; for other keys that is 0, False or None.
-    switches: {(key, value): {key: value}}, which values a key's value sets: for the message.
-    Raises a RunError if they differ, or if the file is damaged or of something else.
+    saved: the config in the checkpoint. The other arguments: see `load_checkpoint`.
+    """
+    free = KEYS_FREE_ON_RESUME
+    if not planned and config["dropout_scale"] != "auto":
+        free = (*free, "epochs")
+    differences = _config_differences(saved, config, free, off, switches)
+    if not differences:
+        return
+    lines = [f"{path}: this run was started with another config:"]
+    lines += [f"  {difference}" for difference in differences]
+    lines.append("Set these back to resume it, or choose another config['Name'] for a fresh run.")
+    if any(difference.startswith("epochs:") for difference in differences):
+        lines.append(
+            "(The schedule or dropout_scale 'auto' is planned for a fixed number of epochs.)"
+        )
+    raise RunError("\n".join(lines))
+
+
+def load_checkpoint(path, config=None, planned=True, off=None, switches=None):
+    """Read the dict that `save_checkpoint` has written, onto the CPU; None if there is no such file.
+
+    config: that of the run to be resumed. It must agree with the config in the checkpoint, except
+    for KEYS_FREE_ON_RESUME, and for "epochs" unless the training is planned for their number.
+    planned: is the schedule planned for the number of epochs? With dropout_scale "auto" the
+    training always is.
+    off: {key: its value in runs from before it existed}; for other keys that is 0, False or None.
+    switches: {(key, value): {key: value}}: if the first key has the first value, it sets the
+    others. Only the message mentions them.
+    Raises a RunError if the file is damaged or no checkpoint, or if the configs do not agree.
     """
     path = Path(path)
     if not path.exists():
         return None
     try:
-        with zipfile.ZipFile(path) as file:  # torch.load does not compare the checksums
+        with zipfile.ZipFile(path) as file:  # because torch.load does not compare the checksums
             if file.testzip() is not None:
-                raise ValueError("checksum")
+                raise ValueError("wrong checksum")
         state = dict(torch.load(path, map_location="cpu", weights_only=True))
         saved = dict(state["config"])
-        if config is not None:
-            state["history"]  # best.pt has none: nothing to resume
+        if config is not None and "history" not in state:
+            raise ValueError("best weights only, which cannot be resumed")
     except Exception as error:  # torch and pickle raise a dozen kinds, none of them readable
         raise RunError(
-            f"{path}: damaged, or not a checkpoint of this notebook ({type(error).__name__}). Restore a "
-            "copy of it, or choose another config['Name'] for a fresh run."
+            f"{path}: damaged, or not a checkpoint of this notebook ({type(error).__name__}). "
+            "Restore a copy of it, or choose another config['Name'] for a fresh run."
         ) from None
     if config is not None:
-        planned = planned or config["dropout_scale"] == "auto"
-        free = KEYS_FREE_ON_RESUME if planned else (*KEYS_FREE_ON_RESUME, "epochs")
-        differences = _config_differences(saved, config, free, off or {}, switches or {})
-        if differences:
-            raise RunError(
-                f"{path}: this run was started with another config:\n  "
-                + "\n  ".join(differences)
-                + "\nSet these back to resume it, or choose another config['Name'] for a fresh run."
-                + (
-                    " (The schedule or dropout_scale 'auto' is planned for a fixed number of epochs.)"
-                    if any(line.startswith("epochs") for line in differences)
-                    else ""
-                )
-            )
+        _check_same_config(path, saved, config, planned, off or {}, switches or {})
     return state
 
 
-# what makes the weights of every run, beside the notebook's functions
+# the code in this module that makes the weights of a run, beside the notebook's functions
 TRAINING_CODE = {
     "scale_dropout": scale_dropout,
     "Batches": Batches,
@@ -1834,38 +1846,43 @@ TRAINING_CODE = {
 
 
 def check_code(folder, state, code):
-    """A RunError that names what differs where the code that has made a checkpoint is not `code`, of `code_of`."""
-    if differences := code_differences(state.get("code", {}), code):
-        raise RunError(
-            f"{folder}: this run was made by other code:\n  "
-            + "\n  ".join(differences)
-            + "\nUndo the edit to go on with this run, or choose another config['Name'] for a fresh run."
-        )
+    """Raise a RunError that lists the differences if a checkpoint was made by other code.
+
+    folder: of the run. state: the checkpoint. code: of `code_of`, the code as it is now.
+    """
+    differences = code_differences(state.get("code", {}), code)
+    if not differences:
+        return
+    lines = [f"{folder}: this run was made by other code:"]
+    lines += [f"  {difference}" for difference in differences]
+    lines.append(
+        "Undo the edit to go on with this run, or choose another config['Name'] for a fresh run."
+    )
+    raise RunError("\n".join(lines))
 
 
 def save_best(run, row):
-    """Write the weights of a run to best.pt, with all that it takes to predict by them. row: of this epoch."""
-    columns = {
-        name: getattr(run.train_loader.dataset, name) for name in ("coefficients", "convention")
+    """Write best.pt: the weights of a run, and all it takes to predict with them.
+
+    row: of the history, for the epoch that has just ended.
+    """
+    data = run.train_loader.dataset
+    state = {
+        "model": weights_of(run.model),
+        "config": run.config,
+        "code": run.code,
+        "columns": {"coefficients": data.coefficients, "convention": data.convention},
+        "precision": str(run.precision).removeprefix("torch."),
+        **row,
     }
-    save_checkpoint(
-        run.folder / "best.pt",
-        {
-            "model": weights_of(run.model),
-            "config": run.config,
-            "code": run.code,
-            "columns": columns,
-            "precision": str(run.precision).removeprefix("torch."),
-            **row,
-        },
-    )
+    save_checkpoint(run.folder / "best.pt", state)
 
 
 def load_best(folder, model):
     """Load the weights of the best epoch of the run in this folder into a model.
 
-    Returns what else best.pt holds: that epoch's row of the history, the config, the code and the precision.
-    Raises a RunError where there is none, or where they are of another network.
+    Returns what else best.pt holds: the row of that epoch, the config, the code and the precision.
+    Raises a RunError if there is no best.pt, or if its weights are those of another network.
     """
     best = load_checkpoint(Path(folder) / "best.pt")
     if best is None:
@@ -1873,15 +1890,16 @@ def load_best(folder, model):
     try:
         load_weights(model, best.pop("model"))
     except RuntimeError as error:
-        lines = "\n  ".join(line.strip() for line in str(error).splitlines()[:4])
+        first_lines = [line.strip() for line in str(error).splitlines()[:4]]
         raise RunError(
-            f"{folder}: its best weights are of another network than this one:\n  {lines}"
+            f"{folder}: its best weights are of another network than this one:\n  "
+            + "\n  ".join(first_lines)
         ) from None
     return best
 
 
-STATEFUL = ("model", "optimizer", "scheduler", "scaler")  # what training changes in a run
-COMPILED = "_orig_mod."  # what torch.compile puts into the names of a module's weights
+STATEFUL = ("model", "optimizer", "scheduler", "scaler")  # the parts of a run that training changes
+COMPILED = "_orig_mod."  # what torch.compile adds to the names of a module's weights
 
 
 def weights_of(model):
@@ -1890,127 +1908,136 @@ def weights_of(model):
 
 
 def load_weights(model, weights):
-    """Load the weights that `weights_of` gave into a model, compiled or not, or in part."""
+    """Load the weights that `weights_of` gave into a model, whatever part of it is compiled."""
     names = {name.replace(COMPILED, ""): name for name in model.state_dict()}
     model.load_state_dict({names.get(name, name): tensor for name, tensor in weights.items()})
 
 
 def snapshot(run):
-    """A dict of the states of a run's model, optimizer, scheduler and scaler, and of torch's random generators."""
-    states = {name: getattr(run, name).state_dict() for name in STATEFUL}
-    return {
-        **states,
-        "model": weights_of(run.model),
-        "random": torch.get_rng_state(),
-        "random_cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-    }
+    """The state of a run's model, optimizer, scheduler and scaler, and of the random generators."""
+    state = {name: getattr(run, name).state_dict() for name in STATEFUL}
+    state["model"] = weights_of(run.model)
+    state["random"] = torch.get_rng_state()
+    state["random_cuda"] = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    return state
 
 
 def restore(state, run):
-    """Put a `snapshot` back into a run, on whatever device that is; a RunError if the code has changed since."""
-    try:
-        for name in STATEFUL:
+    """Put a `snapshot` back into a run, on whatever device it was taken.
+
+    Raises a RunError if the run's parts are not of the kind that the snapshot was taken of.
+    """
+    for name in STATEFUL:
+        try:
             if name == "model":
                 load_weights(run.model, state["model"])
-            elif state[name]:  # the scaler's is empty where it was not needed
+            elif state[name]:  # the scaler's is empty if it was not needed
                 getattr(run, name).load_state_dict(state[name])
-    except (RuntimeError, ValueError, KeyError) as error:
-        raise RunError(
-            f"the checkpoint has another {name} than this code makes ({str(error).splitlines()[0]}) "
-            "Choose another config['Name'] for a fresh run."
-        ) from None
+        except (RuntimeError, ValueError, KeyError) as error:
+            raise RunError(
+                f"the checkpoint has another {name} than this code makes "
+                f"({str(error).splitlines()[0]}). Choose another config['Name'] for a fresh run."
+            ) from None
     torch.set_rng_state(state["random"])
     if torch.cuda.is_available() and len(state["random_cuda"]) == torch.cuda.device_count():
         torch.cuda.set_rng_state_all(state["random_cuda"])
 
 
-def changes_by_hand(run, state):
-    """A line for the user where a run has not the weights or learning rates of its checkpoint, `state`; else "".
+def _learning_rates(optimizer_state):
+    """The learning rate of each group of parameters in the state dict of an optimizer."""
+    return [group["lr"] for group in optimizer_state["param_groups"]]
 
-    The best weights are known too. In an epoch that was not finished (`run.unsaved`) the training has changed them.
+
+def _has_weights(model, weights):
+    """Does a model have exactly these weights, of `weights_of`, now?"""
+    now = weights_of(model)
+    return all(now[name].cpu().equal(tensor) for name, tensor in weights.items())
+
+
+def changes_by_hand(run, state):
+    """A line for the user if somebody has set the weights or the learning rates of a run; else "".
+
+    They are compared with the run's checkpoint, `state`; the best weights are not by hand either.
+    In an epoch that did not come to its end (`run.unsaved`) it was the training that changed them.
     """
     if run.unsaved:
         return ""
-
-    def are_weights_of(known):
-        weights = weights_of(run.model)
-        return all(weights[name].cpu().equal(each) for name, each in known["model"].items())
-
     changed = []
-    now, there = (
-        [group["lr"] for group in optimizer["param_groups"]]
-        for optimizer in (run.optimizer.state_dict(), state["optimizer"])
-    )
-    if now != there:
+    if _learning_rates(run.optimizer.state_dict()) != _learning_rates(state["optimizer"]):
         changed.append("the learning rate")
-    if not are_weights_of(state):
+    if not _has_weights(run.model, state["model"]):
         best = load_checkpoint(run.folder / "best.pt")
-        if best is None or not are_weights_of(best):
+        if best is None or not _has_weights(run.model, best["model"]):
             changed.append("the weights")
-    return f"{' and '.join(changed)} set by hand: not used, see section 7" if changed else ""
+    if not changed:
+        return ""
+    return f"{' and '.join(changed)} set by hand: not used, see section 7"
 
 
 def check_parts(run):
-    """Raise a RunError where the model or the train_loader that a run has now cannot be trained with, or resumed."""
+    """Raise a RunError if a run's model or train_loader is of a kind that cannot be resumed."""
     parallel = (torch.nn.DataParallel, torch.nn.parallel.DistributedDataParallel)
     if any(isinstance(layer, parallel) for layer in run.model.modules()):
         raise RunError(
-            "a run uses one GPU: the copies that DataParallel makes of a network would not compute in the "
-            f"run's precision, {run.precision}. Train the network itself, its `.module`."
+            "a run uses one GPU: the copies that DataParallel makes of a network would not compute "
+            f"in the run's precision, {run.precision}. Train the network itself, its `.module`."
         )
     if not isinstance(run.train_loader.sampler, Batches):
         raise RunError(
-            f"run.train_loader has a {type(run.train_loader.sampler).__name__}; expected a loader of "
-            "`make_loader`, whose order a resumed run repeats. To let rare phonemes count more, as with a "
-            "WeightedRandomSampler, take a weighted loss: see the README."
+            f"run.train_loader has a {type(run.train_loader.sampler).__name__}; expected a loader "
+            "of `make_loader`, whose order a resumed run repeats. To let rare phonemes count more, "
+            "as with a WeightedRandomSampler, take a weighted loss: see the README."
         )
 
 
 def start_or_resume(run, checkpoint):
-    """Write the first checkpoint of a new run, or check that the one there was trained on these data.
+    """Write the first checkpoint of a new run, or bring a run to where its checkpoint stands.
 
-    It is written before the first epoch, so that a run killed there keeps its precision and its wandb id.
-    run: has `config`, `code` (of `code_of`), `folder`, `train_loader`, `precision`, and what STATEFUL names; gets
-    `history`, `wandb_id` and `unsaved` (is it in an epoch?), and if there are epochs, their weights: those of the best
-    one where all are there.
-    checkpoint: from `load_checkpoint`, None for a new run.
-    Returns a line for the user: whether it is a new run, or how many epochs are there.
+    The first one is written before the first epoch, so that a run that is killed in it keeps its
+    precision and its wandb id.
+    run: has `config`, `code` (of `code_of`), `folder`, `train_loader`, `precision`, and the parts
+    in STATEFUL. It gets `history`, `wandb_id` and `unsaved` (has an epoch begun and not been
+    saved?), the state of the last epoch, and in the end the weights of the best one.
+    checkpoint: of `load_checkpoint`; None for a new run.
+    Returns a line for the user: a new run, or how many epochs are done.
+    Raises a RunError if the run was trained on other data or by other code.
     """
     data = run.train_loader.dataset
-    facts = {
-        "frames": len(data),
-        "sum of labels": int(data.labels.sum()),
-    }  # tells other data, wherever they lie
+    # tells other data, wherever they lie
+    fingerprint = {"frames": len(data), "sum of labels": int(data.labels.sum())}
     if checkpoint is None:
         checkpoint = {
             "config": run.config,
             "code": run.code,
-            "data": facts,
+            "data": fingerprint,
             "history": [],
             "wandb_id": secrets.token_hex(4),
             "precision": str(run.precision).removeprefix("torch."),
             **snapshot(run),
         }
-        (run.folder / "best.pt").unlink(missing_ok=True)  # of a run whose checkpoint was deleted
+        # of an earlier run, whose checkpoint was deleted
+        (run.folder / "best.pt").unlink(missing_ok=True)
         save_checkpoint(run.folder / "checkpoint.pt", checkpoint)
-    elif checkpoint["data"] != facts:
+    elif checkpoint["data"] != fingerprint:
         raise RunError(
-            f"{run.folder} was trained on other data ({checkpoint['data']} there, {facts} now): choose "
-            "another config['Name'] for a fresh run."
+            f"{run.folder} was trained on other data ({checkpoint['data']} there, {fingerprint} "
+            "now): choose another config['Name'] for a fresh run."
         )
     check_code(run.folder, checkpoint, run.code)
     restore(checkpoint, run)
     run.unsaved = False
-    run.wandb_id, run.history = checkpoint["wandb_id"], checkpoint["history"]
+    run.wandb_id = checkpoint["wandb_id"]
+    run.history = checkpoint["history"]
+
     done, epochs = len(run.history), run.config["epochs"]
     if done == 0:
         return f"{run.folder}: a new run"
     if done < epochs:
-        return f"{run.folder}: {done} of {epochs} epochs are there, resuming"
+        return f"{run.folder}: {done} of {epochs} epochs are done, resuming"
     best = load_best(run.folder, run.model)
     return (
-        f"{run.folder}: {done} of {epochs} epochs are there, nothing left to train; the weights are those of the "
-        f"best one, epoch {best['epoch']}"
+        f"{run.folder}: {done} of {epochs} epochs are done, nothing left to train; "
+        f"the weights are those of the best one, epoch {best['epoch']}"
     )
 
 
