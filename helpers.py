@@ -23,7 +23,9 @@ Sections, and the functions to start with:
     Figures                  draw_frames, draw_phones
     Decoding                 viterbi, Decoder
     Checkpoint               save_checkpoint, load_checkpoint, start_or_resume, restore
-    Folders, wandb, Drive    runs_folder, start_wandb, log_history, finish_wandb, copy_to_drive
+    Folders and runs         runs_folder, cache_folder, load_secrets, read_runs, compare_runs
+    Google Drive             open_drive, copy_to_drive, restore_from_drive
+    wandb                    start_wandb, log_history, finish_wandb
     Submission               write_submission, read_submission, submit
     Corpora                  make_practice_corpus, make_librispeech_corpus
     Where the data are       get_data
@@ -1804,7 +1806,7 @@ def _check_same_config(path, saved, config, planned, off, switches):
 
 
 def load_checkpoint(path, config=None, planned=True, off=None, switches=None):
-    """Read the dict that `save_checkpoint` has written, onto the CPU; None if there is no such file.
+    """The dict that `save_checkpoint` has written, read onto the CPU; None if there is no file.
 
     config: that of the run to be resumed. It must agree with the config in the checkpoint, except
     for KEYS_FREE_ON_RESUME, and for "epochs" unless the training is planned for their number.
@@ -2041,200 +2043,393 @@ def start_or_resume(run, checkpoint):
     )
 
 
-# ---- Folders, wandb, Drive ---------------------------------------------------------------------------------
+# ---- Folders and runs ----------------------------------------------------------------------------
 
 DRIVE = Path("/content/drive")  # where Colab mounts Google Drive
-DRIVE_SECONDS = (
-    9 * 60
-)  # between two copies to Drive, unless an epoch takes longer: a kill may lose ten minutes
-DRIVE_SLOTS = ("checkpoint-a.zip", "checkpoint-b.zip")  # written in turn
-LOGIN_SECONDS = 25  # how long wandb's login may take, once wandb is loaded
-WANDB_SECONDS = 60  # how long it may take to start a run, or to take its rows
-UPLOAD_SECONDS = 100  # how long it may take for the last rows and the files
-LAST_SECONDS = 20  # how long it may take to end after a failure
-WANDB_MODES = {
-    "online": "online",
-    "run": "online",
-    "offline": "offline",
-    "dryrun": "offline",
-    "disabled": "disabled",
-}
-# Logs in as wandb itself does, and asks the server. The exit status 3: no key is configured, 4: no answer,
-# 1: another reason, which is printed. _exit, because wandb's own end may wait for the network.
-WANDB_LOGIN = """
-import os, sys, threading
-status = 1
-try:
-    import wandb
-    threading.Timer({seconds}, os._exit, [4]).start()
-    status = 0 if wandb.login(verify=True) else 3
-except Exception as error:
-    faults = error.errors() if hasattr(error, "errors") else [{{"msg": str(error)}}]
-    print(*(fault["msg"] for fault in faults), flush=True)
-    if type(error).__name__ == "UsageError":
-        status = 3
-os._exit(status)
-"""
 
 
 def tell(run, line):
-    """Print what the user must know of a run, once; and keep it in `run.message`, for each figure."""
+    """Print a line that the user must know of a run, once; and add it to `run.message`."""
     if line not in run.message:
         run.message += line + "\n"
         print(line)
 
 
 def runs_folder():
-    """The folder of the runs: $HW1P2_RUNS, else /kaggle/working/runs on Kaggle, else runs/ here."""
-    kaggle = KAGGLE / "working"
-    return path_from_environment("HW1P2_RUNS") or (
-        kaggle / "runs" if kaggle.is_dir() else Path("runs")
-    )
+    """The folder of all runs: $HW1P2_RUNS, else /kaggle/working/runs on Kaggle, else runs/ here."""
+    chosen = path_from_environment("HW1P2_RUNS")
+    if chosen:
+        return chosen
+    if (KAGGLE / "working").is_dir():
+        return KAGGLE / "working" / "runs"
+    return Path("runs")
+
+
+def cache_folder(runs=None):
+    """The folder of packed data, corpora and wandb's uploads, which may be deleted at any time.
+
+    It is runs/cache, but never inside /kaggle/working, which Kaggle saves with the notebook, nor on
+    Google Drive. runs: the folder of all runs; None: `runs_folder()`.
+    """
+    runs = Path(runs or runs_folder())
+    where = runs.resolve()
+    if where.is_relative_to(KAGGLE / "working"):
+        return KAGGLE / "temp" / "hw1p2-cache"
+    if where.is_relative_to(DRIVE):
+        return DRIVE.parent / "hw1p2-cache"
+    return runs / "cache"
+
+
+def load_secrets(*names, seconds=30):
+    """Copy Colab's or Kaggle's secrets of these names into the environment, unless they are there.
+
+    seconds: how long to wait for them. Without its browser window Colab never answers, nor does
+    Kaggle without Internet.
+    """
+    missing = [name for name in names if not os.environ.get(name)]
+
+    def fetch():
+        if "google.colab" in sys.modules:
+            from google.colab import userdata
+
+            get = userdata.get
+        else:
+            from kaggle_secrets import UserSecretsClient
+
+            get = UserSecretsClient().get_secret
+        for name in missing:
+            with contextlib.suppress(Exception):  # no such secret, or no access to it
+                os.environ[name] = get(name)
+
+    def fetch_quietly():
+        with contextlib.suppress(Exception):  # no access to any secret
+            fetch()
+
+    if missing and ("google.colab" in sys.modules or KAGGLE.is_dir()):
+        thread = threading.Thread(target=fetch_quietly, daemon=True)
+        thread.start()
+        thread.join(seconds)
+
+
+def _config_and_history(path):
+    """What a checkpoint says of its run, without reading the tensors; any exception if damaged."""
+    state = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    return state["config"], state["history"]
 
 
 def read_runs(folder=None):
-    """{name: (config, history)} of all runs in a folder of runs, variants too; those that are damaged are printed."""
-    folder, runs = Path(folder or runs_folder()), {}
+    """{name: (config, history)} of all runs and variants in a folder of runs.
+
+    folder: None: `runs_folder()`. Runs whose checkpoint is damaged are left out, with a line.
+    """
+    folder = Path(folder or runs_folder())
+    runs = {}
     for path in find_files(folder, "*/checkpoint.pt", "*/variants/*/checkpoint.pt"):
+        name = path.parent.relative_to(folder).as_posix()
         try:
-            state = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-            runs[path.parent.relative_to(folder).as_posix()] = state["config"], state["history"]
+            runs[name] = _config_and_history(path)
         except Exception as error:  # torch and pickle raise a dozen kinds
             print(f"{path}: damaged, or not a checkpoint of this notebook ({type(error).__name__})")
     return runs
 
 
 def compare_runs(runs):
-    """A table of runs, {name: (config, history)}, with the best first: epochs, accuracy, and what differs.
+    """A table of runs, the best one first: accuracies, epochs, and what differs in the configs.
 
-    The last columns are the keys, but KEYS_FREE_ON_RESUME, in which their configs differ. The accuracies (0-1) are those of the
-    best epoch; runs without one are left out.
+    runs: {name: (config, history)}; runs without an epoch are left out. The accuracies (0-1) are
+    those of the best epoch. The last columns are the keys in which the configs differ, except for
+    KEYS_FREE_ON_RESUME.
     """
-    rows = {}
+    rows, configs = {}, {}
     for name, (config, history) in runs.items():
-        if history:
-            best = max(history, key=lambda row: row["val_acc"])
-            rows[name] = {
-                "val_acc": best["val_acc"],
-                "train_acc": best["train_acc"],
-                "in epoch": best["epoch"],
-                "epochs": f"{len(history)} of {config['epochs']}",
-            }
-    configs = pd.DataFrame({name: pd.Series(runs[name][0], dtype=object) for name in rows}).T
-    differ = [
-        key
-        for key in configs
-        if key not in (*KEYS_FREE_ON_RESUME, "epochs") and configs[key].map(repr).nunique() > 1
-    ]
+        if not history:
+            continue
+        best = max(history, key=lambda row: row["val_acc"])
+        rows[name] = {
+            "val_acc": best["val_acc"],
+            "train_acc": best["train_acc"],
+            "in epoch": best["epoch"],
+            "epochs": f"{len(history)} of {config['epochs']}",
+        }
+        configs[name] = config
+    if not rows:
+        return pd.DataFrame()
     table = pd.DataFrame(rows.values(), index=list(rows))
-    table = table.join(configs[differ])
-    return table.sort_values("val_acc", ascending=False, kind="stable") if rows else table
+    values = pd.DataFrame(configs.values(), index=list(configs), dtype=object)
+    ignored = (*KEYS_FREE_ON_RESUME, "epochs")
+    for key in values:
+        if key not in ignored and values[key].map(repr).nunique() > 1:
+            table[key] = values[key]
+    return table.sort_values("val_acc", ascending=False, kind="stable")
 
 
-def cache_folder(runs=None):
-    """The folder of packed data, corpora and wandb's uploads: runs/cache, which may be deleted at any time.
+def _summary(results):
+    """The numbers of a run's results by name; results: see `save_results`."""
+    best = results.best
+    summary = {f"best_{key}": best[key] for key in ("epoch", "val_acc", "val_loss", "train_acc")}
+    for name, accuracy in results.accuracy.items():
+        summary[f"val_acc, {name}"] = float(accuracy)
+    if results.test_acc is not None:
+        summary["test_acc"] = float(results.test_acc)
+    return summary
 
-    It is never inside /kaggle/working, which Kaggle saves with the notebook, nor on Google Drive.
+
+def save_results(run, results):
+    """Write the results of a run to its folder: results.json, confusion.csv, by_phoneme.csv.
+
+    results: of the notebook's `evaluate_best`, with `test_acc`, which is None if it is not known.
     """
-    runs = Path(runs or runs_folder())
-    for kept, elsewhere in ((KAGGLE / "working", KAGGLE / "temp"), (DRIVE, DRIVE.parent)):
-        if runs.resolve().is_relative_to(kept):
-            return elsewhere / "hw1p2-cache"
-    return runs / "cache"
+    confusion = pd.DataFrame(results.confusion, index=PHONEMES, columns=PHONEMES)
+    texts = {
+        "results.json": json.dumps(_summary(results), indent=1),
+        "confusion.csv": confusion.to_csv(index_label="true"),
+        "by_phoneme.csv": results.by_phoneme.to_csv(index=False),
+    }
+    for name, text in texts.items():
+        with atomic_write(run.folder / name, len(text)) as temporary:
+            temporary.write_text(text, "utf-8")
 
 
-def load_secrets(*names, seconds=30):
-    """Copy Colab's or Kaggle's secrets of these names into the environment, where they are not there yet.
+# ---- Google Drive --------------------------------------------------------------------------------
 
-    seconds: how long to wait for them. Colab never answers without its browser window, nor Kaggle without Internet.
+# between two copies to Drive, unless an epoch takes longer: a kill costs ten minutes at most
+DRIVE_SECONDS = 9 * 60
+DRIVE_SLOTS = ("checkpoint-a.zip", "checkpoint-b.zip")  # written in turn
+
+
+def open_drive(run, subfolder):
+    """Mount Google Drive on Colab and fetch the epochs of a run that are only there.
+
+    subfolder: the path of the run below the folder of all runs.
+    Returns the folder of the run on Drive; elsewhere than on Colab None, with a line that says so.
+    Raises a RunError if Drive cannot be mounted or read.
     """
+    if "google.colab" not in sys.modules:
+        tell(run, "config['drive'] is for Colab: it is ignored here")
+        return None
+    try:
+        from google.colab import drive
 
-    def fetch(name):
-        with contextlib.suppress(Exception):  # no such secret, or no access to it
-            if "google.colab" in sys.modules:
-                from google.colab import userdata
+        drive.mount(str(DRIVE))
+    except Exception as error:  # Google's own kinds
+        raise RunError(
+            f"Google Drive could not be mounted ({type(error).__name__}: {str(error)[:200]}). Run "
+            "the cell again and allow the access that Google asks for, or set config['drive'] = "
+            "False."
+        ) from error
+    drive_folder = DRIVE / "MyDrive" / "hw1p2-runs" / subfolder
+    epochs = restore_from_drive(run.folder, drive_folder)
+    if epochs:
+        tell(run, f"{run.folder}: fetched from Google Drive, {epochs} epoch(s)")
+    return drive_folder
 
-                os.environ[name] = userdata.get(name)
-            elif KAGGLE.is_dir():
-                from kaggle_secrets import UserSecretsClient
 
-                os.environ[name] = UserSecretsClient().get_secret(name)
+def session_warning(drive, practice):
+    """A line for Colab, where files are lost when the session ends.
 
-    threads = [
-        threading.Thread(target=fetch, args=[name], daemon=True)
-        for name in names
-        if not os.environ.get(name)
-    ]
-    end = time.monotonic() + seconds
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(max(end - time.monotonic(), 0))
+    drive, practice: is config["drive"] on, is this the practice corpus? If so, the line is empty.
+    """
+    if "google.colab" not in sys.modules or drive or practice:
+        return ""
+    return (
+        "NOTHING HERE OUTLIVES THIS COLAB SESSION, which ends after 12 hours or earlier: "
+        "config['drive'] = True keeps the checkpoints on Google Drive."
+    )
+
+
+def _epochs_in(archive):
+    """How many epochs of a run are in an archive on Drive; -1 if it is missing or damaged."""
+    try:
+        with zipfile.ZipFile(archive) as file:
+            is_intact = file.testzip() is None
+            return int(file.comment) if is_intact else -1
+    except FileNotFoundError:
+        return -1
+    except OSError:  # Drive is away: nothing is known about the archive
+        raise
+    except Exception:  # zipfile raises several kinds if bytes are damaged
+        return -1
+
+
+def _epochs_here(folder):
+    """How many epochs the checkpoint in a run's folder has; -1 if it is missing or damaged."""
+    try:
+        _, history = _config_and_history(folder / "checkpoint.pt")
+    except Exception:  # torch and pickle raise a dozen kinds; `load_checkpoint` reports them
+        return -1
+    return len(history)
+
+
+def copy_to_drive(folder, drive_folder, next_in=float("inf")):
+    """Copy a run's checkpoint, best weights, decoder and CSV files to its folder on Google Drive.
+
+    next_in: seconds until the next call. If that is early enough, this call copies nothing.
+    What is replaced or deleted on Drive goes to its trash and uses up space. So two archives are
+    overwritten in place, in turn: one of them is always whole.
+    """
+    slots = [drive_folder / name for name in DRIVE_SLOTS]
+    copied_at = [slot.stat().st_mtime for slot in slots if zipfile.is_zipfile(slot)]
+    due = max(copied_at, default=0) + DRIVE_SECONDS
+    if time.time() + next_in < due:
+        return
+    try:
+        drive_folder.mkdir(parents=True, exist_ok=True)
+        older = min(slots, key=_epochs_in)
+        with open(older, "wb") as file:
+            with zipfile.ZipFile(file, "w") as archive:
+                archive.comment = str(_epochs_here(folder)).encode()
+                # the checkpoint comes last, see `restore_from_drive`
+                for name in ("decoder.pt", "best.pt", "checkpoint.pt"):
+                    if (folder / name).exists():
+                        archive.write(folder / name, name)
+            os.fsync(file.fileno())
+        for path in folder.glob("*.csv"):
+            shutil.copyfile(path, drive_folder / path.name)  # in place too
+    except OSError as error:
+        print(
+            f"the copy on Google Drive could not be updated ({error}). The run in {folder} is not "
+            "affected; the next epoch tries again, and so does the cell of section 9."
+        )
+
+
+def restore_from_drive(folder, drive_folder):
+    """Fetch a run's files from Google Drive if more epochs are there than in `folder`.
+
+    Returns how many epochs were fetched; 0 if none were. Raises a RunError if Drive cannot be read.
+    """
+    try:
+        epochs_in = {name: _epochs_in(drive_folder / name) for name in DRIVE_SLOTS}
+        newest = max(epochs_in, key=epochs_in.get)
+        if epochs_in[newest] <= _epochs_here(folder):
+            return 0
+        with zipfile.ZipFile(drive_folder / newest) as archive:
+            # The checkpoint comes last: killed before it is here, the next start fetches all again.
+            for name in archive.namelist():
+                content = archive.read(name)
+                with atomic_write(folder / Path(name).name, len(content)) as temporary:
+                    temporary.write_bytes(content)
+    except OSError as error:
+        raise RunError(
+            f"{drive_folder} on Google Drive cannot be read ({error}): restart the session, or set "
+            "config['drive'] = False."
+        ) from error
+    return epochs_in[newest]
+
+
+# ---- wandb ---------------------------------------------------------------------------------------
+
+LOGIN_SECONDS = 25  # how long wandb's login may take, once wandb is loaded
+WANDB_SECONDS = 60  # how long it may take to start a wandb run, or to take its rows
+UPLOAD_SECONDS = 100  # how long it may take for the last rows and the files
+LAST_SECONDS = 20  # how long it may take to end after a failure
+WANDB_MODES = {  # what $WANDB_MODE may be, and what it means
+    "online": "online",
+    "run": "online",
+    "offline": "offline",
+    "dryrun": "offline",
+    "disabled": "disabled",
+}
+NO_KEY, NO_ANSWER = 3, 4  # exit statuses of WANDB_LOGIN
+# Logs in as wandb itself does, and asks the server. Why that fails, other than for want of a key or
+# an answer, is printed. It ends by _exit, because wandb's own end may wait for the network.
+WANDB_LOGIN = """
+import os, sys, threading
+status = 1
+try:
+    import wandb
+    threading.Timer({seconds}, os._exit, [{no_answer}]).start()
+    status = 0 if wandb.login(verify=True) else {no_key}
+except Exception as error:
+    faults = error.errors() if hasattr(error, "errors") else [{{"msg": str(error)}}]
+    print(*(fault["msg"] for fault in faults), flush=True)
+    if type(error).__name__ == "UsageError":
+        status = {no_key}
+os._exit(status)
+"""
+
+
+def _mode_in_environment(run):
+    """The mode that $WANDB_MODE asks for, in whatever spelling; None if it is unset or unknown."""
+    text = os.environ.pop("WANDB_MODE", "").strip(" \t\r\n'\"")
+    mode = WANDB_MODES.get(text.lower())
+    if mode:
+        os.environ["WANDB_MODE"] = mode  # because wandb itself refuses any other spelling
+    elif text:
+        tell(run, f"WANDB_MODE={text} is ignored: expected online, offline or disabled")
+    return mode
+
+
+def _try_login(choice):
+    """Try wandb's login in a process of its own. Returns its exit status, and why it failed.
+
+    choice: "online", or "auto", which leaves the mode to wandb's own settings.
+    Some versions of wandb wait for the network for ever, or ask for a key.
+    """
+    environment = dict(os.environ)
+    if choice == "online":
+        environment["WANDB_MODE"] = "online"
+    login = WANDB_LOGIN.format(seconds=LOGIN_SECONDS, no_key=NO_KEY, no_answer=NO_ANSWER)
+    try:
+        process = subprocess.run(
+            [sys.executable, "-c", login],
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+            timeout=LOGIN_SECONDS + 60,  # with the time to load Python and wandb
+        )
+        status, why = process.returncode, shorten(process.stdout)
+    except subprocess.TimeoutExpired:
+        status = NO_ANSWER
+    if status == NO_KEY:
+        why = "no key"
+    elif status == NO_ANSWER:
+        why = f"no answer in {LOGIN_SECONDS} s"
+    return status, why
 
 
 def wandb_mode(run):
-    """The mode for `wandb.init` that config["wandb"] asks for; online only if wandb can log in, else offline.
+    """The mode for `wandb.init` that config["wandb"] asks for; offline if wandb cannot log in.
 
-    "auto": $WANDB_MODE if it is set, else online if a key is configured in any of wandb's ways.
-    The login is tried in a process of its own, because some versions wait for the network for ever,
-    or ask for a key.
+    "auto" is $WANDB_MODE if it is set; else online if wandb finds a key, in whatever place.
     """
-    choice, text = run.config["wandb"], os.environ.pop("WANDB_MODE", "").strip(" \t\r\n'\"")
-    if mode := WANDB_MODES.get(text.lower()):
-        os.environ["WANDB_MODE"] = (
-            mode  # wandb refuses any other spelling, whatever mode it is given
-        )
-    elif text:
-        tell(run, f"WANDB_MODE={text} is ignored: expected online, offline or disabled")
+    choice = run.config["wandb"]
+    mode = _mode_in_environment(run)
     if choice == "auto" and mode:
         choice = mode
     if choice in ("offline", "disabled"):
         return choice
     load_secrets("WANDB_API_KEY")
-    environment = {**os.environ, **({} if choice == "auto" else {"WANDB_MODE": "online"})}
-    command = [sys.executable, "-c", WANDB_LOGIN.format(seconds=LOGIN_SECONDS)]
-    try:
-        login = subprocess.run(
-            command,
-            env=environment,
-            stdin=subprocess.DEVNULL,
-            text=True,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            timeout=LOGIN_SECONDS + 60,
-        )  # loading Python and wandb, too
-        status, why = login.returncode, login.stdout
-    except subprocess.TimeoutExpired:
-        status = 4
+    status, why = _try_login(choice)
     if status == 0:
         return "online"
-    if status in (3, 4):
-        why = "no key" if status == 3 else f"no answer in {LOGIN_SECONDS} s"
-    if choice == "online" or status != 3:
-        tell(run, f"wandb could not log in ({shorten(why)}): this run is kept offline")
+    if choice == "online" or status != NO_KEY:  # "auto" without a key is nothing to tell
+        tell(run, f"wandb could not log in ({why}): this run is kept offline")
     return "offline"
 
 
-_wandb_lock = threading.Lock()
+_wandb_lock = threading.Lock()  # held by the thread that is calling wandb
 
 
 def within(seconds, function, *arguments):
-    """The result of function(*arguments), which talks to wandb; a TimeoutError where it takes longer.
+    """The result of function(*arguments), which talks to wandb; a TimeoutError if it takes longer.
 
-    The call is made in a thread, one at a time. Where the user interrupts the waiting, the call goes
-    on: an import or a start that is cut off would leave wandb half made, until the kernel is restarted.
+    The call is made in a thread, one at a time. If the user interrupts the waiting, the call goes
+    on: an import or a start that is cut off would leave wandb half made until the kernel restarts.
     """
     future, lock = Future(), _wandb_lock
 
     def call():
         with lock:
-            if future.set_running_or_notify_cancel():
-                try:
-                    future.set_result(function(*arguments))
-                except Exception as error:
-                    future.set_exception(error)
-                except BaseException as error:  # SystemExit is not meant for the notebook
-                    future.set_exception(RuntimeError(repr(error)))
+            if not future.set_running_or_notify_cancel():  # given up before its turn came
+                return
+            try:
+                future.set_result(function(*arguments))
+            except Exception as error:
+                future.set_exception(error)
+            except BaseException as error:  # a SystemExit is not meant for the notebook
+                future.set_exception(RuntimeError(repr(error)))
 
     threading.Thread(target=call, daemon=True).start()
     end = time.monotonic() + seconds
@@ -2247,9 +2442,9 @@ def within(seconds, function, *arguments):
 
 
 def _stop_wandb():
-    """End wandb's process, whatever it waits for, and let wandb forget it: it can start afresh.
+    """End wandb's process, whatever it waits for, and let wandb forget it, to start afresh.
 
-    Else the kernel, too, would wait for it at its end.
+    Otherwise the kernel, too, would wait for it at its end.
     """
     global _wandb_lock
     _wandb_lock = threading.Lock()  # the old one may never be free again
@@ -2261,11 +2456,11 @@ def _stop_wandb():
                 child.kill()
     with contextlib.suppress(Exception):
         within(10, sys.modules["wandb"].teardown)
-    os.environ.pop("WANDB_SERVICE", None)  # where the process was
+    os.environ.pop("WANDB_SERVICE", None)  # the address of that process
 
 
 class NoWandb:
-    """In place of a wandb run: whatever is asked of it or called does nothing, and cannot fail."""
+    """Stands in for a wandb run: whatever is asked of it or called does nothing and cannot fail."""
 
     settings, url = SimpleNamespace(mode="disabled"), None
 
@@ -2285,13 +2480,22 @@ def _without_wandb():
     return NoWandb()
 
 
+def _wandb_config(run):
+    """The config, and what else wandb is to know of a run."""
+    return {
+        **run.config,
+        **run.details,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+    }
+
+
 def _init_wandb(run, mode):
-    """Start a wandb run in this mode."""
+    """Start a wandb run for a run, in this mode."""
     import wandb  # here, because it takes a second, and benchmarks do without
 
-    os.environ.setdefault(
-        "WANDB_DATA_DIR", str(cache_folder() / "wandb")
-    )  # where it prepares uploads
+    # where it prepares its uploads
+    os.environ.setdefault("WANDB_DATA_DIR", str(cache_folder() / "wandb"))
     return wandb.init(
         mode=mode,
         id=run.wandb_id,
@@ -2305,68 +2509,103 @@ def _init_wandb(run, mode):
     )
 
 
-def _wandb_config(run):
-    """The config with what else is to be known of a run."""
-    return {
-        **run.config,
-        **run.details,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-    }
+def _reason(error):
+    """An error as half a line of text."""
+    return shorten(str(error) or type(error).__name__)
+
+
+def _try_to_open(run, mode):
+    """Set `run.wandb` to a new wandb run in this mode. Returns "", or why it did not start."""
+    try:
+        run.wandb = within(WANDB_SECONDS, _init_wandb, run, mode)
+    except Exception as error:  # its service does not start, the server refuses: a dozen reasons
+        _stop_wandb()
+        return _reason(error)
+    return ""
 
 
 def _open_wandb(run, mode):
-    """Set `run.wandb` to a new run in this mode; where it does not start, offline; else to `NoWandb`."""
-    again = True
-    while mode != "disabled":
-        try:
-            run.wandb = within(WANDB_SECONDS, _init_wandb, run, mode)
+    """Set `run.wandb` to a new wandb run in this mode.
+
+    If it does not start online, it is kept offline; if it does not start at all, it is a `NoWandb`.
+    """
+    if mode == "online":
+        why = _try_to_open(run, "online")
+        if "in use" in why:  # by a start that was stopped, and has ended by now
+            why = _try_to_open(run, "online")
+        elif "deleted" in why or "409" in why:
+            run.wandb_id = secrets.token_hex(4)
+            tell(
+                run,
+                f"wandb does not take this run ({why}): it goes on as the new run {run.wandb_id}",
+            )
+            why = _try_to_open(run, "online")
+        if not why:
             return
-        except (
-            Exception
-        ) as error:  # its service does not start, the server refuses: a dozen reasons
-            _stop_wandb()
-            why = shorten(str(error) or type(error).__name__)
-            if mode == "online" and again and re.search("in use|deleted|409", why):
-                again = False
-                if "in use" not in why:  # by a start that was stopped, and that is ended now
-                    run.wandb_id = secrets.token_hex(4)
-                    tell(
-                        run,
-                        f"wandb does not take this run ({why}): it goes on as the new run "
-                        f"{run.wandb_id}",
-                    )
-            elif mode == "online":
-                mode = "offline"
-                tell(run, f"wandb does not start this run ({why}): it is kept offline")
-            else:
-                mode = "disabled"
-                tell(run, f"wandb does not start ({why}): training goes on without it")
+        tell(run, f"wandb does not start this run ({why}): it is kept offline")
+        mode = "offline"
+    if mode == "offline":
+        why = _try_to_open(run, "offline")
+        if not why:
+            return
+        tell(run, f"wandb does not start ({why}): training goes on without it")
     run.wandb = _without_wandb()
 
 
 def _take_open_run(run):
-    """wandb's open run if it is this run's, and None if it is another's, which is finished."""
-    wandb_run = getattr(sys.modules.get("wandb"), "run", None)
-    if wandb_run is None:
+    """The wandb run that is open, if it is that of this run; else it is finished: None."""
+    open_run = getattr(sys.modules.get("wandb"), "run", None)
+    if open_run is None:
         return None
-    if (wandb_run.id, wandb_run.config.get("wandb")) == (run.wandb_id, run.config["wandb"]):
-        return wandb_run
-    wandb_run.finish()
+    is_ours = open_run.id == run.wandb_id
+    if is_ours and open_run.config.get("wandb") == run.config["wandb"]:
+        return open_run
+    open_run.finish()
+    return None
+
+
+def _send_or_fall_back(run, seconds, send):
+    """Call send(run), which talks to `run.wandb`; if it fails, again offline, or else give wandb up.
+
+    seconds: how long a call may take.
+    """
+    if isinstance(run.wandb, NoWandb):
+        return
+    try:
+        within(seconds, send, run)
+        return
+    except Exception as error:
+        why, timed_out = _reason(error), isinstance(error, TimeoutError)
+    mode = run.wandb.settings.mode
+    if not timed_out:  # perhaps it still takes what it was sent before
+        with contextlib.suppress(Exception):
+            within(LAST_SECONDS, run.wandb.finish)
+    _stop_wandb()
+    if mode == "online":
+        tell(
+            run,
+            f"wandb fails ({why}): what is not uploaded yet is kept offline, and so is all that "
+            "follows",
+        )
+        _open_wandb(run, "offline")
+    else:
+        tell(run, f"wandb fails ({why}): it goes on without it")
+        run.wandb = _without_wandb()
+    _send_or_fall_back(run, seconds, send)
 
 
 def start_wandb(run, wandb_run=None):
-    """Set `run.wandb` to the wandb run of a run, new or still open; send it the config and the history.
+    """Set `run.wandb` to the wandb run of a run, new or still open; send it config and history.
 
-    run: has `config`, whose "wandb" is the mode (see `wandb_mode`), `folder`, `wandb_id`, `history`,
-    `model`, `details` (a dict: what else to log with the config), `group` (None, or its name) and
-    `message` (see `tell`). wandb_run: the one to use, in a sweep.
-    $WANDB_PROJECT and $WANDB_NAME count where they are set. The text of the model is kept in the folder
-    and with the run, as model_arch.txt. If the server refuses the id, `run.wandb_id` becomes a new one.
+    run: has `config`, whose "wandb" is the mode (see `wandb_mode`), `folder`, `wandb_id`,
+    `history`, `model`, `details` (a dict: what else to log with the config), `group` (a name, or
+    None) and `message` (see `tell`). wandb_run: the one that a sweep has opened.
+    The text of the model is kept in the folder and with the wandb run, as model_arch.txt. If the
+    server refuses the id, `run.wandb_id` becomes a new one. $WANDB_PROJECT and $WANDB_NAME count.
 
-    Nothing that wandb does stops the training. Each call ends after WANDB_SECONDS or UPLOAD_SECONDS; if
-    it has failed, the run goes on offline, where its rows are written again from the first on, and if
-    that fails too, `run.wandb` becomes an object that does nothing. It is all told in `run.message`.
+    Nothing that wandb does stops the training: each call has a time limit. After one that fails
+    the run goes on offline, where its rows are written again from the first one on; if that fails
+    too, `run.wandb` becomes an object that does nothing. `run.message` tells it all.
     """
     run.folder.mkdir(parents=True, exist_ok=True)
     (run.folder / "model_arch.txt").write_text(str(run.model), "utf-8")
@@ -2376,147 +2615,91 @@ def start_wandb(run, wandb_run=None):
             run.wandb = within(UPLOAD_SECONDS, _take_open_run, run)
         except Exception as error:
             _stop_wandb()
-            tell(run, f"the wandb run that was open could not be finished ({shorten(str(error))})")
+            why = shorten(str(error))
+            tell(run, f"the wandb run that was open could not be finished ({why})")
     if run.wandb is None:
         _open_wandb(run, wandb_mode(run))
     mode = run.wandb.settings.mode
-    tell(run, f"wandb is {mode}" + (f": {run.wandb.url}" if mode == "online" else ""))
-    _tell_wandb(run, WANDB_SECONDS, _send_config)
+    address = f": {run.wandb.url}" if mode == "online" else ""
+    tell(run, f"wandb is {mode}{address}")
+    _send_or_fall_back(run, WANDB_SECONDS, _send_config)
     log_history(run)
-
-
-def _tell_wandb(run, seconds, send):
-    """Call send(run), which talks to `run.wandb`; if that fails, again offline, else never again."""
-    if isinstance(run.wandb, NoWandb):
-        return
-    try:
-        within(seconds, send, run)
-    except Exception as error:
-        why, mode = shorten(str(error) or type(error).__name__), run.wandb.settings.mode
-        if not isinstance(error, TimeoutError):  # perhaps it takes at least what it was sent before
-            with contextlib.suppress(Exception):
-                within(LAST_SECONDS, run.wandb.finish)
-        _stop_wandb()
-        if mode == "online":
-            tell(
-                run,
-                f"wandb fails ({why}): what is not uploaded yet is kept offline, and so is all "
-                "that follows",
-            )
-            _open_wandb(run, "offline")
-        else:
-            tell(run, f"wandb fails ({why}): it goes on without it")
-            run.wandb = _without_wandb()
-        _tell_wandb(run, seconds, send)
 
 
 def _send_config(run):
     """Send what is new in the config, and the text of the model."""
-    known = run.wandb.config  # what a sweep has set in it is locked
-    new = {
-        key: value
-        for key, value in _wandb_config(run).items()
-        if key not in known or known[key] != value
-    }
+    known, new = run.wandb.config, {}
+    for key, value in _wandb_config(run).items():
+        if key not in known or known[key] != value:  # what a sweep has set may not be set again
+            new[key] = value
     known.update(new, allow_val_change=True)
-    # in wandb's own folder: uploaded without a link to it
+    # in wandb's own folder, from which it is uploaded without a link to it
     architecture = Path(run.wandb.dir, "model_arch.txt")
     architecture.write_text(str(run.model), "utf-8")
     run.wandb.save(str(architecture), base_path=run.wandb.dir, policy="now")
 
 
 def _send_rows(run):
-    """Send the rows that wandb does not have yet, with the epochs as x axis, and the best accuracy.
+    """Send the rows that wandb does not have yet, with the epochs as x axis; and the best accuracy.
 
-    What has been sent stands in the run's summary, as `epochs_sent`: "epoch" may be the user's own.
+    The summary of the wandb run says how many were sent, as `epochs_sent`; "epoch" may be the
+    user's own.
     """
-    sent = run.wandb.summary.get("epochs_sent") or 0
-    for name in run.history[-1] if run.history else ():
+    if not run.history:
+        return
+    for name in run.history[-1]:
         if name != "epoch":
             run.wandb.define_metric(name, step_metric="epoch")
+    sent = run.wandb.summary.get("epochs_sent") or 0
     for row in run.history:
         if row["epoch"] > sent:
             run.wandb.log(row)
             run.wandb.summary["epochs_sent"] = row["epoch"]
-    if run.history:
-        run.wandb.summary["best_val_acc"] = max(row.get("val_acc", 0) for row in run.history)
+    run.wandb.summary["best_val_acc"] = max(row.get("val_acc", 0) for row in run.history)
 
 
 def log_history(run):
     """Write `run.history`, dicts with "epoch", to history.csv, and send wandb what is new in it."""
+    path = run.folder / "history.csv"
     if run.history:
-        with atomic_write(run.folder / "history.csv", 200 * len(run.history)) as temporary:
+        with atomic_write(path, 200 * len(run.history)) as temporary:
             pd.DataFrame(run.history).to_csv(temporary, index=False)
     else:
-        (run.folder / "history.csv").unlink(
-            missing_ok=True
-        )  # of a run whose checkpoint was deleted
-    _tell_wandb(run, WANDB_SECONDS, _send_rows)
-
-
-def _summary(results):
-    """The numbers of a run's results, by name."""
-    summary = {
-        f"best_{key}": results.best[key] for key in ("epoch", "val_acc", "val_loss", "train_acc")
-    }
-    summary |= {f"val_acc, {name}": float(accuracy) for name, accuracy in results.accuracy.items()}
-    if results.test_acc is not None:
-        summary["test_acc"] = float(results.test_acc)
-    return summary
-
-
-def save_results(run, results):
-    """Write the results of a run to its folder: results.json, confusion.csv, by_phoneme.csv.
-
-    results: of the notebook's `evaluate_best`, with `test_acc`, None where it is not known.
-    """
-    confusion = pd.DataFrame(results.confusion, PHONEMES, PHONEMES)
-    for name, text in (
-        ("results.json", json.dumps(_summary(results), indent=1)),
-        ("confusion.csv", confusion.to_csv(index_label="true")),
-        ("by_phoneme.csv", results.by_phoneme.to_csv(index=False)),
-    ):
-        with atomic_write(run.folder / name, len(text)) as temporary:
-            temporary.write_text(text, "utf-8")
+        path.unlink(missing_ok=True)  # of an earlier run, whose checkpoint was deleted
+    _send_or_fall_back(run, WANDB_SECONDS, _send_rows)
 
 
 def _send_results(run, results, submission):
-    """Send the results: summary, confusion matrix, accuracy of each phoneme, and files as an artifact."""
+    """Send the results: summary, confusion matrix, accuracy of each phoneme, files as artifact."""
     import wandb
 
     run.wandb.summary.update(_summary(results))
-    table = wandb.Table(
-        columns=["Actual", "Predicted", "nPredictions"],
-        data=[
-            [PHONEMES[i], PHONEMES[j], int(results.confusion[i, j])]
-            for i in range(40)
-            for j in range(40)
-        ],
-    )
+    columns = ["Actual", "Predicted", "nPredictions"]
+    counts = []
+    for i, j in itertools.product(range(40), repeat=2):
+        counts.append([PHONEMES[i], PHONEMES[j], int(results.confusion[i, j])])
     chart = wandb.plot_table(
         "wandb/confusion_matrix/v1",
-        table,
-        {name: name for name in table.columns},
+        wandb.Table(columns=columns, data=counts),
+        {name: name for name in columns},
         {"title": "Confusion"},
     )
-    run.wandb.log(
-        {"confusion_matrix": chart, "by_phoneme": wandb.Table(dataframe=results.by_phoneme)}
-    )
-    if run.config[
-        "artifacts"
-    ]:  # its name may have 128 letters, digits, dots, dashes and underscores
+    by_phoneme = wandb.Table(dataframe=results.by_phoneme)
+    run.wandb.log({"confusion_matrix": chart, "by_phoneme": by_phoneme})
+    if run.config["artifacts"]:
+        # its name may have 128 letters, digits, dots, dashes and underscores
         name = re.sub(r"[^\w.-]", "-", run.config["Name"], flags=re.ASCII)[:100]
         artifact = wandb.Artifact(f"{name}-{run.wandb_id}", "result")
-        artifact.add_file(str(submission), policy="immutable")  # no copy of its own
-        artifact.add_file(str(run.folder / "best.pt"), policy="immutable")
+        for path in (submission, run.folder / "best.pt"):
+            artifact.add_file(str(path), policy="immutable")  # without a copy of its own
         run.wandb.log_artifact(artifact)
 
 
 def finish_wandb(run, results=None, submission=None):
-    """Finish the wandb run of a run, after sending it its last rows, and the results, if any.
+    """Finish the wandb run of a run, after sending it the last rows, and the results, if any.
 
     results: see `save_results`. submission: the path of the CSV, for the artifact.
-    Offline, the command that uploads the run later is told.
+    If it is offline, a line tells the command that uploads it later.
     """
 
     def send(run):
@@ -2525,123 +2708,12 @@ def finish_wandb(run, results=None, submission=None):
             _send_results(run, results, submission)
         run.wandb.finish()
 
-    _tell_wandb(run, UPLOAD_SECONDS, send)
+    _send_or_fall_back(run, UPLOAD_SECONDS, send)
     if run.wandb.settings.mode == "offline":
         folder = Path(run.wandb.dir).parent
         if folder.is_relative_to(Path.cwd()):
             folder = folder.relative_to(Path.cwd())
         tell(run, f"To upload the curves later: wandb sync {shlex.quote(str(folder))}")
-
-
-def open_drive(run, place):
-    """Mount Google Drive on Colab, fetch the epochs that are only there into a run's folder, return its folder there.
-
-    place: the path of the run below the folder for runs. Elsewhere it tells that Drive is ignored, and returns None.
-    Raises a RunError if Drive cannot be mounted or read.
-    """
-    if "google.colab" not in sys.modules:
-        tell(run, "config['drive'] is for Colab: it is ignored here")
-        return None
-    try:
-        from google.colab import drive
-
-        drive.mount(str(DRIVE))
-    except Exception as error:  # Google's own kinds
-        raise RunError(
-            f"Google Drive could not be mounted ({type(error).__name__}: {str(error)[:200]}). Run the cell "
-            "again and allow the access that Google asks for, or set config['drive'] = False."
-        ) from error
-    drive_folder = DRIVE / "MyDrive" / "hw1p2-runs" / place
-    if epochs := restore_from_drive(run.folder, drive_folder):
-        tell(run, f"{run.folder}: fetched from Google Drive, {epochs} epoch(s)")
-    return drive_folder
-
-
-def session_warning(drive, practice):
-    """A line for Colab, where files are lost when the session ends; "" with Drive, or for the practice corpus."""
-    if "google.colab" not in sys.modules or drive or practice:
-        return ""
-    return (
-        "NOTHING HERE OUTLIVES THIS COLAB SESSION, which ends after 12 hours or earlier: config['drive'] = True "
-        "keeps the checkpoints on Google Drive."
-    )
-
-
-def _epochs_in(archive):
-    """How many epochs of a run an archive on Drive has; -1 if it is missing or incomplete."""
-    try:
-        with zipfile.ZipFile(archive) as file:
-            return int(file.comment) if file.testzip() is None else -1
-    except FileNotFoundError:
-        return -1
-    except OSError:  # Drive is away: nothing is known of it
-        raise
-    except Exception:  # of damaged bytes zipfile makes several kinds
-        return -1
-
-
-def _epochs_here(folder):
-    with contextlib.suppress(Exception):  # none there, or damaged: reported by `load_checkpoint`
-        return len(
-            torch.load(folder / "checkpoint.pt", map_location="cpu", mmap=True, weights_only=True)[
-                "history"
-            ]
-        )
-    return -1
-
-
-def copy_to_drive(folder, drive_folder, next_in=float("inf")):
-    """Copy a run's checkpoint, best weights, decoder and CSV files to its folder on Google Drive.
-
-    Nothing is copied if the next call, in about `next_in` seconds, is early enough. Files that are replaced or deleted
-    on Drive go to its trash and use up space, so two archives are overwritten in place, in turn: one is always whole.
-    """
-    slots = [drive_folder / name for name in DRIVE_SLOTS]
-    last = max((slot.stat().st_mtime for slot in slots if zipfile.is_zipfile(slot)), default=0)
-    if time.time() + next_in < last + DRIVE_SECONDS:
-        return
-    try:
-        drive_folder.mkdir(parents=True, exist_ok=True)
-        with open(min(slots, key=_epochs_in), "wb") as file:
-            with zipfile.ZipFile(file, "w") as archive:
-                archive.comment = str(_epochs_here(folder)).encode()
-                for name in ("decoder.pt", "best.pt", "checkpoint.pt"):
-                    if (folder / name).exists():
-                        archive.write(folder / name, name)
-            os.fsync(file.fileno())
-        for path in folder.glob("*.csv"):
-            shutil.copyfile(path, drive_folder / path.name)  # in place too
-    except OSError as error:
-        print(
-            f"the copy on Google Drive could not be updated ({error}). The run in {folder} is not affected; the next "
-            "epoch tries again, and so does the cell of section 9."
-        )
-
-
-def restore_from_drive(folder, drive_folder):
-    """Fetch a run's checkpoint and best weights from Google Drive if it has more epochs than `folder`.
-
-    Returns how many epochs were fetched, 0 where none.
-    """
-    try:
-        epochs, slot = max(
-            (_epochs_in(slot), slot) for slot in map(drive_folder.joinpath, DRIVE_SLOTS)
-        )
-        if epochs <= _epochs_here(folder):
-            return 0
-        with zipfile.ZipFile(slot) as archive:
-            for name in (
-                archive.namelist()
-            ):  # the checkpoint comes last: killed before, the next start fetches it again
-                content = archive.read(name)
-                with atomic_write(folder / Path(name).name, len(content)) as temporary:
-                    temporary.write_bytes(content)
-    except OSError as error:
-        raise RunError(
-            f"{drive_folder} on Google Drive cannot be read ({error}): restart the session, or set "
-            "config['drive'] = False."
-        ) from error
-    return epochs
 
 
 # ---- Submission --------------------------------------------------------------------------------------------
