@@ -27,7 +27,9 @@ Sections, and the functions to start with:
     Google Drive             open_drive, copy_to_drive, restore_from_drive
     wandb                    start_wandb, log_history, finish_wandb
     Submission               write_submission, read_submission, submit
-    Corpora                  make_practice_corpus, make_librispeech_corpus
+    Corpora                  speech_features, label_frames
+    Practice corpus          speak, make_practice_corpus
+    LibriSpeech              make_librispeech_corpus
     Where the data are       get_data
 """
 
@@ -35,6 +37,7 @@ import _ctypes
 import ast
 import contextlib
 import copy
+import csv
 import ctypes
 import difflib
 import functools
@@ -2565,7 +2568,7 @@ def _take_open_run(run):
 
 
 def _send_or_fall_back(run, seconds, send):
-    """Call send(run), which talks to `run.wandb`; if it fails, again offline, or else give wandb up.
+    """Call send(run), which talks to `run.wandb`; if it fails, again offline, or give wandb up.
 
     seconds: how long a call may take.
     """
@@ -2716,95 +2719,103 @@ def finish_wandb(run, results=None, submission=None):
         tell(run, f"To upload the curves later: wandb sync {shlex.quote(str(folder))}")
 
 
-# ---- Submission --------------------------------------------------------------------------------------------
+# ---- Submission ----------------------------------------------------------------------------------
 
 
 def write_submission(path, predictions):
-    """Write Kaggle's CSV: header `id,label`, ids from 0, and the phoneme names (n,) of the test frames, in order."""
+    """Write Kaggle's CSV: the header `id,label`, then a line for each test frame, ids from 0.
+
+    predictions: str array (n,), the phoneme of each frame, in order.
+    """
+    table = pd.DataFrame({"label": predictions})
     with atomic_write(path, 12 * len(predictions)) as temporary:
-        pd.DataFrame({"label": predictions}).to_csv(
-            temporary, index_label="id", lineterminator="\n"
-        )
+        table.to_csv(temporary, index_label="id", lineterminator="\n")
 
 
-def _read_table(path, any_case=False):
-    """A CSV of the columns id and label, both as text; a DataError where it is something else.
+def _read_rows(path):
+    """Yield the rows of a CSV file with the header id,label, as lists of texts; no blank lines.
 
-    any_case: the names of the columns may have capital letters, too.
+    Raises a DataError if the file cannot be read or has another header.
     """
     try:
-        table = pd.read_csv(path, dtype=str, keep_default_na=False)
-    except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError, OSError) as error:
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            rows = csv.reader(file)
+            header = ",".join(next(rows, []))
+            if header.lower() != "id,label":  # older editions have Id,Label
+                raise DataError(f"{path}: the header is {header[:200]!r}; expected id,label")
+            yield from filter(None, rows)
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise DataError(f"{path}: not a CSV file ({error}); expected lines of id,label") from None
-    if any_case:
-        table.columns = [name.lower() for name in table]
-    if list(table) != ["id", "label"]:
-        raise DataError(f"{path}: the header is {','.join(table)[:200]!r}; expected id,label")
-    # pandas takes the first of three values for an index; pandas 1 has another kind of index where there are no rows
-    if len(table) and not isinstance(table.index, pd.RangeIndex):
-        raise DataError(f"{path}: rows with more than two values; expected id,label")
-    return table
 
 
 def read_submission(path, frames=None):
-    """The labels of a CSV as Kaggle takes it, str array (frames,). frames: how many there must be; None: any number.
+    """The labels in a CSV as Kaggle takes it: str array (frames,).
 
-    Raises a DataError where the header, the number of rows, an id (0, 1, 2, ...) or a label is not as expected.
+    frames: how many there must be; None: any number.
+    Raises a DataError if the header, the number of rows, an id or a label is not as expected.
     """
-    table = _read_table(path)
-    if frames is not None and len(table) != frames:
+    phonemes = {phoneme: phoneme for phoneme in PHONEMES}  # one object for each, not for each row
+    labels = []
+    for i, row in enumerate(_read_rows(path)):
+        if len(row) != 2 or row[0] != str(i) or row[1] not in phonemes:
+            raise DataError(
+                f"{path}: line {i + 2} is {','.join(row)[:200]!r}; expected the id {i} and the "
+                "name of a phoneme, such as AA or [SIL]"
+            )
+        labels.append(phonemes[row[1]])
+    if frames is not None and len(labels) != frames:
         raise DataError(
-            f"{path}: {len(table):,} rows; expected {frames:,}, one for each frame of test-clean"
+            f"{path}: {len(labels):,} rows; expected {frames:,}, one for each frame of test-clean"
         )
-    wrong = (table["id"] != table.index.astype(str)) | ~table["label"].isin(PHONEMES)
-    if wrong.any():
-        i = int(wrong.argmax())
-        raise DataError(
-            f"{path}: line {i + 2} is {','.join(table.loc[i])!r}; expected the id {i} and the name of a "
-            "phoneme, such as AA or [SIL]"
-        )
-    return table["label"].to_numpy(str)
+    return np.array(labels, str)
 
 
 def check_sample_submission(data_folder, frames):
-    """Compare the ids of the sample submission that lies with the data, if any, with our CSV's, 0 ... frames - 1.
+    """Compare the ids in the sample submission that lies with the data, if any, with 0, 1, 2, ...
 
     It lies in the data folder, in a folder of that one, or, as on Kaggle, beside it.
-    Raises a DataError that names it where they differ: it, or the test partition, belongs to something else.
+    frames: of the test partition.
+    Raises a DataError that names the file if it, or the test partition, belongs to something else.
     """
     data_folder = Path(data_folder)
     samples = find_files(data_folder, "*sample_submission.csv", "*/*sample_submission.csv")
-    if not (data_folder / "answers.csv").exists():  # a corpus made here needs none
+    if not (data_folder / "answers.csv").exists():  # what lies beside a corpus made here is not its
         samples += find_files(data_folder.parent, "sample_submission.csv")
-    for path in filter(Path.is_file, samples):  # no folder, no link to nowhere
-        ids = _read_table(path, any_case=True)["id"]
-        if not np.array_equal(np.sort(pd.to_numeric(ids, errors="coerce")), np.arange(frames)):
+    for path in samples:
+        if not path.is_file():  # a folder, a link to nowhere
+            continue
+        ids = [row[0] for row in _read_rows(path)]
+        known = set(ids)  # in whatever order
+        if len(ids) != frames or not all(str(i) in known for i in range(frames)):
             raise DataError(
-                f"{path}: the sample submission has {len(ids):,} rows, ids {', '.join(ids[:3])} ...; "
-                f"expected {frames:,}, one for each frame of {data_folder / 'test-clean'}, ids from "
-                "0. If it belongs to something else, move it away."
+                f"{path}: the sample submission has {len(ids):,} rows, ids {', '.join(ids[:3])} "
+                f"...; expected {frames:,}, one for each frame of {data_folder / 'test-clean'}, "
+                "ids from 0. If it belongs to something else, move it away."
             )
 
 
 def competition_of(data_folder, competition):
-    """Kaggle's name of the edition that is to be submitted to: `competition`, the config's.
+    """Kaggle's name of the edition to submit to: `competition`, which is the config's.
 
-    Where that is the default, and the data were attached or downloaded from another edition, it is theirs.
+    If that is the default, and the data were attached or downloaded from another edition, it is
+    the name of that one.
     """
-    parts = Path(data_folder).parts
-    if competition != next(iter(EDITIONS)):
+    default = next(iter(EDITIONS))
+    if competition != default:
         return competition
+    parts = Path(data_folder).parts
     if "competitions" in parts[:-1]:  # a folder of Kaggle's, and of kagglehub's
         return parts[parts.index("competitions") + 1]
-    return next(
-        (name for name, folder in EDITIONS.items() if {name, folder} & {*parts}), competition
-    )
+    for name, folder in EDITIONS.items():
+        if name in parts or folder in parts:
+            return name
+    return competition
 
 
 def submission_message(run):
-    """The message of a submission to Kaggle: the path of the wandb run where it is online, else the run's Name.
+    """The message of a submission: the path of the wandb run if it is online, else the run's Name.
 
-    The course's submission code reads the run out of it, in the form HW1P2|WB=entity/project/run_id.
+    The course's submission code reads it, in the form HW1P2|WB=entity/project/run_id.
     """
     if run.wandb.settings.mode == "online":
         return f"HW1P2|WB={run.wandb.path}"
@@ -2812,11 +2823,12 @@ def submission_message(run):
 
 
 def hand_in_hint(run, submission, competition):
-    """What it takes to hand a run in, as text: the CSV, the message, the course's code, the wandb run."""
+    """What it takes to hand a run in: the CSV, the message, the course's code, the wandb run."""
     lines = [
         f"To hand it in: submit {submission} at kaggle.com/competitions/{competition}",
         f"with the message {submission_message(run)}",
-        "The course's submission code goes below this cell: it takes `model`, which has the best weights.",
+        "The course's submission code goes below this cell: it takes `model`, which has the best "
+        "weights.",
     ]
     if run.wandb.settings.mode != "online":
         lines.append(
@@ -2830,67 +2842,60 @@ def kaggle_causes(competition):
     """Why Kaggle may refuse a download or a submission, and what to do."""
     return (
         "The usual causes: the rules are not accepted yet (press Join on "
-        f"kaggle.com/competitions/{competition}), or the token is missing or has expired: create one in your "
-        "account's settings on kaggle.com, and put it into ~/.kaggle/, the environment (KAGGLE_API_TOKEN) or "
-        "Colab's or Kaggle's secrets; never into a cell." + internet_hint()
+        f"kaggle.com/competitions/{competition}), or the token is missing or has expired: create "
+        "one in your account's settings on kaggle.com, and put it into ~/.kaggle/, the environment "
+        "(KAGGLE_API_TOKEN) or Colab's or Kaggle's secrets; never into a cell." + internet_hint()
     )
 
 
 def _kaggle_command():
-    """The official `kaggle` command: of this Python's environment, activated or not, else of the PATH."""
-    if command := shutil.which("kaggle", path=os.path.dirname(sys.executable)) or shutil.which(
-        "kaggle"
-    ):
+    """The official `kaggle` command, as a list: of this Python's environment, else of the PATH."""
+    beside_python = os.path.dirname(sys.executable)  # the environment need not be activated
+    command = shutil.which("kaggle", path=beside_python) or shutil.which("kaggle")
+    if command:
         return [command]
-    if not _can_import("kaggle"):
-        raise RunError("the kaggle command is not installed: pip install kaggle")
-    return [sys.executable, "-m", "kaggle"]  # installed elsewhere, as with pip install --user
+    if _can_import("kaggle"):  # its command is elsewhere, as with pip install --user
+        return [sys.executable, "-m", "kaggle"]
+    raise RunError("the kaggle command is not installed: pip install kaggle")
 
 
 def submit(path, message, competition):
-    """Submit a CSV with the official `kaggle` command. Returns what it printed; a RunError says what went wrong."""
+    """Submit a CSV with the official `kaggle` command. Returns what the command printed.
+
+    Raises a RunError that says what went wrong.
+    """
     load_secrets("KAGGLE_API_TOKEN", "KAGGLE_USERNAME", "KAGGLE_KEY")
-    command = [
-        *_kaggle_command(),
-        "competitions",
-        "submit",
-        "-c",
-        competition,
-        "-f",
-        str(path),
-        "-m",
-        message,
-    ]
+    arguments = ["-c", competition, "-f", str(path), "-m", message]
+    command = [*_kaggle_command(), "competitions", "submit", *arguments]
     result = subprocess.run(command, capture_output=True, text=True)
     output = (result.stdout + result.stderr).strip()
-    if result.returncode or re.search(
-        r"\b40[13]\b|Could not submit", output
-    ):  # it may print these and exit with 0
+    # of a refusal, some versions print one of these and exit with 0
+    was_refused = re.search(r"\b40[13]\b|Could not submit", output)
+    if result.returncode or was_refused:
         raise RunError(
             f"{path} could not be submitted: {last_words(output)}\n{kaggle_causes(competition)}"
         )
     return output
 
 
-# ---- Corpora: synthetic and real speech in the course's layout, for those who cannot have the course's data -
+# ---- Corpora: speech in the course's layout, for those who cannot have the course's data ---------
 
 SAMPLE_RATE = 16000  # Hz, LibriSpeech's
 WINDOW, HOP = 400, 160  # samples: windows of 25 ms every 10 ms
 
 
 def import_torchaudio():
-    """torchaudio; a RunError that says what to install where it is missing or is made for another torch."""
+    """Import torchaudio and return it.
+
+    Raises a RunError that says what to install if it is missing or made for another torch.
+    """
     try:
         import torchaudio.compliance.kaldi
-    except (
-        ImportError,
-        OSError,
-    ) as error:  # "undefined symbol", where it is made for another torch
-        minor = min(
-            int(torch.__version__.split(".")[1]), 11
-        )  # 2.11 is the last, and fits torch up to 2.14
+    except (ImportError, OSError) as error:  # OSError: "undefined symbol", made for another torch
+        # 2.11 is the last version, and fits torch up to 2.14
+        minor = min(int(torch.__version__.split(".")[1]), 11)
         raise RunError(
-            f"torchaudio, which makes the MFCCs of a corpus, cannot be imported beside torch "
+            "torchaudio, which makes the MFCCs of a corpus, cannot be imported beside torch "
             f'{torch.__version__} ({shorten(error)}): pip install "torchaudio==2.{minor}.*", and '
             f"restart the kernel.{internet_hint()}"
         ) from error
@@ -2905,9 +2910,10 @@ def _resampler(rate):
 def speech_features(audio, rate):
     """MFCCs of an utterance as the course has them, HTK's: float32 (T, 28), a frame every 10 ms.
 
-    audio: float32 (samples,) in -1 ... 1, `rate` in Hz; at least one window of 25 ms. Frame t is samples
-    160 t to 160 t + 399 at 16 kHz. Columns: c1 ... c27, liftered, then c0 (see `columns_of`).
-    As in the course's features, samples count as 16-bit integers, and there is no pre-emphasis.
+    audio: float32 (samples,) between -1 and 1, at least one window of 25 ms. rate: in Hz.
+    At 16 kHz, frame t is made of the samples 160 t to 160 t + 399. The columns are c1 ... c27,
+    liftered, then c0 (see `columns_of`). As in the course's features, samples count as 16-bit
+    integers, and there is no pre-emphasis.
     """
     samples = _resampler(rate)(torch.from_numpy(audio)) * 2**15
     mfcc = import_torchaudio().compliance.kaldi.mfcc(
@@ -2927,32 +2933,33 @@ def speech_features(audio, rate):
 
 
 def label_frames(phones, frames):
-    """The phoneme at the centre of each frame's window, "<U5" (frames,); silence where there is none.
+    """The phoneme at the centre of each frame's window, "<U5" (frames,); silence if there is none.
 
-    phones: (phoneme, start, end) in seconds, in the order of their starts; where two overlap, the later one counts.
+    phones: (phoneme, start, end) in seconds, in the order of their starts. Where two of them
+    overlap, the later one counts.
     """
     centres = (np.arange(frames) * HOP + WINDOW / 2) / SAMPLE_RATE
     labels = np.full(frames, "[SIL]", "<U5")
     for phoneme, start, end in phones:
-        labels[np.searchsorted(centres, start) : np.searchsorted(centres, end)] = phoneme
+        first, after_last = np.searchsorted(centres, [start, end])
+        labels[first:after_last] = phoneme
     return labels
 
 
 def _write_utterance(folder, name, audio, rate, phones):
-    """Write the features and labels of an utterance into a partition's folder."""
+    """Write the features and the labels of an utterance into the folder of a partition."""
     mfcc = speech_features(audio, rate)
+    transcript = np.array(["[SOS]", *label_frames(phones, len(mfcc)), "[EOS]"])
     np.save(folder / "mfcc" / f"{name}.npy", mfcc)
-    np.save(
-        folder / "transcript" / f"{name}.npy",
-        np.array(["[SOS]", *label_frames(phones, len(mfcc)), "[EOS]"]),
-    )
+    np.save(folder / "transcript" / f"{name}.npy", transcript)
 
 
 @contextlib.contextmanager
 def _new_corpus(root):
-    """Give a folder ROOT.partial with the course's folders, and what an earlier call has left there.
+    """Give the folder ROOT.partial with the course's folders, and what an earlier call left there.
 
-    It becomes `root` when the block has succeeded; the transcripts of test become ROOT/answers.csv.
+    If the block succeeds, the transcripts of test become answers.csv, and the folder becomes
+    `root`.
     """
     if root.exists():
         raise FileExistsError(f"{root} exists already: delete it to have it made again")
@@ -2962,90 +2969,176 @@ def _new_corpus(root):
     try:
         yield partial
     except OSError as error:
+        free = shutil.disk_usage(partial).free / 1e6
         raise RunError(
-            f"{root} could not be made ({error}): {shutil.disk_usage(partial).free / 1e6:,.0f} MB are free. "
-            "Free some space and run again."
+            f"{root} could not be made ({error}): {free:,.0f} MB are free. Free some space and run "
+            "again."
         ) from error
     for name in PARTITIONS:
         if not _npy_files(partial / name / "mfcc")[0]:
+            lines = [f"{partial}: no utterances for {name}; expected some in each partition"]
             left_out = partial / "left-out.txt"  # only in a corpus of recordings
-            reasons = left_out.read_text().splitlines() if left_out.exists() else []
-            raise DataError(
-                "\n".join(
-                    [
-                        f"{partial}: no utterances for {name}; expected some in each partition",
-                        *first_ten([f"left out: {reason}" for reason in reasons]),
-                    ]
-                )
-            )
-    answers = partial / "test-clean" / "transcript"
+            if left_out.exists():
+                reasons = left_out.read_text().splitlines()
+                lines += first_ten([f"left out: {reason}" for reason in reasons])
+            raise DataError("\n".join(lines))
+    transcripts = partial / "test-clean" / "transcript"
     if not (partial / "answers.csv").exists():
-        write_submission(
-            partial / "answers.csv",
-            np.concatenate([np.load(answers / name)[1:-1] for name in _npy_files(answers)[0]]),
-        )
-    shutil.rmtree(answers)
+        labels = [np.load(transcripts / name)[1:-1] for name in _npy_files(transcripts)[0]]
+        write_submission(partial / "answers.csv", np.concatenate(labels))
+    shutil.rmtree(transcripts)
     partial.rename(root)
 
 
+# ---- Practice corpus -----------------------------------------------------------------------------
+
 # Who, did what, where, when: one of each makes a sentence (our own words).
 GRAMMAR = [
-    [" ".join(entry.split()) for entry in entries.split(",")]
-    for entries in (
-        """
-    the baker, my youngest cousin, a cheerful farmer, both sailors, three noisy boys, the shy girl in yellow,
-    her uncle George, an author from Asia, a wise judge""",
-        """
-    mended a wooden chair, cooked a huge pot of soup, counted eleven white sheep, watched a long television show,
-    measured the depth of the pool, shared a warm blanket, hung a bright picture, threw the ball too far,
-    carried a basket of oranges""",
-        """
-    in the kitchen, near the old bridge, at the railway station, under a maple tree, around the corner,
-    above the valley, down by the harbor, on the tennis court, in our backyard""",
-        """
-    before breakfast, on Thursday afternoon, because the bus was late, when the bell rang, although it was raining,
-    in less than an hour, with great pleasure, as usual, with both eyes shut""",
-    )
+    [
+        "the baker",
+        "my youngest cousin",
+        "a cheerful farmer",
+        "both sailors",
+        "three noisy boys",
+        "the shy girl in yellow",
+        "her uncle George",
+        "an author from Asia",
+        "a wise judge",
+    ],
+    [
+        "mended a wooden chair",
+        "cooked a huge pot of soup",
+        "counted eleven white sheep",
+        "watched a long television show",
+        "measured the depth of the pool",
+        "shared a warm blanket",
+        "hung a bright picture",
+        "threw the ball too far",
+        "carried a basket of oranges",
+    ],
+    [
+        "in the kitchen",
+        "near the old bridge",
+        "at the railway station",
+        "under a maple tree",
+        "around the corner",
+        "above the valley",
+        "down by the harbor",
+        "on the tennis court",
+        "in our backyard",
+    ],
+    [
+        "before breakfast",
+        "on Thursday afternoon",
+        "because the bus was late",
+        "when the bell rang",
+        "although it was raining",
+        "in less than an hour",
+        "with great pleasure",
+        "as usual",
+        "with both eyes shut",
+    ],
 ]
-# The first utterance of each partition has all 39 phones: no class is missing, however small the corpus is.
+# The first utterance of each partition has all 39 phones, so that no class is missing even in the
+# smallest corpus.
 PANGRAMS = [
-    " ".join(sentence.split()) + "."
-    for sentence in """
-    They knew that noisy young boy very well: he put his hot yellow jacket on the chair, then sang
-    both songs about measuring fish, while I paused for a good word with her father. My father thought the
-    usual choice was good: wash the huge brown jar, take each thing out, then enjoy a bowl of very hot yams
-    with sugar and pears. Our loyal judge took a vision of the yacht shop to church; there both birds sang,
-    you gave them all a clean white hat, and I heard my father laugh out loud at the zoo""".split(
-        "."
-    )
+    (
+        "They knew that noisy young boy very well: he put his hot yellow jacket on the chair, "
+        "then sang both songs about measuring fish, while I paused for a good word with her "
+        "father."
+    ),
+    (
+        "My father thought the usual choice was good: wash the huge brown jar, take each thing "
+        "out, then enjoy a bowl of very hot yams with sugar and pears."
+    ),
+    (
+        "Our loyal judge took a vision of the yacht shop to church; there both birds sang, you "
+        "gave them all a clean white hat, and I heard my father laugh out loud at the zoo."
+    ),
 ]
-# eSpeak NG's variants of en-us that sound like people, for train, dev, test; none with `breath`, which always differs
+# eSpeak NG's variants of en-us that sound like people, for train, dev, test. None of them has
+# `breath`, which comes out different each time.
 VOICES = [
-    voices.split()
-    for voices in (
-        """Alex Andrea Andy Annie AnxiousAndy Denis Diogo Gene Henrique Hugo Jacky Lee Mario Michael Nguyen adam anika aunty
-    belinda benjamin boris ed edward f1 grandma grandpa gustave ian iven iven3 klatt klatt2 klatt4 klatt6 m1 m3 m5 m7
-    marcelo max michel norbert pablo paul quincy rob steph steph3 travis""",
-        "Gene2 Mike david f4 iven2 john klatt3 m2 m6 pedro steph2",
-        "antonio edward2 iven4 klatt5 linda m4 m8 miguel mike2 robert shelby",
-    )
+    (
+        "Alex Andrea Andy Annie AnxiousAndy Denis Diogo Gene Henrique Hugo Jacky Lee Mario "
+        "Michael Nguyen adam anika aunty belinda benjamin boris ed edward f1 grandma grandpa "
+        "gustave ian iven iven3 klatt klatt2 klatt4 klatt6 m1 m3 m5 m7 marcelo max michel "
+        "norbert pablo paul quincy rob steph steph3 travis"
+    ).split(),
+    "Gene2 Mike david f4 iven2 john klatt3 m2 m6 pedro steph2".split(),
+    "antonio edward2 iven4 klatt5 linda m4 m8 miguel mike2 robert shelby".split(),
 ]
-# eSpeak NG's mnemonics of American English as ARPAbet. Two phones share the interval half and half: an
-# r-coloured vowel is the vowel and R. T is also the flap of "city" (t#) and the glottal stop of "button" (?),
-# as in CMUdict; ";" is the glide that links a high vowel to the next vowel and belongs to the first.
-ARPABET = dict(
-    pair.split("=")
-    for pair in """0=AA A:=AA O=AO O2=AO O:=AO a=AE aa=AE V=AH @=AH @2=AH @-=AH a#=AH E=EH
-    I=IH I2=IH I#=IH i=IY i:=IY ;=IY U=UH u:=UW 3=ER 3:=ER aI=AY aU=AW eI=EY oU=OW OI=OY A@=AA+R O@=AO+R o@=AO+R
-    e@=EH+R i@3=IH+R U@=UH+R i@=IY+AH aI@=AY+AH aI3=AY+ER aU@=AW+ER @L=AH+L n-=N m-=M r-=R b=B tS=CH d=D D=DH f=F g=G
-    h=HH dZ=JH k=K l=L m=M n=N N=NG p=P r=R s=S S=SH t=T t2=T t#=T ?=T T=TH v=V w=W j=Y z=Z Z=ZH""".split()
-)
+# ARPAbet phone: eSpeak NG's mnemonics for it in American English. T is also the flap of "city" (t#)
+# and the glottal stop of "button" (?), as in CMUdict; ";" is the glide that links a high vowel to
+# the next vowel, and belongs to the first. Two phones share the interval half and half: an
+# r-coloured vowel is the vowel and R.
+MNEMONICS = {
+    "AA": "A: 0",
+    "AE": "a aa",
+    "AH": "V @ @2 @- a#",
+    "AO": "O O2 O:",
+    "AW": "aU",
+    "AY": "aI",
+    "B": "b",
+    "CH": "tS",
+    "D": "d",
+    "DH": "D",
+    "EH": "E",
+    "ER": "3 3:",
+    "EY": "eI",
+    "F": "f",
+    "G": "g",
+    "HH": "h",
+    "IH": "I I2 I#",
+    "IY": "i i: ;",
+    "JH": "dZ",
+    "K": "k",
+    "L": "l",
+    "M": "m m-",
+    "N": "n n-",
+    "NG": "N",
+    "OW": "oU",
+    "OY": "OI",
+    "P": "p",
+    "R": "r r-",
+    "S": "s",
+    "SH": "S",
+    "T": "t t2 t# ?",
+    "TH": "T",
+    "UH": "U",
+    "UW": "u:",
+    "V": "v",
+    "W": "w",
+    "Y": "j",
+    "Z": "z",
+    "ZH": "Z",
+    "AA+R": "A@",
+    "AH+L": "@L",
+    "AO+R": "O@ o@",
+    "AW+ER": "aU@",
+    "AY+AH": "aI@",
+    "AY+ER": "aI3",
+    "EH+R": "e@",
+    "IH+R": "i@3",
+    "IY+AH": "i@",
+    "UH+R": "U@",
+}
+ARPABET = {name: phone for phone, names in MNEMONICS.items() for name in names.split()}
+
 ESPEAK_RATE = 22050  # Hz
+# constants of eSpeak NG's speak_lib.h
+_AUDIO_OUTPUT_SYNCHRONOUS = 2
+_INITIALIZE_PHONEME_EVENTS = 0x0001
+_INITIALIZE_DONT_EXIT = 0x8000  # return an error instead
+_CHARS_UTF8 = 1
+_PARAMETER_RATE, _PARAMETER_PITCH = 1, 3
+_EVENT_LIST_TERMINATED, _EVENT_PHONEME = 0, 7
+_ESPEAK = threading.Lock()  # it has one state for the whole process
 
 
-class _Event(
-    ctypes.Structure
-):  # espeak_EVENT of eSpeak NG's speak_lib.h, its union as the text that we need of it
+class _Event(ctypes.Structure):
+    """espeak_EVENT of speak_lib.h; of its union, the text that we need."""
+
     _fields_ = [
         ("type", ctypes.c_int),
         ("unique_identifier", ctypes.c_uint),
@@ -3058,137 +3151,179 @@ class _Event(
     ]
 
 
-_ESPEAK = threading.Lock()  # it has one state for the whole process
+_CALLBACK = ctypes.CFUNCTYPE(
+    ctypes.c_int, ctypes.POINTER(ctypes.c_short), ctypes.c_int, ctypes.POINTER(_Event)
+)
+
+
+def _load_espeak():
+    """eSpeak NG's library, and the path of its data. Raises ImportError if it does not load."""
+    try:
+        import espeakng_loader  # here, because only the practice corpus needs it
+
+        library = ctypes.CDLL(espeakng_loader.get_library_path())
+        return library, espeakng_loader.get_data_path()
+    except (ImportError, RuntimeError, OSError) as error:
+        raise ImportError(
+            "eSpeak NG, which speaks the practice corpus, does not load "
+            f"({error}): pip install espeakng-loader.{internet_hint()}"
+        ) from error
+
+
+def _unload_espeak(espeak):
+    """Unload eSpeak NG's library.
+
+    Its noise and flutter go on from call to call, in variables that no function resets, but the
+    sound of an utterance must not depend on what the process said before.
+    """
+    espeak.espeak_Terminate()
+    if os.name == "nt":
+        _ctypes.FreeLibrary(espeak._handle)
+    else:
+        _ctypes.dlclose(espeak._handle)
 
 
 def _synthesize(text, voice, rate, pitch):
-    """What eSpeak says: int16 chunks of audio, and (first sample, mnemonic) of each of its phonemes."""
+    """What eSpeak says: int16 chunks of audio, and (first sample, mnemonic) of each phoneme."""
+    chunks, events = [], []
+
+    @_CALLBACK
+    def collect(samples, count, event):
+        if samples and count > 0:
+            chunks.append(np.ctypeslib.as_array(samples, (count,)).copy())
+        i = 0
+        while event[i].type != _EVENT_LIST_TERMINATED:
+            if event[i].type == _EVENT_PHONEME:
+                mnemonic = event[i].phoneme.decode().lstrip("',%=")  # without stress
+                events.append((event[i].sample, mnemonic))
+            i += 1
+        return 0  # go on
+
     with _ESPEAK:
+        espeak, data = _load_espeak()
         try:
-            import espeakng_loader  # here, because only the practice corpus needs it
-
-            espeak, data = (
-                ctypes.CDLL(espeakng_loader.get_library_path()),
-                espeakng_loader.get_data_path(),
-            )
-        except (ImportError, RuntimeError, OSError) as error:
-            raise ImportError(
-                "eSpeak NG, which speaks the practice corpus, does not load "
-                f"({error}): pip install espeakng-loader.{internet_hint()}"
-            ) from error
-        audio, events = [], []
-
-        @ctypes.CFUNCTYPE(
-            ctypes.c_int, ctypes.POINTER(ctypes.c_short), ctypes.c_int, ctypes.POINTER(_Event)
-        )
-        def callback(samples, count, event):
-            if samples and count > 0:
-                audio.append(np.ctypeslib.as_array(samples, (count,)).copy())
-            for i in itertools.count():
-                if event[i].type == 0:  # espeakEVENT_LIST_TERMINATED
-                    return 0  # go on
-                if event[i].type == 7:  # espeakEVENT_PHONEME
-                    events.append((event[i].sample, event[i].phoneme.decode().lstrip("',%=")))
-
-        try:
-            if (
-                voice and not Path(data, "voices", "!v", voice).is_file()
-            ):  # eSpeak would take its plain voice
+            if voice and not Path(data, "voices", "!v", voice).is_file():
+                # eSpeak would take its plain voice
                 raise DataError(
                     f"eSpeak NG has no voice en-us+{voice}: expected a variant in {data}/voices/!v"
                 )
-            # 2: AUDIO_OUTPUT_SYNCHRONOUS; 1: PHONEME_EVENTS; 0x8000: DONT_EXIT, return an error instead
-            if espeak.espeak_Initialize(2, 0, os.fsencode(data), 1 | 0x8000) != ESPEAK_RATE:
+            options = _INITIALIZE_PHONEME_EVENTS | _INITIALIZE_DONT_EXIT
+            found_rate = espeak.espeak_Initialize(
+                _AUDIO_OUTPUT_SYNCHRONOUS, 0, os.fsencode(data), options
+            )
+            if found_rate != ESPEAK_RATE:
                 raise ImportError(
                     "eSpeak NG does not find its data: reinstall espeakng-loader with pip"
                 )
-            espeak.espeak_SetSynthCallback(callback)
+            espeak.espeak_SetSynthCallback(collect)
             espeak.espeak_SetVoiceByName(f"en-us+{voice}".rstrip("+").encode())
-            espeak.espeak_SetParameter(1, rate, 0)  # espeakRATE
-            espeak.espeak_SetParameter(3, pitch, 0)  # espeakPITCH
-            encoded = text.encode()  # flags 1: espeakCHARS_UTF8
-            espeak.espeak_Synth(encoded, ctypes.c_size_t(len(encoded) + 1), 0, 0, 0, 1, None, None)
+            espeak.espeak_SetParameter(_PARAMETER_RATE, rate, 0)
+            espeak.espeak_SetParameter(_PARAMETER_PITCH, pitch, 0)
+            encoded = text.encode()
+            size = ctypes.c_size_t(len(encoded) + 1)
+            espeak.espeak_Synth(encoded, size, 0, 0, 0, _CHARS_UTF8, None, None)
         finally:
-            # eSpeak's noise and flutter go on from call to call, in variables that no function resets. Unloading
-            # the library does: the sound of an utterance must not depend on what the process said before.
-            espeak.espeak_Terminate()
-            (_ctypes.FreeLibrary if os.name == "nt" else _ctypes.dlclose)(espeak._handle)
-    return audio, events
+            _unload_espeak(espeak)
+    return chunks, events
 
 
 def speak(text, voice="", rate=175, pitch=50):
-    """Speak a text with eSpeak NG: `voice` is a variant of en-us, `rate` in words per minute, `pitch` 0 to 99.
+    """Speak a text with eSpeak NG.
 
-    Returns (audio, phones): float32 (samples,) at 22,050 Hz; a list of (phoneme, start, end) in seconds, ARPAbet or
-    [SIL]. Raises ImportError where eSpeak NG does not load, DataError for an unknown voice or phoneme.
+    voice: a variant of en-us. rate: in words per minute. pitch: 0 to 99.
+    Returns (audio, phones): float32 (samples,) at 22,050 Hz, and a list of (phoneme, start, end) in
+    seconds, ARPAbet or [SIL].
+    Raises ImportError if eSpeak NG does not load, DataError for an unknown voice or phoneme.
     """
-    with ThreadPoolExecutor(
-        1
-    ) as thread:  # the main thread's Ctrl-C would be lost inside eSpeak's callback
-        audio, events = thread.submit(_synthesize, text, voice, rate, pitch).result()
-    audio, phones = np.concatenate(audio).astype(np.float32) / 2**15, []
-    for (start, mnemonic), (end, _) in zip(events, [*events[1:], (len(audio), "")]):
-        if not mnemonic.startswith("_") and mnemonic not in ARPABET:
+    # in a thread, because the main thread's Ctrl-C would be lost inside eSpeak's callback
+    with ThreadPoolExecutor(1) as thread:
+        chunks, events = thread.submit(_synthesize, text, voice, rate, pitch).result()
+    audio = np.concatenate(chunks).astype(np.float32) / 2**15
+    starts = [start for start, _ in events]
+    ends = [*starts[1:], len(audio)]
+    phones = []
+    for (start, mnemonic), end in zip(events, ends):
+        if mnemonic.startswith("_"):  # a pause: _ and _: and _! and so on
+            names = ["[SIL]"]
+        elif mnemonic in ARPABET:
+            names = ARPABET[mnemonic].split("+")
+        else:
             raise DataError(
                 f"eSpeak NG's phoneme {mnemonic!r} has no ARPAbet phone; known: {list(ARPABET)}"
             )
-        names = (
-            ["[SIL]"] if mnemonic.startswith("_") else ARPABET[mnemonic].split("+")
-        )  # pauses are _ : _! and so on
         boundaries = np.linspace(start, end, len(names) + 1) / ESPEAK_RATE
         phones += zip(names, boundaries, boundaries[1:])
     return audio, phones
 
 
 def practice_utterance(partition, index, seed=23):
-    """What utterance `index` of `partition` (0 train, 1 dev, 2 test) says and how; from the arguments only.
+    """What utterance `index` of a partition (0 train, 1 dev, 2 test) says, and how.
 
-    Partitions share neither sentences nor voices. Returns (text, voice, rate, pitch), the arguments of `speak`.
+    It depends on the arguments only. Partitions share neither sentences nor voices.
+    Returns (text, voice, rate, pitch), the arguments of `speak`.
     """
+    sentences = np.random.default_rng(seed).permutation(9**4)
+    of_partition = sentences[partition::3]
+    number = of_partition[index % len(of_partition)]
+    choices = np.unravel_index(number, [9] * 4)
+    text = " ".join(entries[i] for entries, i in zip(GRAMMAR, choices))
+    text = text[0].upper() + text[1:] + "."
+    if index == 0:
+        text = PANGRAMS[partition]
+    voices = VOICES[partition]
     rng = np.random.default_rng((seed, partition, index))
-    numbers = np.random.default_rng(seed).permutation(9**4)[
-        partition::3
-    ]  # of this partition's sentences
-    which = np.unravel_index(numbers[index % len(numbers)], [9] * 4)
-    text = " ".join(entries[i] for entries, i in zip(GRAMMAR, which))
-    text = PANGRAMS[partition] if index == 0 else text[0].upper() + text[1:] + "."
-    voice = VOICES[partition][index % len(VOICES[partition])]
-    return text, voice, int(rng.integers(140, 200)), int(rng.integers(35, 66))
+    rate, pitch = int(rng.integers(140, 200)), int(rng.integers(35, 66))
+    return text, voices[index % len(voices)], rate, pitch
+
+
+def _practice_recording(partition, index, seed):
+    """The audio and the phones of a `practice_utterance`, between two silences and in noise."""
+    audio, phones = speak(*practice_utterance(partition, index, seed))
+    rng = np.random.default_rng((seed, partition, index, 1))
+    # the silences, because eSpeak starts at once
+    before, after = (rng.uniform(1 / 8, 1 / 2, 2) * ESPEAK_RATE).astype(int)
+    audio = np.pad(audio, (before, after))
+    shift = before / ESPEAK_RATE
+    phones = [(phoneme, start + shift, end + shift) for phoneme, start, end in phones]
+    noise = rng.standard_normal(len(audio), dtype=np.float32)
+    decibels = rng.uniform(20, 40)  # of the noise below the speech
+    audio += noise * np.float32(audio.std() * 10 ** (-decibels / 20))
+    return audio, phones
 
 
 def make_practice_corpus(root, utterances=(370, 52, 52), seed=23):
-    """Make a corpus in the course's layout under `root`, spoken by eSpeak NG: the same seed, the same bytes.
+    """Make a corpus in the course's layout, spoken by eSpeak NG: the same seed, the same bytes.
 
-    `root` appears when everything is written. ROOT/answers.csv (`id,label`) has the test frames' phonemes.
+    root: its folder, which appears when everything is written. ROOT/answers.csv (`id,label`) has
+    the phonemes of the test frames.
     utterances: of train, dev and test, at least 1 each; the defaults make half an hour of speech.
-    Raises FileExistsError where `root` exists, ImportError without eSpeak NG, RunError where the disk is full.
+    Raises FileExistsError if `root` exists, ImportError without eSpeak NG, RunError if the disk is
+    full.
     """
     if len(utterances) != 3 or min(utterances) < 1:
         raise DataError(f"utterances {utterances}: expected three numbers >= 1")
     import_torchaudio()
     shutil.rmtree(f"{root}.partial", ignore_errors=True)
     with _new_corpus(Path(root)) as partial:
-        for p, i in ((p, i) for p, count in enumerate(utterances) for i in range(count)):
-            audio, phones = speak(*practice_utterance(p, i, seed))
-            rng = np.random.default_rng((seed, p, i, 1))
-            silence = (rng.uniform(1 / 8, 1 / 2, 2) * ESPEAK_RATE).astype(
-                int
-            )  # around it; eSpeak starts at once
-            audio, shift = np.pad(audio, silence), silence[0] / ESPEAK_RATE
-            noise = rng.standard_normal(len(audio), dtype=np.float32)
-            audio += noise * np.float32(
-                audio.std() * 10 ** (-rng.uniform(20, 40) / 20)
-            )  # 20 to 40 dB below
-            phones = [(phoneme, start + shift, end + shift) for phoneme, start, end in phones]
-            _write_utterance(partial / PARTITIONS[p], f"{i:06d}", audio, ESPEAK_RATE, phones)
-        if [len(_npy_files(partial / name / "mfcc")[0]) for name in PARTITIONS] != [*utterances]:
+        for partition, name in enumerate(PARTITIONS):
+            for i in range(utterances[partition]):
+                audio, phones = _practice_recording(partition, i, seed)
+                _write_utterance(partial / name, f"{i:06d}", audio, ESPEAK_RATE, phones)
+        written = [len(_npy_files(partial / name / "mfcc")[0]) for name in PARTITIONS]
+        if written != list(utterances):
             raise RunError(
                 f"{partial} was changed by another process while it was made. Run again."
             )
 
 
+# ---- LibriSpeech ---------------------------------------------------------------------------------
+
+# the partitions of the rows, in turn, if the name of their file does not tell
+DEALT_OUT = ("train-clean-100", "train-clean-100", "train-clean-100", "dev-clean", "test-clean")
+
+
 def _has_rows(path):
-    """Has this parquet file rows? True where it cannot be read: that is reported later."""
+    """Has this parquet file rows? True if it cannot be read, which is reported later."""
     import pyarrow.parquet  # comes with datasets
 
     with contextlib.suppress(OSError, pyarrow.ArrowException):
@@ -3196,50 +3331,57 @@ def _has_rows(path):
     return True
 
 
+def _local_sources(path):
+    """`_sources` for a local .parquet file or a folder of them."""
+    files = find_files(path, "**/*.parquet") if path.is_dir() else [path]
+    files = [file for file in files if _has_rows(file)]
+    if not files:
+        raise DataError(f"{path}: there are no .parquet files in it, or none that has rows")
+    sources = []
+    for file in files:
+        start = file.name.replace("_", "-")
+        partitions = [name for name in PARTITIONS if start.startswith(name)]
+        arguments = {"path": "parquet", "data_files": str(file), "split": "train"}
+        sources.append((str(file), arguments, partitions or DEALT_OUT))
+    return sources
+
+
 def _sources(source, revision):
-    """(name, arguments of `load_dataset`, partitions that the rows go to in turn) of each split or local file."""
+    """What a corpus is made from, a tuple for each local file or each split of a dataset.
+
+    source, revision: see `make_librispeech_corpus`.
+    The tuple is (name, arguments of `load_dataset`, partitions to which the rows go in turn).
+    """
     if Path(source).exists():
-        files = find_files(source, "**/*.parquet") if Path(source).is_dir() else [Path(source)]
-        files = [file for file in files if _has_rows(file)]
-        if not files:
-            raise DataError(f"{source}: there are no .parquet files in it, or none that has rows")
-        named = [
-            [name for name in PARTITIONS if file.name.replace("_", "-").startswith(name)]
-            for file in files
-        ]
-        return [
-            (
-                str(file),
-                {"path": "parquet", "data_files": str(file), "split": "train"},
-                partitions or 3 * PARTITIONS[:1] + PARTITIONS[1:],
-            )
-            for file, partitions in zip(files, named)
-        ]
+        return _local_sources(Path(source))
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)):
         raise DataError(
             f"{source}: no such file or folder; expected .parquet, or a dataset's name on the hub"
         )
-    revision = revision or (LIBRISPEECH_REVISION if source == LIBRISPEECH else None)
-    return [
-        (
-            f"{source}, {name}",
-            {"path": source, "split": name.replace("-", "_"), "revision": revision},
-            [name],
-        )
-        for name in PARTITIONS
-    ]
+    if revision is None and source == LIBRISPEECH:
+        revision = LIBRISPEECH_REVISION
+    sources = []
+    for name in PARTITIONS:
+        arguments = {"path": source, "split": name.replace("-", "_"), "revision": revision}
+        sources.append((f"{source}, {name}", arguments, [name]))
+    return sources
 
 
-def _convert_row(job):
-    """Write an utterance; job: (folder, row). Returns (id, number of unknown words, why it is left out or None)."""
-    import soundfile
-
-    folder, row = job
+def _phones_of(row):
+    """The phones of a row, a list of dicts: phoneme, start, end. Empty if there is no alignment."""
     phones = row["phonemes"] or []
     if isinstance(phones, dict):  # a list of structs in older versions of datasets
         phones = [dict(zip(phones, values)) for values in zip(*phones.values())]
-    if not phones:
-        return row["id"], 0, "no alignment"
+    times = [(phone["start"], phone["end"]) for phone in phones]
+    if not np.isfinite(np.array(times, float)).all():
+        raise DataError(f"{row['id']}: a phone without start or end; expected both, in seconds")
+    return phones
+
+
+def _audio_of(row):
+    """The audio of a row, float32 (samples,), and its rate in Hz."""
+    import soundfile
+
     try:
         audio, rate = soundfile.read(io.BytesIO(row["audio"]["bytes"]), dtype="float32")
     except (RuntimeError, TypeError) as error:
@@ -3254,32 +3396,46 @@ def _convert_row(job):
             f"{row['id']}: the audio has {len(audio)} samples at {rate} Hz, too few for a frame; "
             f"expected at least {shortest}, 25 ms"
         )
-    if not np.isfinite(np.array([(phone["start"], phone["end"]) for phone in phones], float)).all():
-        raise DataError(f"{row['id']}: a phone without start or end; expected both, in seconds")
+    return audio, rate
+
+
+def _convert_row(job):
+    """Write an utterance into the folder of its partition; job: (folder, row).
+
+    Returns (id, number of unknown words, None), or (id, 0, the reason) if it is left out.
+    """
+    folder, row = job
+    phones = _phones_of(row)
+    if not phones:
+        return row["id"], 0, "no alignment"
+    audio, rate = _audio_of(row)
     missing = len(audio) / rate - max(phone["end"] for phone in phones)
     if abs(missing) > 0.5:
-        return (
-            row["id"],
-            0,
-            f"its phones end {abs(missing):.2f} s {'before' if missing > 0 else 'after'} the audio",
-        )
+        side = "before" if missing > 0 else "after"
+        return row["id"], 0, f"its phones end {abs(missing):.2f} s {side} the audio"
     spans = []
     for phone in sorted(phones, key=lambda phone: phone["start"]):
-        silent = phone["phoneme"] in ("sil", "sp", "spn", "", None)  # spn: an unknown word
-        spans.append(
-            ("[SIL]" if silent else phone["phoneme"].rstrip("012"), phone["start"], phone["end"])
-        )
-        if spans[-1][0] not in _INDEX:
+        phoneme, start, end = phone["phoneme"], phone["start"], phone["end"]
+        if phoneme in ("sil", "sp", "spn", "", None):
+            symbol = "[SIL]"
+        else:
+            symbol = phoneme.rstrip("012")  # without the stress
+        if symbol not in _INDEX:
             raise DataError(
-                f"{row['id']}: the phone {phone['phoneme']!r} at {phone['start']:.2f} s is unknown; "
-                f"expected {' '.join(PHONEMES[1:40])}, with a stress digit or without, sil, sp or spn"
+                f"{row['id']}: the phone {phoneme!r} at {start:.2f} s is unknown; expected "
+                f"{' '.join(PHONEMES[1:40])}, with a stress digit or without, sil, sp or spn"
             )
+        spans.append((symbol, start, end))
     _write_utterance(folder, row["id"], audio, rate, spans)
-    return row["id"], sum(phone["phoneme"] == "spn" for phone in phones), None
+    unknown_words = sum(phone["phoneme"] == "spn" for phone in phones)
+    return row["id"], unknown_words, None
 
 
 def _check_ids(rows, seen):
-    """The same rows; a DataError where an id is no name of a file, or was `seen` (a set, which grows) before."""
+    """Yield the same rows. seen: a set of the ids so far, which grows.
+
+    Raises a DataError if an id cannot be the name of a file, or is there twice.
+    """
     for row in rows:
         if row["id"] is None or not re.fullmatch(r"[\w-]{1,100}", str(row["id"])):
             raise DataError(
@@ -3291,123 +3447,144 @@ def _check_ids(rows, seen):
         yield row
 
 
+def _convert_shard(rows, folders, done, seen):
+    """Write the utterances of a shard, unless an earlier call has finished it.
+
+    rows: an iterable of dicts. folders: of the partitions that get them in turn. done: the path of
+    a file that says what became of them. seen: see `_check_ids`.
+    Returns a list of what `_convert_row` has returned.
+    """
+    if not done.exists():
+        jobs = zip(itertools.cycle(folders), _check_ids(rows, seen))
+        records = list(map_in_threads(_convert_row, jobs))
+        with atomic_write(done, 0) as temporary:
+            temporary.write_text(json.dumps(records))
+    return [tuple(record) for record in json.loads(done.read_text())]
+
+
+def _conversion_error(name, error, partial):
+    """The exception to raise if a source of this name could not be read or converted."""
+    if Path(name).exists() and not isinstance(error, OSError):
+        return DataError(
+            f"{name}: unreadable parquet ({error!r:.300}); expected LibriSpeech alignments "
+            "(id, audio, phonemes)"
+        )
+    there = sum(path.stat().st_size for path in partial.rglob("*") if path.is_file()) / 1e6
+    return RunError(
+        f"{name}: {error!r:.300}. Check the connection and run again.{internet_hint()} In all, "
+        f"LibriSpeech needs about 5,600 MB; {there:,.0f} MB are there, kept in {partial}."
+    )
+
+
 def make_librispeech_corpus(root, source=LIBRISPEECH, revision=None):
-    """Make a corpus of real speech in the course's layout under `root` from LibriSpeech with its phones' times.
+    """Make a corpus of real speech in the course's layout, from LibriSpeech and its phones' times.
 
-    Read as a stream: neither the audio nor the dataset is ever whole on the disk or in memory. Killed or cut off, the
-    next call goes on with the shard it was in and ends with the same bytes. ROOT/answers.csv (`id,label`) has the test
-    frames' phonemes, ROOT/left-out.txt the utterances without alignment or whose phones end half a second off.
-
-    source: a dataset of the Hugging Face hub, or a local .parquet file or a folder of them, with the columns `id`,
-    `audio` {bytes, path} and `phonemes` [{phoneme, start, end}] (ARPAbet, seconds). A file named train_clean_100...,
-    dev_clean... or test_clean... is of that partition; of another one, train gets three utterances in five.
-    revision: a commit, tag or branch of the hub's dataset; None: LIBRISPEECH_REVISION, of other datasets the newest.
-    Raises FileExistsError where `root` exists, DataError for bad files or rows, RunError for the network or the disk.
+    It is read as a stream: neither the audio nor the dataset is ever whole on the disk or in
+    memory. If it is killed or cut off, the next call goes on with the shard it was in, and ends
+    with the same bytes.
+    root: its folder. ROOT/answers.csv (`id,label`) has the phonemes of the test frames,
+    ROOT/left-out.txt the utterances without alignment or whose phones end half a second off.
+    source: a dataset on the Hugging Face hub, a local .parquet file or a folder of them, with the
+    columns `id`, `audio` {bytes, path} and `phonemes` [{phoneme, start, end}] (ARPAbet, seconds). A
+    file named train_clean_100..., dev_clean... or test_clean... belongs to that partition; of
+    another one, train gets three utterances in five.
+    revision: a commit, tag or branch of the dataset on the hub. None: LIBRISPEECH_REVISION, or the
+    newest one of other datasets.
+    Raises FileExistsError if `root` exists, DataError for bad files or rows, RunError for the
+    network or the disk.
     """
     import_torchaudio()
     from datasets import Audio, load_dataset
 
-    sources, records = _sources(source, revision), []
+    sources = _sources(source, revision)
     # what was begun from other files, or another revision of them, is made from the start
-    made_from = ascii(
-        [
-            (*each, os.stat(each[0]).st_mtime_ns if os.path.exists(each[0]) else 0)
-            for each in sources
-        ]
-    )
+    changed_at = [os.stat(name).st_mtime_ns if os.path.exists(name) else 0 for name, *_ in sources]
+    made_from = ascii([(*each, time_ns) for each, time_ns in zip(sources, changed_at)])
     note = Path(f"{root}.partial", "made-from.txt")
     if note.parent.exists() and not (note.exists() and note.read_text() == made_from):
         shutil.rmtree(note.parent)
+
+    records = []
     with _new_corpus(Path(root)) as partial:
         note.write_text(made_from)
         for number, (name, arguments, partitions) in enumerate(sources):
+            folders = [partial / partition for partition in partitions]
             try:
-                stream = load_dataset(**arguments, streaming=True).select_columns(
-                    ["id", "audio", "phonemes"]
-                )
-                stream = stream.cast_column(
-                    "audio", Audio(decode=False)
-                )  # decoding it needs torchcodec
-                for i in range(stream.num_shards):
+                stream = load_dataset(**arguments, streaming=True)
+                stream = stream.select_columns(["id", "audio", "phonemes"])
+                stream = stream.cast_column("audio", Audio(decode=False))  # it needs torchcodec
+                shards = stream.num_shards
+                for i in range(shards):
                     done = partial / f"{number:03d}-{i:03d}.json"
-                    if not done.exists():
-                        rows = _check_ids(
-                            stream.shard(stream.num_shards, i), {record[0] for record in records}
-                        )
-                        jobs = zip(map(partial.joinpath, itertools.cycle(partitions)), rows)
-                        shard = [*map_in_threads(_convert_row, jobs)]
-                        with atomic_write(done, 0) as temporary:
-                            temporary.write_text(json.dumps(shard))
-                    records += map(tuple, json.loads(done.read_text()))
-                    print(
-                        f"{name}: part {i + 1} of {stream.num_shards}, {len(records):,} utterances so far"
-                    )
+                    seen = {record[0] for record in records}
+                    records += _convert_shard(stream.shard(shards, i), folders, done, seen)
+                    print(f"{name}: part {i + 1} of {shards}, {len(records):,} utterances so far")
             except DataError as error:
                 raise DataError(f"{name}: {error}") from None
             except Exception as error:  # a dozen kinds, of four libraries
-                if Path(name).exists() and not isinstance(error, OSError):
-                    raise DataError(
-                        f"{name}: unreadable parquet ({error!r:.300}); expected LibriSpeech alignments "
-                        "(id, audio, phonemes)"
-                    ) from error
-                there = (
-                    sum(path.stat().st_size for path in partial.rglob("*") if path.is_file()) / 1e6
-                )
-                raise RunError(
-                    f"{name}: {error!r:.300}. Check the connection and run again.{internet_hint()} In "
-                    f"all, LibriSpeech needs about 5,600 MB; {there:,.0f} MB are there, kept in {partial}."
-                ) from error
+                raise _conversion_error(name, error, partial) from error
         left_out = [f"{name}: {why}\n" for name, _, why in sorted(records) if why]
         (partial / "left-out.txt").write_text("".join(left_out))
+    unknown_words = sum(unknown for _, unknown, _ in records)
     print(
-        f"{root}: {len(records) - len(left_out):,} utterances; {len(left_out):,} left out (their ids are in "
-        f"left-out.txt); {sum(unknown for _, unknown, _ in records):,} unknown words (spn) count as silence"
+        f"{root}: {len(records) - len(left_out):,} utterances; {len(left_out):,} left out (their "
+        f"ids are in left-out.txt); {unknown_words:,} unknown words (spn) count as silence"
     )
 
 
-# ---- Where the data are ------------------------------------------------------------------------------------
+# ---- Where the data are --------------------------------------------------------------------------
 
 
-def _roots(places):
-    """The folders that hold train-clean-100/mfcc: these places, or up to four levels below them.
+def _subfolders(folder):
+    """The folders in a folder that may hold a data folder, sorted; none if it cannot be listed."""
+    try:
+        with os.scandir(folder) as entries:
+            folders = [Path(entry) for entry in entries if entry.is_dir()]
+    except OSError:
+        return []
+    return sorted(
+        folder
+        for folder in folders
+        if not is_clutter(folder.name)
+        and folder.suffix != ".partial"  # a corpus that is being made
+        and folder.name not in PARTITIONS + KINDS  # tens of thousands of files
+    )
 
-    Level by level. Folders of utterances, with their tens of thousands of files, and hidden ones are not looked into.
+
+def _find_roots(places, levels=4):
+    """The folders that hold train-clean-100/mfcc: these places, or so many levels below them.
+
+    Folders of utterances and hidden ones are not looked into.
     """
     roots, seen, folders = [], set(), places
-    for depth in range(5):
+    for level in range(levels + 1):
         deeper = []
         for folder in folders:
-            real = os.path.realpath(
-                folder
-            )  # what several links lead to, or a link back up, counts once
-            if real in seen or folder.name in PARTITIONS + KINDS:
+            real = os.path.realpath(folder)
+            if real in seen:  # by way of another link, or of one that leads back up
                 continue
             seen.add(real)
             if os.path.isdir(folder / PARTITIONS[0] / KINDS[0]):
                 roots.append(folder)
-            elif depth < 4:
-                with contextlib.suppress(OSError):  # no folder, or one that may not be read
-                    deeper += sorted(
-                        Path(entry)
-                        for entry in os.scandir(folder)
-                        if entry.is_dir()
-                        and not is_clutter(entry.name)
-                        and not entry.name.endswith(".partial")
-                    )
+            elif level < levels:
+                deeper += _subfolders(folder)
         folders = deeper
     return roots
 
 
-def _one_root(roots, places):
-    """The one of `_roots`; a DataError that lists what was looked through where there is none, or more."""
+def _only_root(roots, places):
+    """The one folder that `_find_roots` has found in these places.
+
+    Raises a DataError that says where it was looked for if there is none, or more than one.
+    """
     if len(roots) == 1:
         return roots[0]
     looked = ", ".join(map(str, places))
     if roots:
         raise DataError(
-            f"{', '.join(map(str, roots))}: each of them holds train-clean-100/mfcc; expected one folder. "
-            f"Looked through: {looked}. Say which: by the environment variable HW1P2_DATA, with "
-            "config['data'] = 'auto'."
+            f"{', '.join(map(str, roots))}: each of them holds train-clean-100/mfcc; expected one "
+            f"folder. Looked through: {looked}. Say which: by the environment variable HW1P2_DATA, "
+            "with config['data'] = 'auto'."
         )
     missing = "" if any(map(os.path.isdir, places)) else "there is no such folder; "
     raise DataError(
@@ -3416,27 +3593,26 @@ def _one_root(roots, places):
     )
 
 
-def _places():
-    """(Folders beside the notebook that are named as the course's data, what is attached to a notebook of Kaggle's)."""
-    beside = [
-        folder
-        for folder in sorted(Path().iterdir())
-        if folder.is_dir()
-        and not is_clutter(folder.name)
-        and re.search(r"hw-?1-?p-?2|11785|^archive$", folder.name, re.IGNORECASE)
-    ]
+def _folders_beside():
+    """The folders beside the notebook that are named as the course's data are."""
+    pattern = re.compile(r"hw-?1-?p-?2|11785|^archive$", re.IGNORECASE)
+    return [folder for folder in _subfolders(".") if pattern.search(folder.name)]
+
+
+def _attached_on_kaggle():
+    """The folders of what is attached to a notebook on Kaggle."""
     groups = {"competitions": "*", "datasets": "*/*", "notebooks": "*/*"}  # the last two by owner
-    return beside, [
-        mount
-        for folder in sorted((KAGGLE / "input").glob("*"))
-        for mount in (
-            sorted(folder.glob(groups[folder.name])) if folder.name in groups else [folder]
-        )
-    ]
+    attached = []
+    for folder in sorted((KAGGLE / "input").glob("*")):
+        if folder.name in groups:
+            attached += sorted(folder.glob(groups[folder.name]))
+        else:
+            attached.append(folder)
+    return attached
 
 
 def _download(competition):
-    """The data folder of a Kaggle competition, downloaded; what is there already is not fetched again."""
+    """The data folder of a Kaggle competition, downloaded; what is there is not fetched again."""
     install("kagglehub")
     load_secrets("KAGGLE_API_TOKEN", "KAGGLE_USERNAME", "KAGGLE_KEY")
     from kagglehub import competition_download
@@ -3446,51 +3622,65 @@ def _download(competition):
     except Exception as error:  # its own, of the network, of the archive, of the disk
         raise RunError(
             f"Kaggle's data could not be fetched ({type(error).__name__}: {str(error)[:300]}).\n"
-            f"{kaggle_causes(competition)} Or the disk is full: 9 GB are needed. What is there is kept: "
-            "run again."
+            f"{kaggle_causes(competition)} Or the disk is full: 9 GB are needed. What is there is "
+            "kept: run again."
         ) from error
-    return _one_root(_roots([folder]), [folder])
+    return _only_root(_find_roots([folder]), [folder])
+
+
+def _make_once(root, make, *packages):
+    """Call make(root), unless that folder is there, after installing the packages it needs."""
+    if root.exists():
+        return
+    with one_process_at_a_time(root):  # of two notebooks that ask at once, the second one waits
+        if not root.exists():
+            install(*packages)
+            print(f"{root} is not there yet: making it")
+            make(root)
 
 
 def get_data(choice, cache, competition):
-    """The data folder, which holds `train-clean-100/mfcc`, that config["data"] asks for; fetched or made if need be.
+    """The data folder, which holds `train-clean-100/mfcc`; fetched or made if need be.
 
-    choice: "auto": below $HW1P2_DATA, else below folders beside the notebook that are named as the course's data or
-    what is attached on Kaggle, else the practice corpus; "practice"; "kaggle": as "auto", but downloaded with kagglehub
-    where nothing is there; "librispeech" (see `make_librispeech_corpus`).
-    cache: where corpora are made. competition: the edition's name on Kaggle. The data of all editions are the same.
-    Raises a DataError where no folder, or more than one, holds the data, a RunError where they cannot be fetched or
-    written; what is there already is kept for the next start.
+    choice: config["data"].
+        "auto": the folder below $HW1P2_DATA; else below the folders beside the notebook that are
+        named as the course's data are, or below what is attached on Kaggle; else the practice
+        corpus.
+        "kaggle": those below the notebook's or Kaggle's folders, else downloaded with kagglehub.
+        "practice", "librispeech": made here (see `make_practice_corpus` and so on).
+    cache: where corpora are made.
+    competition: the edition's name on Kaggle. The data of all editions are the same.
+    Raises a DataError if no folder, or more than one, holds the data, and a RunError if they cannot
+    be fetched or written; what is there already is kept for the next start.
     """
-    if choice == "auto" and (folder := path_from_environment("HW1P2_DATA")):
-        return _one_root(_roots([folder]), [folder])
+    chosen = path_from_environment("HW1P2_DATA") if choice == "auto" else None
+    if chosen:
+        return _only_root(_find_roots([chosen]), [chosen])
     if choice in ("auto", "kaggle"):
-        beside, attached = _places()
-        named = [mount for mount in attached if mount.name == competition]
-        own = "answers.csv"  # lies in a corpus that another copy of this project has made
-        roots = [
-            folder for folder in _roots(beside + named) if not (folder / own).exists()
-        ] or _roots(attached)
+        beside, attached = _folders_beside(), _attached_on_kaggle()
+        named = [folder for folder in attached if folder.name == competition]
+        roots = _find_roots(beside + named)
+        # without corpora that another copy of this project has made
+        roots = [root for root in roots if not (root / "answers.csv").exists()]
+        if not roots:
+            roots = _find_roots(attached)
         if roots:
-            root = _one_root(roots, beside + attached)
+            root = _only_root(roots, beside + attached)
             if KAGGLE in root.parents and competition not in root.parts:
                 print(f"{root}: these data are attached, and taken in place of {competition}")
             return root
         if choice == "kaggle":
             return _download(competition)
         if beside + attached:
-            print(
-                f"no train-clean-100/mfcc in {', '.join(map(str, beside + attached))}: taking the practice corpus"
-                + (f". For the course's data, attach {competition} (Add Input)" if attached else "")
-            )
-    name, make, packages = PRACTICE, make_practice_corpus, ["espeakng-loader"]
+            looked = ", ".join(map(str, beside + attached))
+            line = f"no train-clean-100/mfcc in {looked}: taking the practice corpus"
+            if attached:
+                line += f". For the course's data, attach {competition} (Add Input)"
+            print(line)
     if choice == "librispeech":
-        name, make, packages = "librispeech", make_librispeech_corpus, ["datasets", "soundfile"]
-    root = Path(cache) / name
-    if not root.exists():
-        with one_process_at_a_time(root):  # of two notebooks that ask at once, the second one waits
-            if not root.exists():
-                install(*packages)
-                print(f"{root} is not there yet: making it")
-                make(root)
+        root = Path(cache) / "librispeech"
+        _make_once(root, make_librispeech_corpus, "datasets", "soundfile")
+    else:
+        root = Path(cache) / PRACTICE
+        _make_once(root, make_practice_corpus, "espeakng-loader")
     return root
