@@ -1700,7 +1700,7 @@ def _is_readable(value):
         torch.save(value, file)
         file.seek(0)
         torch.load(file, weights_only=True)
-    except Exception:  # torch and pickle raise a dozen kinds
+    except Exception:  # torch and pickle raise a dozen types
         return False
     return True
 
@@ -1746,7 +1746,7 @@ def save_checkpoint(path, state):
         temporary.write_bytes(file.getbuffer())
         try:
             torch.load(temporary, map_location="cpu", weights_only=True)
-        except Exception as error:  # torch and pickle raise a dozen kinds
+        except Exception as error:  # torch and pickle raise a dozen types
             raise RunError(
                 f"{path}: what was written could not be read back ({str(error)[:200]}). What was "
                 "there before is unchanged. If it happens again, the disk is damaged."
@@ -1831,7 +1831,7 @@ def load_checkpoint(path, config=None, planned=True, off=None, switches=None):
         saved = dict(state["config"])
         if config is not None and "history" not in state:
             raise ValueError("best weights only, which cannot be resumed")
-    except Exception as error:  # torch and pickle raise a dozen kinds, none of them readable
+    except Exception as error:  # torch and pickle raise a dozen types, none of them readable
         raise RunError(
             f"{path}: damaged, or not a checkpoint of this notebook ({type(error).__name__}). "
             "Restore a copy of it, or choose another config['Name'] for a fresh run."
@@ -1962,8 +1962,8 @@ def _has_weights(model, weights):
 def changes_by_hand(run, state):
     """A line for the user if somebody has set the weights or the learning rates of a run; else "".
 
-    They are compared with the run's checkpoint, `state`; the best weights are not by hand either.
-    In an epoch that did not come to its end (`run.unsaved`) it was the training that changed them.
+    They are compared with the run's checkpoint, `state`; the best weights also are the run's own.
+    If the last epoch was interrupted (`run.unsaved`), the training itself has changed them.
     """
     if run.unsaved:
         return ""
@@ -2001,14 +2001,14 @@ def start_or_resume(run, checkpoint):
     The first one is written before the first epoch, so that a run that is killed in it keeps its
     precision and its wandb id.
     run: has `config`, `code` (of `code_of`), `folder`, `train_loader`, `precision`, and the parts
-    in STATEFUL. It gets `history`, `wandb_id` and `unsaved` (has an epoch begun and not been
-    saved?), the state of the last epoch, and in the end the weights of the best one.
+    in STATEFUL. It gets `history`, `wandb_id` and `unsaved` (has an epoch begun that is not saved
+    yet?), and the state of its last epoch, or, if all epochs are done, the weights of the best one.
     checkpoint: of `load_checkpoint`; None for a new run.
     Returns a line for the user: a new run, or how many epochs are done.
     Raises a RunError if the run was trained on other data or by other code.
     """
     data = run.train_loader.dataset
-    # tells other data, wherever they lie
+    # the same data have the same one, wherever they lie
     fingerprint = {"frames": len(data), "sum of labels": int(data.labels.sum())}
     if checkpoint is None:
         checkpoint = {
@@ -2052,7 +2052,7 @@ DRIVE = Path("/content/drive")  # where Colab mounts Google Drive
 
 
 def tell(run, line):
-    """Print a line that the user must know of a run, once; and add it to `run.message`."""
+    """Print a line that the user of a run must see, once, and add it to `run.message`."""
     if line not in run.message:
         run.message += line + "\n"
         print(line)
@@ -2090,32 +2090,35 @@ def load_secrets(*names, seconds=30):
     Kaggle without Internet.
     """
     missing = [name for name in names if not os.environ.get(name)]
-
-    def fetch():
+    try:
         if "google.colab" in sys.modules:
             from google.colab import userdata
 
             get = userdata.get
-        else:
+        elif KAGGLE.is_dir():
             from kaggle_secrets import UserSecretsClient
 
             get = UserSecretsClient().get_secret
+        else:
+            return
+    except Exception:  # there are no secrets, as in some of their older images
+        return
+
+    def fetch():
         for name in missing:
             with contextlib.suppress(Exception):  # no such secret, or no access to it
                 os.environ[name] = get(name)
 
-    def fetch_quietly():
-        with contextlib.suppress(Exception):  # no access to any secret
-            fetch()
-
-    if missing and ("google.colab" in sys.modules or KAGGLE.is_dir()):
-        thread = threading.Thread(target=fetch_quietly, daemon=True)
-        thread.start()
-        thread.join(seconds)
+    thread = threading.Thread(target=fetch, daemon=True)
+    thread.start()
+    thread.join(seconds)
 
 
 def _config_and_history(path):
-    """What a checkpoint says of its run, without reading the tensors; any exception if damaged."""
+    """The config and the history in a checkpoint, whose tensors are not read.
+
+    Raises whatever torch and pickle raise if it is damaged.
+    """
     state = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     return state["config"], state["history"]
 
@@ -2131,7 +2134,7 @@ def read_runs(folder=None):
         name = path.parent.relative_to(folder).as_posix()
         try:
             runs[name] = _config_and_history(path)
-        except Exception as error:  # torch and pickle raise a dozen kinds
+        except Exception as error:  # torch and pickle raise a dozen types
             print(f"{path}: damaged, or not a checkpoint of this notebook ({type(error).__name__})")
     return runs
 
@@ -2204,7 +2207,7 @@ def open_drive(run, subfolder):
     """Mount Google Drive on Colab and fetch the epochs of a run that are only there.
 
     subfolder: the path of the run below the folder of all runs.
-    Returns the folder of the run on Drive; elsewhere than on Colab None, with a line that says so.
+    Returns the folder of the run on Drive; None if this is not Colab, which a line says.
     Raises a RunError if Drive cannot be mounted or read.
     """
     if "google.colab" not in sys.modules:
@@ -2214,7 +2217,7 @@ def open_drive(run, subfolder):
         from google.colab import drive
 
         drive.mount(str(DRIVE))
-    except Exception as error:  # Google's own kinds
+    except Exception as error:  # Google's own types
         raise RunError(
             f"Google Drive could not be mounted ({type(error).__name__}: {str(error)[:200]}). Run "
             "the cell again and allow the access that Google asks for, or set config['drive'] = "
@@ -2250,7 +2253,7 @@ def _epochs_in(archive):
         return -1
     except OSError:  # Drive is away: nothing is known about the archive
         raise
-    except Exception:  # zipfile raises several kinds if bytes are damaged
+    except Exception:  # zipfile raises several types for damaged bytes
         return -1
 
 
@@ -2258,7 +2261,7 @@ def _epochs_here(folder):
     """How many epochs the checkpoint in a run's folder has; -1 if it is missing or damaged."""
     try:
         _, history = _config_and_history(folder / "checkpoint.pt")
-    except Exception:  # torch and pickle raise a dozen kinds; `load_checkpoint` reports them
+    except Exception:  # torch and pickle raise a dozen types; `load_checkpoint` reports them
         return -1
     return len(history)
 
@@ -2306,7 +2309,7 @@ def restore_from_drive(folder, drive_folder):
         if epochs_in[newest] <= _epochs_here(folder):
             return 0
         with zipfile.ZipFile(drive_folder / newest) as archive:
-            # The checkpoint comes last: killed before it is here, the next start fetches all again.
+            # The checkpoint comes last: after a kill before that, the next start fetches all again.
             for name in archive.namelist():
                 content = archive.read(name)
                 with atomic_write(folder / Path(name).name, len(content)) as temporary:
@@ -2333,8 +2336,8 @@ WANDB_MODES = {  # what $WANDB_MODE may be, and what it means
     "disabled": "disabled",
 }
 NO_KEY, NO_ANSWER = 3, 4  # exit statuses of WANDB_LOGIN
-# Logs in as wandb itself does, and asks the server. Why that fails, other than for want of a key or
-# an answer, is printed. It ends by _exit, because wandb's own end may wait for the network.
+# Logs in as wandb itself does, and asks the server. It prints why that failed, unless there is no
+# key or no answer. It ends by _exit, because wandb's own end may wait for the network.
 WANDB_LOGIN = """
 import os, sys, threading
 status = 1
@@ -3521,7 +3524,7 @@ def make_librispeech_corpus(root, source=LIBRISPEECH, revision=None):
                     print(f"{name}: part {i + 1} of {shards}, {len(records):,} utterances so far")
             except DataError as error:
                 raise DataError(f"{name}: {error}") from None
-            except Exception as error:  # a dozen kinds, of four libraries
+            except Exception as error:  # a dozen types, of four libraries
                 raise _conversion_error(name, error, partial) from error
         left_out = [f"{name}: {why}\n" for name, _, why in sorted(records) if why]
         (partial / "left-out.txt").write_text("".join(left_out))

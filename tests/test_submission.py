@@ -112,10 +112,18 @@ def test_no_text_at_all(tmp_path, content):
 
 
 @pytest.mark.parametrize(
-    "content", [GOOD, GOOD.replace("\n", "\r\n"), GOOD.rstrip(), '"id","label"\n' + GOOD[9:]]
+    "content",
+    [
+        GOOD,
+        GOOD.replace("\n", "\r\n"),
+        GOOD.rstrip(),
+        GOOD + "\n",
+        '"id","label"\n' + GOOD[9:],
+        "\ufeff" + GOOD,  # Excel's mark
+    ],
 )
 def test_what_kaggle_takes_too(tmp_path, content):
-    (tmp_path / "a.csv").write_text(content, newline="")
+    (tmp_path / "a.csv").write_text(content, "utf-8", newline="")
     assert read_submission(tmp_path / "a.csv", 3).tolist() == ["AA", "[SIL]", "ZH"]
 
 
