@@ -26,9 +26,13 @@ Sections, and the functions to start with:
     Figures                  plot_utterance, plot_history, plot_confusion
     Decoding                 viterbi, Decoder
     Checkpoint               save_checkpoint, load_checkpoint, start_or_resume, restore
-    Folders, wandb, Drive    runs_folder, start_wandb, log_history, finish_wandb, copy_to_drive
+    Folders and runs         runs_folder, cache_folder, load_secrets, read_runs, compare_runs
+    Google Drive             open_drive, copy_to_drive, restore_from_drive
+    wandb                    start_wandb, log_history, finish_wandb
     Submission               write_submission, read_submission, submit
-    Corpora                  make_practice_corpus, make_librispeech_corpus
+    Corpora                  speech_features, label_frames
+    Practice corpus          speak, make_practice_corpus
+    LibriSpeech              make_librispeech_corpus
     Where the data are       get_data
 """
 
@@ -36,6 +40,7 @@ import _ctypes
 import ast
 import contextlib
 import copy
+import csv
 import ctypes
 import difflib
 import functools
@@ -2285,7 +2290,7 @@ class Decoder:
         return path
 
 
-# ---- Checkpoint --------------------------------------------------------------------------------------------
+# ---- Checkpoint ---------------------------------------------------------------------------------
 
 # keys that may change when a run is resumed, because the trained weights do not depend on them
 KEYS_FREE_ON_RESUME = (
@@ -2327,143 +2332,155 @@ def lock_run(folder, say=print):
     return lock
 
 
-def _with_plain_numbers(value):
-    """The same value, but numpy's numbers in it, at any depth of dicts, lists and tuples, are Python's."""
-    if isinstance(value, np.generic):
-        return value.item()
-    if isinstance(value, dict):
-        plain = copy.copy(value)  # a state dict stays one
-        plain.clear()  # or a key would keep its type
-        plain.update(
-            {_with_plain_numbers(key): _with_plain_numbers(each) for key, each in value.items()}
-        )
-        return plain
-    if type(value) in (list, tuple):
-        return type(value)(map(_with_plain_numbers, value))
-    return value
-
-
-def _unreadable(value, name):
-    """What in a checkpoint `load_checkpoint` could not read: (its name, the value); None where all of it can be."""
-    parts = {}
-    if isinstance(value, dict):
-        parts = {f"{name}[{key!r}]": each for key, each in value.items()}
-    elif isinstance(value, (list, tuple)):
-        parts = {f"{name}[{i}]": each for i, each in enumerate(value)}
-    for part, each in parts.items():
-        if found := _unreadable(each, part):
-            return found
+def _is_readable(value):
+    """Can `load_checkpoint` read this value once it is written?"""
     try:
         file = io.BytesIO()
         torch.save(value, file)
         file.seek(0)
         torch.load(file, weights_only=True)
-    except Exception:  # torch and pickle raise a dozen kinds
-        return name, value
-    return None
+    except Exception:  # torch and pickle raise a dozen types
+        return False
+    return True
+
+
+def _as_plain_state(value, name):
+    """A copy of a state in which numpy's numbers, at any depth, have become Python's.
+
+    Raises a RunError that names the first value that could not be read again. name: of the state.
+    """
+    if isinstance(value, np.generic):
+        return value.item()
+    if isinstance(value, dict):
+        plain = copy.copy(value)  # a state dict keeps its type and its attributes
+        plain.clear()
+        for key, each in value.items():
+            plain_key = _as_plain_state(key, name)
+            plain[plain_key] = _as_plain_state(each, f"{name}[{key!r}]")
+        return plain
+    if type(value) in (list, tuple):
+        parts = [_as_plain_state(each, f"{name}[{i}]") for i, each in enumerate(value)]
+        return type(value)(parts)
+    known = (torch.Tensor, str, int, float, bool, type(None))
+    if type(value) not in known and not _is_readable(value):
+        raise RunError(
+            f"the checkpoint was not written: {name} is {value!r:.100}, a {type(value).__name__}, "
+            "and could not be read again. Make it a number, a text, a tensor, or a list or a dict "
+            "of these. What was there before is unchanged."
+        )
+    return value
 
 
 def save_checkpoint(path, state):
     """Write a dict of tensors, numbers and text atomically; numpy's numbers in it become Python's.
 
-    What was written is read back before it replaces the old file. A RunError, which names the value where it is one
-    that cannot be read back, leaves the old file untouched.
+    What was written is read back before it replaces the old file. Raises a RunError if the disk is
+    full, or if something cannot be read back; the old file stays as it was.
     """
     path = Path(path)
-    state = _with_plain_numbers(state)
-    file = io.BytesIO()  # torch.save loses the error of a full disk
-    try:
-        torch.save(state, file)
-        with atomic_write(path, file.tell()) as temporary:
-            temporary.write_bytes(file.getbuffer())
+    state = _as_plain_state(state, path.stem)
+    file = io.BytesIO()  # in memory first, because torch.save loses the error of a full disk
+    torch.save(state, file)
+    with atomic_write(path, file.tell()) as temporary:
+        temporary.write_bytes(file.getbuffer())
+        try:
             torch.load(temporary, map_location="cpu", weights_only=True)
-    except RunError:
-        raise
-    except Exception as error:  # torch and pickle raise a dozen kinds
-        found = _unreadable(state, path.stem)
-        if found is None:
+        except Exception as error:  # torch and pickle raise a dozen types
             raise RunError(
-                f"{path}: what was written could not be read back ({str(error)[:200]}). What was there "
-                "before is unchanged. If it happens again, the disk is damaged."
+                f"{path}: what was written could not be read back ({str(error)[:200]}). What was "
+                "there before is unchanged. If it happens again, the disk is damaged."
             ) from error
-        name, value = found
-        raise RunError(
-            f"{path} was not written: {name} is {value!r:.100}, a {type(value).__name__}, and could not be "
-            "read again. Make it a number, a text, a tensor, or a list or a dict of these. What was there "
-            "before is unchanged."
-        ) from error
+
+
+def _set_by(config, key, switches):
+    """A remark on the switch that may have set the value of a key in a config; "" if there is none.
+
+    switches: see `load_checkpoint`.
+    """
+    for (switch, value), changes in switches.items():
+        is_on = config.get(switch) == value
+        if is_on and key in changes and changes[key] == config.get(key):
+            return f" (config[{switch!r}] = {value!r} may have set it)"
+    return ""
 
 
 def _config_differences(saved, config, free, off, switches):
-    """Lines that say which keys, except `free` ones, have other values in two configs; see `load_checkpoint`."""
+    """A line for each key whose value differs between two configs, except for the keys in `free`.
 
-    def value_in(values, key):
-        return values.get(key, off.get(key))
-
-    def by(values, key):
-        """Which switch, if any, sets this value of a key."""
-        for (switch, value), changes in switches.items():
-            if values.get(switch) == value and key in changes and values.get(key) == changes[key]:
-                return f" (as config[{switch!r}] = {value!r} sets it)"
-        return ""
-
+    off, switches: see `load_checkpoint`.
+    """
     lines = []
-    for key in dict.fromkeys([*config, *saved]):
-        there, now = value_in(saved, key), value_in(config, key)
-        unknown = key not in saved or key not in config
-        if key in free or there == now or unknown and not there and not now:
+    for key in dict.fromkeys([*config, *saved]):  # each key once
+        there = saved.get(key, off.get(key))
+        now = config.get(key, off.get(key))
+        if key in free or there == now:
             continue
-        there, now = f"{there!r} there{by(saved, key)}", f"{now!r} now{by(config, key)}"
-        lines.append(
-            f"{key}: {there}, {now}" + " (a key that was added since)" * (key not in saved)
-        )
+        in_both = key in saved and key in config
+        if not in_both and not there and not now:  # 0, False, None: off in either case
+            continue
+        line = f"{key}: {there!r} there{_set_by(saved, key, switches)}, "
+        line += f"{now!r} now{_set_by(config, key, switches)}"
+        if key not in saved:
+            line += " (a key that was added since)"
+        lines.append(line)
     return lines
 
 
-def load_checkpoint(path, config=None, planned=True, off=None, switches=None):
-    """The dict of `save_checkpoint`, on the CPU; None where there is no such file.
+def _check_same_config(path, saved, config, planned, off, switches):
+    """Raise a RunError that lists the differences if a run may not be resumed with this config.
 
-    config: if given, it must agree with the checkpoint's own "config" in all keys but KEYS_FREE_ON_RESUME, and "epochs" where the
-    schedule does not depend on it (is not `planned`) and dropout_scale is not "auto".
-    off: {key: its value in a run that did not know it yet}; for other keys that is 0, False or None.
-    switches: {(key, value): {key: value}}, which values a key's value sets: for the message.
-    Raises a RunError if they differ, or if the file is damaged or of something else.
+    saved: the config in the checkpoint. The other arguments: see `load_checkpoint`.
+    """
+    free = KEYS_FREE_ON_RESUME
+    if not planned and config["dropout_scale"] != "auto":
+        free = (*free, "epochs")
+    differences = _config_differences(saved, config, free, off, switches)
+    if not differences:
+        return
+    lines = [f"{path}: this run was started with another config:"]
+    lines += [f"  {difference}" for difference in differences]
+    lines.append("Set these back to resume it, or choose another config['Name'] for a fresh run.")
+    if any(difference.startswith("epochs:") for difference in differences):
+        lines.append(
+            "(The schedule or dropout_scale 'auto' is planned for a fixed number of epochs.)"
+        )
+    raise RunError("\n".join(lines))
+
+
+def load_checkpoint(path, config=None, planned=True, off=None, switches=None):
+    """The dict that `save_checkpoint` has written, read onto the CPU; None if there is no file.
+
+    config: that of the run to be resumed. It must agree with the config in the checkpoint, except
+    for KEYS_FREE_ON_RESUME, and for "epochs" unless the training is planned for their number.
+    planned: is the schedule planned for the number of epochs? With dropout_scale "auto" the
+    training always is.
+    off: {key: its value in runs from before it existed}; for other keys that is 0, False or None.
+    switches: {(key, value): {key: value}}: if the first key has the first value, it sets the
+    others. Only the message mentions them.
+    Raises a RunError if the file is damaged or no checkpoint, or if the configs do not agree.
     """
     path = Path(path)
     if not path.exists():
         return None
     try:
-        with zipfile.ZipFile(path) as file:  # torch.load does not compare the checksums
+        with zipfile.ZipFile(path) as file:  # because torch.load does not compare the checksums
             if file.testzip() is not None:
-                raise ValueError("checksum")
+                raise ValueError("wrong checksum")
         state = dict(torch.load(path, map_location="cpu", weights_only=True))
         saved = dict(state["config"])
-        if config is not None:
-            state["history"]  # best.pt has none: nothing to resume
-    except Exception as error:  # torch and pickle raise a dozen kinds, none of them readable
+        if config is not None and "history" not in state:
+            raise ValueError("best weights only, which cannot be resumed")
+    except Exception as error:  # torch and pickle raise a dozen types, none of them readable
         raise RunError(
-            f"{path}: damaged, or not a checkpoint of this notebook ({type(error).__name__}). Restore a "
-            "copy of it, or choose another config['Name'] for a fresh run."
+            f"{path}: damaged, or not a checkpoint of this notebook ({type(error).__name__}). "
+            "Restore a copy of it, or choose another config['Name'] for a fresh run."
         ) from None
     if config is not None:
-        planned = planned or config["dropout_scale"] == "auto"
-        free = KEYS_FREE_ON_RESUME if planned else (*KEYS_FREE_ON_RESUME, "epochs")
-        differences = _config_differences(saved, config, free, off or {}, switches or {})
-        if differences:
-            raise RunError(
-                f"{path}: this run was started with another config:\n  "
-                + "\n  ".join(differences)
-                + "\nSet these back to resume it, or choose another config['Name'] for a fresh run."
-                + (
-                    " (The schedule or dropout_scale 'auto' is planned for a fixed number of epochs.)"
-                    if any(line.startswith("epochs") for line in differences)
-                    else ""
-                )
-            )
+        _check_same_config(path, saved, config, planned, off or {}, switches or {})
     return state
 
 
-# what makes the weights of every run, beside the notebook's functions
+# the code in this module that makes the weights of a run, beside the notebook's functions
 TRAINING_CODE = {
     "scale_dropout": scale_dropout,
     "Batches": Batches,
@@ -2473,38 +2490,43 @@ TRAINING_CODE = {
 
 
 def check_code(folder, state, code):
-    """A RunError that names what differs where the code that has made a checkpoint is not `code`, of `code_of`."""
-    if differences := code_differences(state.get("code", {}), code):
-        raise RunError(
-            f"{folder}: this run was made by other code:\n  "
-            + "\n  ".join(differences)
-            + "\nUndo the edit to go on with this run, or choose another config['Name'] for a fresh run."
-        )
+    """Raise a RunError that lists the differences if a checkpoint was made by other code.
+
+    folder: of the run. state: the checkpoint. code: of `code_of`, the code as it is now.
+    """
+    differences = code_differences(state.get("code", {}), code)
+    if not differences:
+        return
+    lines = [f"{folder}: this run was made by other code:"]
+    lines += [f"  {difference}" for difference in differences]
+    lines.append(
+        "Undo the edit to go on with this run, or choose another config['Name'] for a fresh run."
+    )
+    raise RunError("\n".join(lines))
 
 
 def save_best(run, row):
-    """Write the weights of a run to best.pt, with all that it takes to predict by them. row: of this epoch."""
-    columns = {
-        name: getattr(run.train_loader.dataset, name) for name in ("coefficients", "convention")
+    """Write best.pt: the weights of a run, and all it takes to predict with them.
+
+    row: of the history, for the epoch that has just ended.
+    """
+    data = run.train_loader.dataset
+    state = {
+        "model": weights_of(run.model),
+        "config": run.config,
+        "code": run.code,
+        "columns": {"coefficients": data.coefficients, "convention": data.convention},
+        "precision": str(run.precision).removeprefix("torch."),
+        **row,
     }
-    save_checkpoint(
-        run.folder / "best.pt",
-        {
-            "model": weights_of(run.model),
-            "config": run.config,
-            "code": run.code,
-            "columns": columns,
-            "precision": str(run.precision).removeprefix("torch."),
-            **row,
-        },
-    )
+    save_checkpoint(run.folder / "best.pt", state)
 
 
 def load_best(folder, model):
     """Load the weights of the best epoch of the run in this folder into a model.
 
-    Returns what else best.pt holds: that epoch's row of the history, the config, the code and the precision.
-    Raises a RunError where there is none, or where they are of another network.
+    Returns what else best.pt holds: the row of that epoch, the config, the code and the precision.
+    Raises a RunError if there is no best.pt, or if its weights are those of another network.
     """
     best = load_checkpoint(Path(folder) / "best.pt")
     if best is None:
@@ -2512,15 +2534,16 @@ def load_best(folder, model):
     try:
         load_weights(model, best.pop("model"))
     except RuntimeError as error:
-        lines = "\n  ".join(line.strip() for line in str(error).splitlines()[:4])
+        first_lines = [line.strip() for line in str(error).splitlines()[:4]]
         raise RunError(
-            f"{folder}: its best weights are of another network than this one:\n  {lines}"
+            f"{folder}: its best weights are of another network than this one:\n  "
+            + "\n  ".join(first_lines)
         ) from None
     return best
 
 
-STATEFUL = ("model", "optimizer", "scheduler", "scaler")  # what training changes in a run
-COMPILED = "_orig_mod."  # what torch.compile puts into the names of a module's weights
+STATEFUL = ("model", "optimizer", "scheduler", "scaler")  # the parts of a run that training changes
+COMPILED = "_orig_mod."  # what torch.compile adds to the names of a module's weights
 
 
 def weights_of(model):
@@ -2529,324 +2552,529 @@ def weights_of(model):
 
 
 def load_weights(model, weights):
-    """Load the weights that `weights_of` gave into a model, compiled or not, or in part."""
+    """Load the weights that `weights_of` gave into a model, whatever part of it is compiled."""
     names = {name.replace(COMPILED, ""): name for name in model.state_dict()}
     model.load_state_dict({names.get(name, name): tensor for name, tensor in weights.items()})
 
 
 def snapshot(run):
-    """A dict of the states of a run's model, optimizer, scheduler and scaler, and of torch's random generators."""
-    states = {name: getattr(run, name).state_dict() for name in STATEFUL}
-    return {
-        **states,
-        "model": weights_of(run.model),
-        "random": torch.get_rng_state(),
-        "random_cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-    }
+    """The state of a run's model, optimizer, scheduler and scaler, and of the random generators."""
+    state = {name: getattr(run, name).state_dict() for name in STATEFUL}
+    state["model"] = weights_of(run.model)
+    state["random"] = torch.get_rng_state()
+    state["random_cuda"] = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    return state
 
 
 def restore(state, run):
-    """Put a `snapshot` back into a run, on whatever device that is; a RunError if the code has changed since."""
-    try:
-        for name in STATEFUL:
+    """Put a `snapshot` back into a run, on whatever device it was taken.
+
+    Raises a RunError if the run's parts are not of the kind that the snapshot was taken of.
+    """
+    for name in STATEFUL:
+        try:
             if name == "model":
                 load_weights(run.model, state["model"])
-            elif state[name]:  # the scaler's is empty where it was not needed
+            elif state[name]:  # the scaler's is empty if it was not needed
                 getattr(run, name).load_state_dict(state[name])
-    except (RuntimeError, ValueError, KeyError) as error:
-        raise RunError(
-            f"the checkpoint has another {name} than this code makes ({str(error).splitlines()[0]}) "
-            "Choose another config['Name'] for a fresh run."
-        ) from None
+        except (RuntimeError, ValueError, KeyError) as error:
+            raise RunError(
+                f"the checkpoint has another {name} than this code makes "
+                f"({str(error).splitlines()[0]}). Choose another config['Name'] for a fresh run."
+            ) from None
     torch.set_rng_state(state["random"])
     if torch.cuda.is_available() and len(state["random_cuda"]) == torch.cuda.device_count():
         torch.cuda.set_rng_state_all(state["random_cuda"])
 
 
-def changes_by_hand(run, state):
-    """A line for the user where a run has not the weights or learning rates of its checkpoint, `state`; else "".
+def _learning_rates(optimizer_state):
+    """The learning rate of each group of parameters in the state dict of an optimizer."""
+    return [group["lr"] for group in optimizer_state["param_groups"]]
 
-    The best weights are known too. In an epoch that was not finished (`run.unsaved`) the training has changed them.
+
+def _has_weights(model, weights):
+    """Does a model have exactly these weights, of `weights_of`, now?"""
+    now = weights_of(model)
+    return all(now[name].cpu().equal(tensor) for name, tensor in weights.items())
+
+
+def changes_by_hand(run, state):
+    """A line for the user if somebody has set the weights or the learning rates of a run; else "".
+
+    They are compared with the run's checkpoint, `state`; the best weights also are the run's own.
+    If the last epoch was interrupted (`run.unsaved`), the training itself has changed them.
     """
     if run.unsaved:
         return ""
-
-    def are_weights_of(known):
-        weights = weights_of(run.model)
-        return all(weights[name].cpu().equal(each) for name, each in known["model"].items())
-
     changed = []
-    now, there = (
-        [group["lr"] for group in optimizer["param_groups"]]
-        for optimizer in (run.optimizer.state_dict(), state["optimizer"])
-    )
-    if now != there:
+    if _learning_rates(run.optimizer.state_dict()) != _learning_rates(state["optimizer"]):
         changed.append("the learning rate")
-    if not are_weights_of(state):
+    if not _has_weights(run.model, state["model"]):
         best = load_checkpoint(run.folder / "best.pt")
-        if best is None or not are_weights_of(best):
+        if best is None or not _has_weights(run.model, best["model"]):
             changed.append("the weights")
-    return f"{' and '.join(changed)} set by hand: not used, see section 7" if changed else ""
+    if not changed:
+        return ""
+    return f"{' and '.join(changed)} set by hand: not used, see section 7"
 
 
 def check_parts(run):
-    """Raise a RunError where the model or the train_loader that a run has now cannot be trained with, or resumed."""
+    """Raise a RunError if a run's model or train_loader is of a kind that cannot be resumed."""
     parallel = (torch.nn.DataParallel, torch.nn.parallel.DistributedDataParallel)
     if any(isinstance(layer, parallel) for layer in run.model.modules()):
         raise RunError(
-            "a run uses one GPU: the copies that DataParallel makes of a network would not compute in the "
-            f"run's precision, {run.precision}. Train the network itself, its `.module`."
+            "a run uses one GPU: the copies that DataParallel makes of a network would not compute "
+            f"in the run's precision, {run.precision}. Train the network itself, its `.module`."
         )
     if not isinstance(run.train_loader.sampler, Batches):
         raise RunError(
-            f"run.train_loader has a {type(run.train_loader.sampler).__name__}; expected a loader of "
-            "`make_loader`, whose order a resumed run repeats. To let rare phonemes count more, as with a "
-            "WeightedRandomSampler, take a weighted loss: see the README."
+            f"run.train_loader has a {type(run.train_loader.sampler).__name__}; expected a loader "
+            "of `make_loader`, whose order a resumed run repeats. To let rare phonemes count more, "
+            "as with a WeightedRandomSampler, take a weighted loss: see the README."
         )
 
 
 def start_or_resume(run, checkpoint):
-    """Write the first checkpoint of a new run, or check that the one there was trained on these data.
+    """Write the first checkpoint of a new run, or bring a run to where its checkpoint stands.
 
-    It is written before the first epoch, so that a run killed there keeps its precision and its wandb id.
-    run: has `config`, `code` (of `code_of`), `folder`, `train_loader`, `precision`, and what STATEFUL names; gets
-    `history`, `wandb_id` and `unsaved` (is it in an epoch?), and if there are epochs, their weights: those of the best
-    one where all are there.
-    checkpoint: from `load_checkpoint`, None for a new run.
-    Returns a line for the user: whether it is a new run, or how many epochs are there.
+    The first one is written before the first epoch, so that a run that is killed in it keeps its
+    precision and its wandb id.
+    run: has `config`, `code` (of `code_of`), `folder`, `train_loader`, `precision`, and the parts
+    in STATEFUL. It gets `history`, `wandb_id` and `unsaved` (has an epoch begun that is not saved
+    yet?), and the state of its last epoch, or, if all epochs are done, the weights of the best one.
+    checkpoint: of `load_checkpoint`; None for a new run.
+    Returns a line for the user: a new run, or how many epochs are done.
+    Raises a RunError if the run was trained on other data or by other code.
     """
     data = run.train_loader.dataset
-    facts = {
-        "frames": len(data),
-        "sum of labels": int(data.labels.sum()),
-    }  # tells other data, wherever they lie
+    # the same data have the same one, wherever they lie
+    fingerprint = {"frames": len(data), "sum of labels": int(data.labels.sum())}
     if checkpoint is None:
         checkpoint = {
             "config": run.config,
             "code": run.code,
-            "data": facts,
+            "data": fingerprint,
             "history": [],
             "wandb_id": secrets.token_hex(4),
             "precision": str(run.precision).removeprefix("torch."),
             **snapshot(run),
         }
-        (run.folder / "best.pt").unlink(missing_ok=True)  # of a run whose checkpoint was deleted
+        # of an earlier run, whose checkpoint was deleted
+        (run.folder / "best.pt").unlink(missing_ok=True)
         save_checkpoint(run.folder / "checkpoint.pt", checkpoint)
-    elif checkpoint["data"] != facts:
+    elif checkpoint["data"] != fingerprint:
         raise RunError(
-            f"{run.folder} was trained on other data ({checkpoint['data']} there, {facts} now): choose "
-            "another config['Name'] for a fresh run."
+            f"{run.folder} was trained on other data ({checkpoint['data']} there, {fingerprint} "
+            "now): choose another config['Name'] for a fresh run."
         )
     check_code(run.folder, checkpoint, run.code)
     restore(checkpoint, run)
     run.unsaved = False
-    run.wandb_id, run.history = checkpoint["wandb_id"], checkpoint["history"]
+    run.wandb_id = checkpoint["wandb_id"]
+    run.history = checkpoint["history"]
+
     done, epochs = len(run.history), run.config["epochs"]
     if done == 0:
         return f"{run.folder}: a new run"
     if done < epochs:
-        return f"{run.folder}: {done} of {epochs} epochs are there, resuming"
+        return f"{run.folder}: {done} of {epochs} epochs are done, resuming"
     best = load_best(run.folder, run.model)
     return (
-        f"{run.folder}: {done} of {epochs} epochs are there, nothing left to train; the weights are those of the "
-        f"best one, epoch {best['epoch']}"
+        f"{run.folder}: {done} of {epochs} epochs are done, nothing left to train; "
+        f"the weights are those of the best one, epoch {best['epoch']}"
     )
 
 
-# ---- Folders, wandb, Drive ---------------------------------------------------------------------------------
+# ---- Folders and runs ----------------------------------------------------------------------------
 
 DRIVE = Path("/content/drive")  # where Colab mounts Google Drive
-DRIVE_SECONDS = (
-    9 * 60
-)  # between two copies to Drive, unless an epoch takes longer: a kill may lose ten minutes
-DRIVE_SLOTS = ("checkpoint-a.zip", "checkpoint-b.zip")  # written in turn
-LOGIN_SECONDS = 25  # how long wandb's login may take, once wandb is loaded
-WANDB_SECONDS = 60  # how long it may take to start a run, or to take its rows
-UPLOAD_SECONDS = 100  # how long it may take for the last rows and the files
-LAST_SECONDS = 20  # how long it may take to end after a failure
-WANDB_MODES = {
-    "online": "online",
-    "run": "online",
-    "offline": "offline",
-    "dryrun": "offline",
-    "disabled": "disabled",
-}
-# Logs in as wandb itself does, and asks the server. The exit status 3: no key is configured, 4: no answer,
-# 1: another reason, which is printed. _exit, because wandb's own end may wait for the network.
-WANDB_LOGIN = """
-import os, sys, threading
-status = 1
-try:
-    import wandb
-    threading.Timer({seconds}, os._exit, [4]).start()
-    status = 0 if wandb.login(verify=True) else 3
-except Exception as error:
-    faults = error.errors() if hasattr(error, "errors") else [{{"msg": str(error)}}]
-    print(*(fault["msg"] for fault in faults), flush=True)
-    if type(error).__name__ == "UsageError":
-        status = 3
-os._exit(status)
-"""
 
 
 def tell(run, line):
-    """Print what the user must know of a run, once; and keep it in `run.message`, for each figure."""
+    """Print a line that the user of a run must see, once, and add it to `run.message`."""
     if line not in run.message:
         run.message += line + "\n"
         print(line)
 
 
 def runs_folder():
-    """The folder of the runs: $HW1P2_RUNS, else /kaggle/working/runs on Kaggle, else runs/ here."""
-    kaggle = KAGGLE / "working"
-    return path_from_environment("HW1P2_RUNS") or (
-        kaggle / "runs" if kaggle.is_dir() else Path("runs")
-    )
+    """The folder of all runs: $HW1P2_RUNS, else /kaggle/working/runs on Kaggle, else runs/ here."""
+    chosen = path_from_environment("HW1P2_RUNS")
+    if chosen:
+        return chosen
+    if (KAGGLE / "working").is_dir():
+        return KAGGLE / "working" / "runs"
+    return Path("runs")
+
+
+def cache_folder(runs=None):
+    """The folder of packed data, corpora and wandb's uploads, which may be deleted at any time.
+
+    It is runs/cache, but never inside /kaggle/working, which Kaggle saves with the notebook, nor on
+    Google Drive. runs: the folder of all runs; None: `runs_folder()`.
+    """
+    runs = Path(runs or runs_folder())
+    where = runs.resolve()
+    if where.is_relative_to(KAGGLE / "working"):
+        return KAGGLE / "temp" / "hw1p2-cache"
+    if where.is_relative_to(DRIVE):
+        return DRIVE.parent / "hw1p2-cache"
+    return runs / "cache"
+
+
+def load_secrets(*names, seconds=30):
+    """Copy Colab's or Kaggle's secrets of these names into the environment, unless they are there.
+
+    seconds: how long to wait for them. Without its browser window Colab never answers, nor does
+    Kaggle without Internet.
+    """
+    missing = [name for name in names if not os.environ.get(name)]
+    try:
+        if "google.colab" in sys.modules:
+            from google.colab import userdata
+
+            get = userdata.get
+        elif KAGGLE.is_dir():
+            from kaggle_secrets import UserSecretsClient
+
+            get = UserSecretsClient().get_secret
+        else:
+            return
+    except Exception:  # there are no secrets, as in some of their older images
+        return
+
+    def fetch():
+        for name in missing:
+            with contextlib.suppress(Exception):  # no such secret, or no access to it
+                os.environ[name] = get(name)
+
+    thread = threading.Thread(target=fetch, daemon=True)
+    thread.start()
+    thread.join(seconds)
+
+
+def _config_and_history(path):
+    """The config and the history in a checkpoint, whose tensors are not read.
+
+    Raises whatever torch and pickle raise if it is damaged.
+    """
+    state = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    return state["config"], state["history"]
 
 
 def read_runs(folder=None):
-    """{name: (config, history)} of all runs in a folder of runs, variants too; those that are damaged are printed."""
-    folder, runs = Path(folder or runs_folder()), {}
+    """{name: (config, history)} of all runs and variants in a folder of runs.
+
+    folder: None: `runs_folder()`. Runs whose checkpoint is damaged are left out, with a line.
+    """
+    folder = Path(folder or runs_folder())
+    runs = {}
     for path in find_files(folder, "*/checkpoint.pt", "*/variants/*/checkpoint.pt"):
+        name = path.parent.relative_to(folder).as_posix()
         try:
-            state = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-            runs[path.parent.relative_to(folder).as_posix()] = state["config"], state["history"]
-        except Exception as error:  # torch and pickle raise a dozen kinds
+            runs[name] = _config_and_history(path)
+        except Exception as error:  # torch and pickle raise a dozen types
             print(f"{path}: damaged, or not a checkpoint of this notebook ({type(error).__name__})")
     return runs
 
 
 def compare_runs(runs):
-    """A table of runs, {name: (config, history)}, with the best first: epochs, accuracy, and what differs.
+    """A table of runs, the best one first: accuracies, epochs, and what differs in the configs.
 
-    The last columns are the keys, but KEYS_FREE_ON_RESUME, in which their configs differ. The accuracies (0-1) are those of the
-    best epoch; runs without one are left out.
+    runs: {name: (config, history)}; runs without an epoch are left out. The accuracies (0-1) are
+    those of the best epoch. The last columns are the keys in which the configs differ, except for
+    KEYS_FREE_ON_RESUME.
     """
-    rows = {}
+    rows, configs = {}, {}
     for name, (config, history) in runs.items():
-        if history:
-            best = max(history, key=lambda row: row["val_acc"])
-            rows[name] = {
-                "val_acc": best["val_acc"],
-                "train_acc": best["train_acc"],
-                "in epoch": best["epoch"],
-                "epochs": f"{len(history)} of {config['epochs']}",
-            }
-    configs = pd.DataFrame({name: pd.Series(runs[name][0], dtype=object) for name in rows}).T
-    differ = [
-        key
-        for key in configs
-        if key not in (*KEYS_FREE_ON_RESUME, "epochs") and configs[key].map(repr).nunique() > 1
-    ]
+        if not history:
+            continue
+        best = max(history, key=lambda row: row["val_acc"])
+        rows[name] = {
+            "val_acc": best["val_acc"],
+            "train_acc": best["train_acc"],
+            "in epoch": best["epoch"],
+            "epochs": f"{len(history)} of {config['epochs']}",
+        }
+        configs[name] = config
+    if not rows:
+        return pd.DataFrame()
     table = pd.DataFrame(rows.values(), index=list(rows))
-    table = table.join(configs[differ])
-    return table.sort_values("val_acc", ascending=False, kind="stable") if rows else table
+    values = pd.DataFrame(configs.values(), index=list(configs), dtype=object)
+    ignored = (*KEYS_FREE_ON_RESUME, "epochs")
+    for key in values:
+        if key not in ignored and values[key].map(repr).nunique() > 1:
+            table[key] = values[key]
+    return table.sort_values("val_acc", ascending=False, kind="stable")
 
 
-def cache_folder(runs=None):
-    """The folder of packed data, corpora and wandb's uploads: runs/cache, which may be deleted at any time.
+def _summary(results):
+    """The numbers of a run's results by name; results: see `save_results`."""
+    best = results.best
+    summary = {f"best_{key}": best[key] for key in ("epoch", "val_acc", "val_loss", "train_acc")}
+    for name, accuracy in results.accuracy.items():
+        summary[f"val_acc, {name}"] = float(accuracy)
+    if results.test_acc is not None:
+        summary["test_acc"] = float(results.test_acc)
+    return summary
 
-    It is never inside /kaggle/working, which Kaggle saves with the notebook, nor on Google Drive.
+
+def save_results(run, results):
+    """Write the results of a run to its folder: results.json, confusion.csv, by_phoneme.csv.
+
+    results: of the notebook's `evaluate_best`, with `test_acc`, which is None if it is not known.
     """
-    runs = Path(runs or runs_folder())
-    for kept, elsewhere in ((KAGGLE / "working", KAGGLE / "temp"), (DRIVE, DRIVE.parent)):
-        if runs.resolve().is_relative_to(kept):
-            return elsewhere / "hw1p2-cache"
-    return runs / "cache"
+    confusion = pd.DataFrame(results.confusion, index=PHONEMES, columns=PHONEMES)
+    texts = {
+        "results.json": json.dumps(_summary(results), indent=1),
+        "confusion.csv": confusion.to_csv(index_label="true"),
+        "by_phoneme.csv": results.by_phoneme.to_csv(index=False),
+    }
+    for name, text in texts.items():
+        with atomic_write(run.folder / name, len(text)) as temporary:
+            temporary.write_text(text, "utf-8")
 
 
-def load_secrets(*names, seconds=30):
-    """Copy Colab's or Kaggle's secrets of these names into the environment, where they are not there yet.
+# ---- Google Drive --------------------------------------------------------------------------------
 
-    seconds: how long to wait for them. Colab never answers without its browser window, nor Kaggle without Internet.
+# between two copies to Drive, unless an epoch takes longer: a kill costs ten minutes at most
+DRIVE_SECONDS = 9 * 60
+DRIVE_SLOTS = ("checkpoint-a.zip", "checkpoint-b.zip")  # written in turn
+
+
+def open_drive(run, subfolder):
+    """Mount Google Drive on Colab and fetch the epochs of a run that are only there.
+
+    subfolder: the path of the run below the folder of all runs.
+    Returns the folder of the run on Drive; None if this is not Colab, which a line says.
+    Raises a RunError if Drive cannot be mounted or read.
     """
+    if "google.colab" not in sys.modules:
+        tell(run, "config['drive'] is for Colab: it is ignored here")
+        return None
+    try:
+        from google.colab import drive
 
-    def fetch(name):
-        with contextlib.suppress(Exception):  # no such secret, or no access to it
-            if "google.colab" in sys.modules:
-                from google.colab import userdata
+        drive.mount(str(DRIVE))
+    except Exception as error:  # Google's own types
+        raise RunError(
+            f"Google Drive could not be mounted ({type(error).__name__}: {str(error)[:200]}). Run "
+            "the cell again and allow the access that Google asks for, or set config['drive'] = "
+            "False."
+        ) from error
+    drive_folder = DRIVE / "MyDrive" / "hw1p2-runs" / subfolder
+    epochs = restore_from_drive(run.folder, drive_folder)
+    if epochs:
+        tell(run, f"{run.folder}: fetched from Google Drive, {epochs} epoch(s)")
+    return drive_folder
 
-                os.environ[name] = userdata.get(name)
-            elif KAGGLE.is_dir():
-                from kaggle_secrets import UserSecretsClient
 
-                os.environ[name] = UserSecretsClient().get_secret(name)
+def session_warning(drive, practice):
+    """A line for Colab, where files are lost when the session ends.
 
-    threads = [
-        threading.Thread(target=fetch, args=[name], daemon=True)
-        for name in names
-        if not os.environ.get(name)
-    ]
-    end = time.monotonic() + seconds
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(max(end - time.monotonic(), 0))
+    drive, practice: is config["drive"] on, is this the practice corpus? If so, the line is empty.
+    """
+    if "google.colab" not in sys.modules or drive or practice:
+        return ""
+    return (
+        "NOTHING HERE OUTLIVES THIS COLAB SESSION, which ends after 12 hours or earlier: "
+        "config['drive'] = True keeps the checkpoints on Google Drive."
+    )
+
+
+def _epochs_in(archive):
+    """How many epochs of a run are in an archive on Drive; -1 if it is missing or damaged."""
+    try:
+        with zipfile.ZipFile(archive) as file:
+            is_intact = file.testzip() is None
+            return int(file.comment) if is_intact else -1
+    except FileNotFoundError:
+        return -1
+    except OSError:  # Drive is away: nothing is known about the archive
+        raise
+    except Exception:  # zipfile raises several types for damaged bytes
+        return -1
+
+
+def _epochs_here(folder):
+    """How many epochs the checkpoint in a run's folder has; -1 if it is missing or damaged."""
+    try:
+        _, history = _config_and_history(folder / "checkpoint.pt")
+    except Exception:  # torch and pickle raise a dozen types; `load_checkpoint` reports them
+        return -1
+    return len(history)
+
+
+def copy_to_drive(folder, drive_folder, next_in=float("inf")):
+    """Copy a run's checkpoint, best weights, decoder and CSV files to its folder on Google Drive.
+
+    next_in: seconds until the next call. If that is early enough, this call copies nothing.
+    What is replaced or deleted on Drive goes to its trash and uses up space. So two archives are
+    overwritten in place, in turn: one of them is always whole.
+    """
+    slots = [drive_folder / name for name in DRIVE_SLOTS]
+    copied_at = [slot.stat().st_mtime for slot in slots if zipfile.is_zipfile(slot)]
+    due = max(copied_at, default=0) + DRIVE_SECONDS
+    if time.time() + next_in < due:
+        return
+    try:
+        drive_folder.mkdir(parents=True, exist_ok=True)
+        older = min(slots, key=_epochs_in)
+        with open(older, "wb") as file:
+            with zipfile.ZipFile(file, "w") as archive:
+                archive.comment = str(_epochs_here(folder)).encode()
+                # the checkpoint comes last, see `restore_from_drive`
+                for name in ("decoder.pt", "best.pt", "checkpoint.pt"):
+                    if (folder / name).exists():
+                        archive.write(folder / name, name)
+            os.fsync(file.fileno())
+        for path in folder.glob("*.csv"):
+            shutil.copyfile(path, drive_folder / path.name)  # in place too
+    except OSError as error:
+        print(
+            f"the copy on Google Drive could not be updated ({error}). The run in {folder} is not "
+            "affected; the next epoch tries again, and so does the cell of section 9."
+        )
+
+
+def restore_from_drive(folder, drive_folder):
+    """Fetch a run's files from Google Drive if more epochs are there than in `folder`.
+
+    Returns how many epochs were fetched; 0 if none were. Raises a RunError if Drive cannot be read.
+    """
+    try:
+        epochs_in = {name: _epochs_in(drive_folder / name) for name in DRIVE_SLOTS}
+        newest = max(epochs_in, key=epochs_in.get)
+        if epochs_in[newest] <= _epochs_here(folder):
+            return 0
+        with zipfile.ZipFile(drive_folder / newest) as archive:
+            # The checkpoint comes last: after a kill before that, the next start fetches all again.
+            for name in archive.namelist():
+                content = archive.read(name)
+                with atomic_write(folder / Path(name).name, len(content)) as temporary:
+                    temporary.write_bytes(content)
+    except OSError as error:
+        raise RunError(
+            f"{drive_folder} on Google Drive cannot be read ({error}): restart the session, or set "
+            "config['drive'] = False."
+        ) from error
+    return epochs_in[newest]
+
+
+# ---- wandb ---------------------------------------------------------------------------------------
+
+LOGIN_SECONDS = 25  # how long wandb's login may take, once wandb is loaded
+WANDB_SECONDS = 60  # how long it may take to start a wandb run, or to take its rows
+UPLOAD_SECONDS = 100  # how long it may take for the last rows and the files
+LAST_SECONDS = 20  # how long it may take to end after a failure
+WANDB_MODES = {  # what $WANDB_MODE may be, and what it means
+    "online": "online",
+    "run": "online",
+    "offline": "offline",
+    "dryrun": "offline",
+    "disabled": "disabled",
+}
+NO_KEY, NO_ANSWER = 3, 4  # exit statuses of WANDB_LOGIN
+# Logs in as wandb itself does, and asks the server. It prints why that failed, unless there is no
+# key or no answer. It ends by _exit, because wandb's own end may wait for the network.
+WANDB_LOGIN = """
+import os, sys, threading
+status = 1
+try:
+    import wandb
+    threading.Timer({seconds}, os._exit, [{no_answer}]).start()
+    status = 0 if wandb.login(verify=True) else {no_key}
+except Exception as error:
+    faults = error.errors() if hasattr(error, "errors") else [{{"msg": str(error)}}]
+    print(*(fault["msg"] for fault in faults), flush=True)
+    if type(error).__name__ == "UsageError":
+        status = {no_key}
+os._exit(status)
+"""
+
+
+def _mode_in_environment(run):
+    """The mode that $WANDB_MODE asks for, in whatever spelling; None if it is unset or unknown."""
+    text = os.environ.pop("WANDB_MODE", "").strip(" \t\r\n'\"")
+    mode = WANDB_MODES.get(text.lower())
+    if mode:
+        os.environ["WANDB_MODE"] = mode  # because wandb itself refuses any other spelling
+    elif text:
+        tell(run, f"WANDB_MODE={text} is ignored: expected online, offline or disabled")
+    return mode
+
+
+def _try_login(choice):
+    """Try wandb's login in a process of its own. Returns its exit status, and why it failed.
+
+    choice: "online", or "auto", which leaves the mode to wandb's own settings.
+    Some versions of wandb wait for the network for ever, or ask for a key.
+    """
+    environment = dict(os.environ)
+    if choice == "online":
+        environment["WANDB_MODE"] = "online"
+    login = WANDB_LOGIN.format(seconds=LOGIN_SECONDS, no_key=NO_KEY, no_answer=NO_ANSWER)
+    try:
+        process = subprocess.run(
+            [sys.executable, "-c", login],
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+            timeout=LOGIN_SECONDS + 60,  # with the time to load Python and wandb
+        )
+        status, why = process.returncode, shorten(process.stdout)
+    except subprocess.TimeoutExpired:
+        status = NO_ANSWER
+    if status == NO_KEY:
+        why = "no key"
+    elif status == NO_ANSWER:
+        why = f"no answer in {LOGIN_SECONDS} s"
+    return status, why
 
 
 def wandb_mode(run):
-    """The mode for `wandb.init` that config["wandb"] asks for; online only if wandb can log in, else offline.
+    """The mode for `wandb.init` that config["wandb"] asks for; offline if wandb cannot log in.
 
-    "auto": $WANDB_MODE if it is set, else online if a key is configured in any of wandb's ways.
-    The login is tried in a process of its own, because some versions wait for the network for ever,
-    or ask for a key.
+    "auto" is $WANDB_MODE if it is set; else online if wandb finds a key, in whatever place.
     """
-    choice, text = run.config["wandb"], os.environ.pop("WANDB_MODE", "").strip(" \t\r\n'\"")
-    if mode := WANDB_MODES.get(text.lower()):
-        os.environ["WANDB_MODE"] = (
-            mode  # wandb refuses any other spelling, whatever mode it is given
-        )
-    elif text:
-        tell(run, f"WANDB_MODE={text} is ignored: expected online, offline or disabled")
+    choice = run.config["wandb"]
+    mode = _mode_in_environment(run)
     if choice == "auto" and mode:
         choice = mode
     if choice in ("offline", "disabled"):
         return choice
     load_secrets("WANDB_API_KEY")
-    environment = {**os.environ, **({} if choice == "auto" else {"WANDB_MODE": "online"})}
-    command = [sys.executable, "-c", WANDB_LOGIN.format(seconds=LOGIN_SECONDS)]
-    try:
-        login = subprocess.run(
-            command,
-            env=environment,
-            stdin=subprocess.DEVNULL,
-            text=True,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            timeout=LOGIN_SECONDS + 60,
-        )  # loading Python and wandb, too
-        status, why = login.returncode, login.stdout
-    except subprocess.TimeoutExpired:
-        status = 4
+    status, why = _try_login(choice)
     if status == 0:
         return "online"
-    if status in (3, 4):
-        why = "no key" if status == 3 else f"no answer in {LOGIN_SECONDS} s"
-    if choice == "online" or status != 3:
-        tell(run, f"wandb could not log in ({shorten(why)}): this run is kept offline")
+    if choice == "online" or status != NO_KEY:  # "auto" without a key is nothing to tell
+        tell(run, f"wandb could not log in ({why}): this run is kept offline")
     return "offline"
 
 
-_wandb_lock = threading.Lock()
+_wandb_lock = threading.Lock()  # held by the thread that is calling wandb
 
 
 def within(seconds, function, *arguments):
-    """The result of function(*arguments), which talks to wandb; a TimeoutError where it takes longer.
+    """The result of function(*arguments), which talks to wandb; a TimeoutError if it takes longer.
 
-    The call is made in a thread, one at a time. Where the user interrupts the waiting, the call goes
-    on: an import or a start that is cut off would leave wandb half made, until the kernel is restarted.
+    The call is made in a thread, one at a time. If the user interrupts the waiting, the call goes
+    on: an import or a start that is cut off would leave wandb half made until the kernel restarts.
     """
     future, lock = Future(), _wandb_lock
 
     def call():
         with lock:
-            if future.set_running_or_notify_cancel():
-                try:
-                    future.set_result(function(*arguments))
-                except Exception as error:
-                    future.set_exception(error)
-                except BaseException as error:  # SystemExit is not meant for the notebook
-                    future.set_exception(RuntimeError(repr(error)))
+            if not future.set_running_or_notify_cancel():  # given up before its turn came
+                return
+            try:
+                future.set_result(function(*arguments))
+            except Exception as error:
+                future.set_exception(error)
+            except BaseException as error:  # a SystemExit is not meant for the notebook
+                future.set_exception(RuntimeError(repr(error)))
 
     threading.Thread(target=call, daemon=True).start()
     end = time.monotonic() + seconds
@@ -2859,9 +3087,9 @@ def within(seconds, function, *arguments):
 
 
 def _stop_wandb():
-    """End wandb's process, whatever it waits for, and let wandb forget it: it can start afresh.
+    """End wandb's process, whatever it waits for, and let wandb forget it, to start afresh.
 
-    Else the kernel, too, would wait for it at its end.
+    Otherwise the kernel, too, would wait for it at its end.
     """
     global _wandb_lock
     _wandb_lock = threading.Lock()  # the old one may never be free again
@@ -2873,11 +3101,11 @@ def _stop_wandb():
                 child.kill()
     with contextlib.suppress(Exception):
         within(10, sys.modules["wandb"].teardown)
-    os.environ.pop("WANDB_SERVICE", None)  # where the process was
+    os.environ.pop("WANDB_SERVICE", None)  # the address of that process
 
 
 class NoWandb:
-    """In place of a wandb run: whatever is asked of it or called does nothing, and cannot fail."""
+    """Stands in for a wandb run: whatever is asked of it or called does nothing and cannot fail."""
 
     settings, url = SimpleNamespace(mode="disabled"), None
 
@@ -2897,13 +3125,22 @@ def _without_wandb():
     return NoWandb()
 
 
+def _wandb_config(run):
+    """The config, and what else wandb is to know of a run."""
+    return {
+        **run.config,
+        **run.details,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+    }
+
+
 def _init_wandb(run, mode):
-    """Start a wandb run in this mode."""
+    """Start a wandb run for a run, in this mode."""
     import wandb  # here, because it takes a second, and benchmarks do without
 
-    os.environ.setdefault(
-        "WANDB_DATA_DIR", str(cache_folder() / "wandb")
-    )  # where it prepares uploads
+    # where it prepares its uploads
+    os.environ.setdefault("WANDB_DATA_DIR", str(cache_folder() / "wandb"))
     return wandb.init(
         mode=mode,
         id=run.wandb_id,
@@ -2917,68 +3154,103 @@ def _init_wandb(run, mode):
     )
 
 
-def _wandb_config(run):
-    """The config with what else is to be known of a run."""
-    return {
-        **run.config,
-        **run.details,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-    }
+def _reason(error):
+    """An error as half a line of text."""
+    return shorten(str(error) or type(error).__name__)
+
+
+def _try_to_open(run, mode):
+    """Set `run.wandb` to a new wandb run in this mode. Returns "", or why it did not start."""
+    try:
+        run.wandb = within(WANDB_SECONDS, _init_wandb, run, mode)
+    except Exception as error:  # its service does not start, the server refuses: a dozen reasons
+        _stop_wandb()
+        return _reason(error)
+    return ""
 
 
 def _open_wandb(run, mode):
-    """Set `run.wandb` to a new run in this mode; where it does not start, offline; else to `NoWandb`."""
-    again = True
-    while mode != "disabled":
-        try:
-            run.wandb = within(WANDB_SECONDS, _init_wandb, run, mode)
+    """Set `run.wandb` to a new wandb run in this mode.
+
+    If it does not start online, it is kept offline; if it does not start at all, it is a `NoWandb`.
+    """
+    if mode == "online":
+        why = _try_to_open(run, "online")
+        if "in use" in why:  # by a start that was stopped, and has ended by now
+            why = _try_to_open(run, "online")
+        elif "deleted" in why or "409" in why:
+            run.wandb_id = secrets.token_hex(4)
+            tell(
+                run,
+                f"wandb does not take this run ({why}): it goes on as the new run {run.wandb_id}",
+            )
+            why = _try_to_open(run, "online")
+        if not why:
             return
-        except (
-            Exception
-        ) as error:  # its service does not start, the server refuses: a dozen reasons
-            _stop_wandb()
-            why = shorten(str(error) or type(error).__name__)
-            if mode == "online" and again and re.search("in use|deleted|409", why):
-                again = False
-                if "in use" not in why:  # by a start that was stopped, and that is ended now
-                    run.wandb_id = secrets.token_hex(4)
-                    tell(
-                        run,
-                        f"wandb does not take this run ({why}): it goes on as the new run "
-                        f"{run.wandb_id}",
-                    )
-            elif mode == "online":
-                mode = "offline"
-                tell(run, f"wandb does not start this run ({why}): it is kept offline")
-            else:
-                mode = "disabled"
-                tell(run, f"wandb does not start ({why}): training goes on without it")
+        tell(run, f"wandb does not start this run ({why}): it is kept offline")
+        mode = "offline"
+    if mode == "offline":
+        why = _try_to_open(run, "offline")
+        if not why:
+            return
+        tell(run, f"wandb does not start ({why}): training goes on without it")
     run.wandb = _without_wandb()
 
 
 def _take_open_run(run):
-    """wandb's open run if it is this run's, and None if it is another's, which is finished."""
-    wandb_run = getattr(sys.modules.get("wandb"), "run", None)
-    if wandb_run is None:
+    """The wandb run that is open, if it is that of this run; else it is finished: None."""
+    open_run = getattr(sys.modules.get("wandb"), "run", None)
+    if open_run is None:
         return None
-    if (wandb_run.id, wandb_run.config.get("wandb")) == (run.wandb_id, run.config["wandb"]):
-        return wandb_run
-    wandb_run.finish()
+    is_ours = open_run.id == run.wandb_id
+    if is_ours and open_run.config.get("wandb") == run.config["wandb"]:
+        return open_run
+    open_run.finish()
+    return None
+
+
+def _send_or_fall_back(run, seconds, send):
+    """Call send(run), which talks to `run.wandb`; if it fails, again offline, or give wandb up.
+
+    seconds: how long a call may take.
+    """
+    if isinstance(run.wandb, NoWandb):
+        return
+    try:
+        within(seconds, send, run)
+        return
+    except Exception as error:
+        why, timed_out = _reason(error), isinstance(error, TimeoutError)
+    mode = run.wandb.settings.mode
+    if not timed_out:  # perhaps it still takes what it was sent before
+        with contextlib.suppress(Exception):
+            within(LAST_SECONDS, run.wandb.finish)
+    _stop_wandb()
+    if mode == "online":
+        tell(
+            run,
+            f"wandb fails ({why}): what is not uploaded yet is kept offline, and so is all that "
+            "follows",
+        )
+        _open_wandb(run, "offline")
+    else:
+        tell(run, f"wandb fails ({why}): it goes on without it")
+        run.wandb = _without_wandb()
+    _send_or_fall_back(run, seconds, send)
 
 
 def start_wandb(run, wandb_run=None):
-    """Set `run.wandb` to the wandb run of a run, new or still open; send it the config and the history.
+    """Set `run.wandb` to the wandb run of a run, new or still open; send it config and history.
 
-    run: has `config`, whose "wandb" is the mode (see `wandb_mode`), `folder`, `wandb_id`, `history`,
-    `model`, `details` (a dict: what else to log with the config), `group` (None, or its name) and
-    `message` (see `tell`). wandb_run: the one to use, in a sweep.
-    $WANDB_PROJECT and $WANDB_NAME count where they are set. The text of the model is kept in the folder
-    and with the run, as model_arch.txt. If the server refuses the id, `run.wandb_id` becomes a new one.
+    run: has `config`, whose "wandb" is the mode (see `wandb_mode`), `folder`, `wandb_id`,
+    `history`, `model`, `details` (a dict: what else to log with the config), `group` (a name, or
+    None) and `message` (see `tell`). wandb_run: the one that a sweep has opened.
+    The text of the model is kept in the folder and with the wandb run, as model_arch.txt. If the
+    server refuses the id, `run.wandb_id` becomes a new one. $WANDB_PROJECT and $WANDB_NAME count.
 
-    Nothing that wandb does stops the training. Each call ends after WANDB_SECONDS or UPLOAD_SECONDS; if
-    it has failed, the run goes on offline, where its rows are written again from the first on, and if
-    that fails too, `run.wandb` becomes an object that does nothing. It is all told in `run.message`.
+    Nothing that wandb does stops the training: each call has a time limit. After one that fails
+    the run goes on offline, where its rows are written again from the first one on; if that fails
+    too, `run.wandb` becomes an object that does nothing. `run.message` tells it all.
     """
     run.folder.mkdir(parents=True, exist_ok=True)
     (run.folder / "model_arch.txt").write_text(str(run.model), "utf-8")
@@ -2988,147 +3260,91 @@ def start_wandb(run, wandb_run=None):
             run.wandb = within(UPLOAD_SECONDS, _take_open_run, run)
         except Exception as error:
             _stop_wandb()
-            tell(run, f"the wandb run that was open could not be finished ({shorten(str(error))})")
+            why = shorten(str(error))
+            tell(run, f"the wandb run that was open could not be finished ({why})")
     if run.wandb is None:
         _open_wandb(run, wandb_mode(run))
     mode = run.wandb.settings.mode
-    tell(run, f"wandb is {mode}" + (f": {run.wandb.url}" if mode == "online" else ""))
-    _tell_wandb(run, WANDB_SECONDS, _send_config)
+    address = f": {run.wandb.url}" if mode == "online" else ""
+    tell(run, f"wandb is {mode}{address}")
+    _send_or_fall_back(run, WANDB_SECONDS, _send_config)
     log_history(run)
-
-
-def _tell_wandb(run, seconds, send):
-    """Call send(run), which talks to `run.wandb`; if that fails, again offline, else never again."""
-    if isinstance(run.wandb, NoWandb):
-        return
-    try:
-        within(seconds, send, run)
-    except Exception as error:
-        why, mode = shorten(str(error) or type(error).__name__), run.wandb.settings.mode
-        if not isinstance(error, TimeoutError):  # perhaps it takes at least what it was sent before
-            with contextlib.suppress(Exception):
-                within(LAST_SECONDS, run.wandb.finish)
-        _stop_wandb()
-        if mode == "online":
-            tell(
-                run,
-                f"wandb fails ({why}): what is not uploaded yet is kept offline, and so is all "
-                "that follows",
-            )
-            _open_wandb(run, "offline")
-        else:
-            tell(run, f"wandb fails ({why}): it goes on without it")
-            run.wandb = _without_wandb()
-        _tell_wandb(run, seconds, send)
 
 
 def _send_config(run):
     """Send what is new in the config, and the text of the model."""
-    known = run.wandb.config  # what a sweep has set in it is locked
-    new = {
-        key: value
-        for key, value in _wandb_config(run).items()
-        if key not in known or known[key] != value
-    }
+    known, new = run.wandb.config, {}
+    for key, value in _wandb_config(run).items():
+        if key not in known or known[key] != value:  # what a sweep has set may not be set again
+            new[key] = value
     known.update(new, allow_val_change=True)
-    # in wandb's own folder: uploaded without a link to it
+    # in wandb's own folder, from which it is uploaded without a link to it
     architecture = Path(run.wandb.dir, "model_arch.txt")
     architecture.write_text(str(run.model), "utf-8")
     run.wandb.save(str(architecture), base_path=run.wandb.dir, policy="now")
 
 
 def _send_rows(run):
-    """Send the rows that wandb does not have yet, with the epochs as x axis, and the best accuracy.
+    """Send the rows that wandb does not have yet, with the epochs as x axis; and the best accuracy.
 
-    What has been sent stands in the run's summary, as `epochs_sent`: "epoch" may be the user's own.
+    The summary of the wandb run says how many were sent, as `epochs_sent`; "epoch" may be the
+    user's own.
     """
-    sent = run.wandb.summary.get("epochs_sent") or 0
-    for name in run.history[-1] if run.history else ():
+    if not run.history:
+        return
+    for name in run.history[-1]:
         if name != "epoch":
             run.wandb.define_metric(name, step_metric="epoch")
+    sent = run.wandb.summary.get("epochs_sent") or 0
     for row in run.history:
         if row["epoch"] > sent:
             run.wandb.log(row)
             run.wandb.summary["epochs_sent"] = row["epoch"]
-    if run.history:
-        run.wandb.summary["best_val_acc"] = max(row.get("val_acc", 0) for row in run.history)
+    run.wandb.summary["best_val_acc"] = max(row.get("val_acc", 0) for row in run.history)
 
 
 def log_history(run):
     """Write `run.history`, dicts with "epoch", to history.csv, and send wandb what is new in it."""
+    path = run.folder / "history.csv"
     if run.history:
-        with atomic_write(run.folder / "history.csv", 200 * len(run.history)) as temporary:
+        with atomic_write(path, 200 * len(run.history)) as temporary:
             pd.DataFrame(run.history).to_csv(temporary, index=False)
     else:
-        (run.folder / "history.csv").unlink(
-            missing_ok=True
-        )  # of a run whose checkpoint was deleted
-    _tell_wandb(run, WANDB_SECONDS, _send_rows)
-
-
-def _summary(results):
-    """The numbers of a run's results, by name."""
-    summary = {
-        f"best_{key}": results.best[key] for key in ("epoch", "val_acc", "val_loss", "train_acc")
-    }
-    summary |= {f"val_acc, {name}": float(accuracy) for name, accuracy in results.accuracy.items()}
-    if results.test_acc is not None:
-        summary["test_acc"] = float(results.test_acc)
-    return summary
-
-
-def save_results(run, results):
-    """Write the results of a run to its folder: results.json, confusion.csv, by_phoneme.csv.
-
-    results: of the notebook's `evaluate_best`, with `test_acc`, None where it is not known.
-    """
-    confusion = pd.DataFrame(results.confusion, PHONEMES, PHONEMES)
-    for name, text in (
-        ("results.json", json.dumps(_summary(results), indent=1)),
-        ("confusion.csv", confusion.to_csv(index_label="true")),
-        ("by_phoneme.csv", results.by_phoneme.to_csv(index=False)),
-    ):
-        with atomic_write(run.folder / name, len(text)) as temporary:
-            temporary.write_text(text, "utf-8")
+        path.unlink(missing_ok=True)  # of an earlier run, whose checkpoint was deleted
+    _send_or_fall_back(run, WANDB_SECONDS, _send_rows)
 
 
 def _send_results(run, results, submission):
-    """Send the results: summary, confusion matrix, accuracy of each phoneme, and files as an artifact."""
+    """Send the results: summary, confusion matrix, accuracy of each phoneme, files as artifact."""
     import wandb
 
     run.wandb.summary.update(_summary(results))
-    table = wandb.Table(
-        columns=["Actual", "Predicted", "nPredictions"],
-        data=[
-            [PHONEMES[i], PHONEMES[j], int(results.confusion[i, j])]
-            for i in range(40)
-            for j in range(40)
-        ],
-    )
+    columns = ["Actual", "Predicted", "nPredictions"]
+    counts = []
+    for i, j in itertools.product(range(40), repeat=2):
+        counts.append([PHONEMES[i], PHONEMES[j], int(results.confusion[i, j])])
     chart = wandb.plot_table(
         "wandb/confusion_matrix/v1",
-        table,
-        {name: name for name in table.columns},
+        wandb.Table(columns=columns, data=counts),
+        {name: name for name in columns},
         {"title": "Confusion"},
     )
-    run.wandb.log(
-        {"confusion_matrix": chart, "by_phoneme": wandb.Table(dataframe=results.by_phoneme)}
-    )
-    if run.config[
-        "artifacts"
-    ]:  # its name may have 128 letters, digits, dots, dashes and underscores
+    by_phoneme = wandb.Table(dataframe=results.by_phoneme)
+    run.wandb.log({"confusion_matrix": chart, "by_phoneme": by_phoneme})
+    if run.config["artifacts"]:
+        # its name may have 128 letters, digits, dots, dashes and underscores
         name = re.sub(r"[^\w.-]", "-", run.config["Name"], flags=re.ASCII)[:100]
         artifact = wandb.Artifact(f"{name}-{run.wandb_id}", "result")
-        artifact.add_file(str(submission), policy="immutable")  # no copy of its own
-        artifact.add_file(str(run.folder / "best.pt"), policy="immutable")
+        for path in (submission, run.folder / "best.pt"):
+            artifact.add_file(str(path), policy="immutable")  # without a copy of its own
         run.wandb.log_artifact(artifact)
 
 
 def finish_wandb(run, results=None, submission=None):
-    """Finish the wandb run of a run, after sending it its last rows, and the results, if any.
+    """Finish the wandb run of a run, after sending it the last rows, and the results, if any.
 
     results: see `save_results`. submission: the path of the CSV, for the artifact.
-    Offline, the command that uploads the run later is told.
+    If it is offline, a line tells the command that uploads it later.
     """
 
     def send(run):
@@ -3137,7 +3353,7 @@ def finish_wandb(run, results=None, submission=None):
             _send_results(run, results, submission)
         run.wandb.finish()
 
-    _tell_wandb(run, UPLOAD_SECONDS, send)
+    _send_or_fall_back(run, UPLOAD_SECONDS, send)
     if run.wandb.settings.mode == "offline":
         folder = Path(run.wandb.dir).parent
         if folder.is_relative_to(Path.cwd()):
@@ -3145,206 +3361,103 @@ def finish_wandb(run, results=None, submission=None):
         tell(run, f"To upload the curves later: wandb sync {shlex.quote(str(folder))}")
 
 
-def open_drive(run, place):
-    """Mount Google Drive on Colab, fetch the epochs that are only there into a run's folder, return its folder there.
-
-    place: the path of the run below the folder for runs. Elsewhere it tells that Drive is ignored, and returns None.
-    Raises a RunError if Drive cannot be mounted or read.
-    """
-    if "google.colab" not in sys.modules:
-        tell(run, "config['drive'] is for Colab: it is ignored here")
-        return None
-    try:
-        from google.colab import drive
-
-        drive.mount(str(DRIVE))
-    except Exception as error:  # Google's own kinds
-        raise RunError(
-            f"Google Drive could not be mounted ({type(error).__name__}: {str(error)[:200]}). Run the cell "
-            "again and allow the access that Google asks for, or set config['drive'] = False."
-        ) from error
-    drive_folder = DRIVE / "MyDrive" / "hw1p2-runs" / place
-    if epochs := restore_from_drive(run.folder, drive_folder):
-        tell(run, f"{run.folder}: fetched from Google Drive, {epochs} epoch(s)")
-    return drive_folder
-
-
-def session_warning(drive, practice):
-    """A line for Colab, where files are lost when the session ends; "" with Drive, or for the practice corpus."""
-    if "google.colab" not in sys.modules or drive or practice:
-        return ""
-    return (
-        "NOTHING HERE OUTLIVES THIS COLAB SESSION, which ends after 12 hours or earlier: config['drive'] = True "
-        "keeps the checkpoints on Google Drive."
-    )
-
-
-def _epochs_in(archive):
-    """How many epochs of a run an archive on Drive has; -1 if it is missing or incomplete."""
-    try:
-        with zipfile.ZipFile(archive) as file:
-            return int(file.comment) if file.testzip() is None else -1
-    except FileNotFoundError:
-        return -1
-    except OSError:  # Drive is away: nothing is known of it
-        raise
-    except Exception:  # of damaged bytes zipfile makes several kinds
-        return -1
-
-
-def _epochs_here(folder):
-    with contextlib.suppress(Exception):  # none there, or damaged: reported by `load_checkpoint`
-        return len(
-            torch.load(folder / "checkpoint.pt", map_location="cpu", mmap=True, weights_only=True)[
-                "history"
-            ]
-        )
-    return -1
-
-
-def copy_to_drive(folder, drive_folder, next_in=float("inf")):
-    """Copy a run's checkpoint, best weights, decoder and CSV files to its folder on Google Drive.
-
-    Nothing is copied if the next call, in about `next_in` seconds, is early enough. Files that are replaced or deleted
-    on Drive go to its trash and use up space, so two archives are overwritten in place, in turn: one is always whole.
-    """
-    slots = [drive_folder / name for name in DRIVE_SLOTS]
-    last = max((slot.stat().st_mtime for slot in slots if zipfile.is_zipfile(slot)), default=0)
-    if time.time() + next_in < last + DRIVE_SECONDS:
-        return
-    try:
-        drive_folder.mkdir(parents=True, exist_ok=True)
-        with open(min(slots, key=_epochs_in), "wb") as file:
-            with zipfile.ZipFile(file, "w") as archive:
-                archive.comment = str(_epochs_here(folder)).encode()
-                for name in ("decoder.pt", "best.pt", "checkpoint.pt"):
-                    if (folder / name).exists():
-                        archive.write(folder / name, name)
-            os.fsync(file.fileno())
-        for path in folder.glob("*.csv"):
-            shutil.copyfile(path, drive_folder / path.name)  # in place too
-    except OSError as error:
-        print(
-            f"the copy on Google Drive could not be updated ({error}). The run in {folder} is not affected; the next "
-            "epoch tries again, and so does the cell of section 9."
-        )
-
-
-def restore_from_drive(folder, drive_folder):
-    """Fetch a run's checkpoint and best weights from Google Drive if it has more epochs than `folder`.
-
-    Returns how many epochs were fetched, 0 where none.
-    """
-    try:
-        epochs, slot = max(
-            (_epochs_in(slot), slot) for slot in map(drive_folder.joinpath, DRIVE_SLOTS)
-        )
-        if epochs <= _epochs_here(folder):
-            return 0
-        with zipfile.ZipFile(slot) as archive:
-            for name in (
-                archive.namelist()
-            ):  # the checkpoint comes last: killed before, the next start fetches it again
-                content = archive.read(name)
-                with atomic_write(folder / Path(name).name, len(content)) as temporary:
-                    temporary.write_bytes(content)
-    except OSError as error:
-        raise RunError(
-            f"{drive_folder} on Google Drive cannot be read ({error}): restart the session, or set "
-            "config['drive'] = False."
-        ) from error
-    return epochs
-
-
-# ---- Submission --------------------------------------------------------------------------------------------
+# ---- Submission ----------------------------------------------------------------------------------
 
 
 def write_submission(path, predictions):
-    """Write Kaggle's CSV: header `id,label`, ids from 0, and the phoneme names (n,) of the test frames, in order."""
+    """Write Kaggle's CSV: the header `id,label`, then a line for each test frame, ids from 0.
+
+    predictions: str array (n,), the phoneme of each frame, in order.
+    """
+    table = pd.DataFrame({"label": predictions})
     with atomic_write(path, 12 * len(predictions)) as temporary:
-        pd.DataFrame({"label": predictions}).to_csv(
-            temporary, index_label="id", lineterminator="\n"
-        )
+        table.to_csv(temporary, index_label="id", lineterminator="\n")
 
 
-def _read_table(path, any_case=False):
-    """A CSV of the columns id and label, both as text; a DataError where it is something else.
+def _read_rows(path):
+    """Yield the rows of a CSV file with the header id,label, as lists of texts; no blank lines.
 
-    any_case: the names of the columns may have capital letters, too.
+    Raises a DataError if the file cannot be read or has another header.
     """
     try:
-        table = pd.read_csv(path, dtype=str, keep_default_na=False)
-    except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError, OSError) as error:
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            rows = csv.reader(file)
+            header = ",".join(next(rows, []))
+            if header.lower() != "id,label":  # older editions have Id,Label
+                raise DataError(f"{path}: the header is {header[:200]!r}; expected id,label")
+            yield from filter(None, rows)
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise DataError(f"{path}: not a CSV file ({error}); expected lines of id,label") from None
-    if any_case:
-        table.columns = [name.lower() for name in table]
-    if list(table) != ["id", "label"]:
-        raise DataError(f"{path}: the header is {','.join(table)[:200]!r}; expected id,label")
-    # pandas takes the first of three values for an index; pandas 1 has another kind of index where there are no rows
-    if len(table) and not isinstance(table.index, pd.RangeIndex):
-        raise DataError(f"{path}: rows with more than two values; expected id,label")
-    return table
 
 
 def read_submission(path, frames=None):
-    """The labels of a CSV as Kaggle takes it, str array (frames,). frames: how many there must be; None: any number.
+    """The labels in a CSV as Kaggle takes it: str array (frames,).
 
-    Raises a DataError where the header, the number of rows, an id (0, 1, 2, ...) or a label is not as expected.
+    frames: how many there must be; None: any number.
+    Raises a DataError if the header, the number of rows, an id or a label is not as expected.
     """
-    table = _read_table(path)
-    if frames is not None and len(table) != frames:
+    phonemes = {phoneme: phoneme for phoneme in PHONEMES}  # one object for each, not for each row
+    labels = []
+    for i, row in enumerate(_read_rows(path)):
+        if len(row) != 2 or row[0] != str(i) or row[1] not in phonemes:
+            raise DataError(
+                f"{path}: line {i + 2} is {','.join(row)[:200]!r}; expected the id {i} and the "
+                "name of a phoneme, such as AA or [SIL]"
+            )
+        labels.append(phonemes[row[1]])
+    if frames is not None and len(labels) != frames:
         raise DataError(
-            f"{path}: {len(table):,} rows; expected {frames:,}, one for each frame of test-clean"
+            f"{path}: {len(labels):,} rows; expected {frames:,}, one for each frame of test-clean"
         )
-    wrong = (table["id"] != table.index.astype(str)) | ~table["label"].isin(PHONEMES)
-    if wrong.any():
-        i = int(wrong.argmax())
-        raise DataError(
-            f"{path}: line {i + 2} is {','.join(table.loc[i])!r}; expected the id {i} and the name of a "
-            "phoneme, such as AA or [SIL]"
-        )
-    return table["label"].to_numpy(str)
+    return np.array(labels, str)
 
 
 def check_sample_submission(data_folder, frames):
-    """Compare the ids of the sample submission that lies with the data, if any, with our CSV's, 0 ... frames - 1.
+    """Compare the ids in the sample submission that lies with the data, if any, with 0, 1, 2, ...
 
     It lies in the data folder, in a folder of that one, or, as on Kaggle, beside it.
-    Raises a DataError that names it where they differ: it, or the test partition, belongs to something else.
+    frames: of the test partition.
+    Raises a DataError that names the file if it, or the test partition, belongs to something else.
     """
     data_folder = Path(data_folder)
     samples = find_files(data_folder, "*sample_submission.csv", "*/*sample_submission.csv")
-    if not (data_folder / "answers.csv").exists():  # a corpus made here needs none
+    if not (data_folder / "answers.csv").exists():  # what lies beside a corpus made here is not its
         samples += find_files(data_folder.parent, "sample_submission.csv")
-    for path in filter(Path.is_file, samples):  # no folder, no link to nowhere
-        ids = _read_table(path, any_case=True)["id"]
-        if not np.array_equal(np.sort(pd.to_numeric(ids, errors="coerce")), np.arange(frames)):
+    for path in samples:
+        if not path.is_file():  # a folder, a link to nowhere
+            continue
+        ids = [row[0] for row in _read_rows(path)]
+        known = set(ids)  # in whatever order
+        if len(ids) != frames or not all(str(i) in known for i in range(frames)):
             raise DataError(
-                f"{path}: the sample submission has {len(ids):,} rows, ids {', '.join(ids[:3])} ...; "
-                f"expected {frames:,}, one for each frame of {data_folder / 'test-clean'}, ids from "
-                "0. If it belongs to something else, move it away."
+                f"{path}: the sample submission has {len(ids):,} rows, ids {', '.join(ids[:3])} "
+                f"...; expected {frames:,}, one for each frame of {data_folder / 'test-clean'}, "
+                "ids from 0. If it belongs to something else, move it away."
             )
 
 
 def competition_of(data_folder, competition):
-    """Kaggle's name of the edition that is to be submitted to: `competition`, the config's.
+    """Kaggle's name of the edition to submit to: `competition`, which is the config's.
 
-    Where that is the default, and the data were attached or downloaded from another edition, it is theirs.
+    If that is the default, and the data were attached or downloaded from another edition, it is
+    the name of that one.
     """
-    parts = Path(data_folder).parts
-    if competition != next(iter(EDITIONS)):
+    default = next(iter(EDITIONS))
+    if competition != default:
         return competition
+    parts = Path(data_folder).parts
     if "competitions" in parts[:-1]:  # a folder of Kaggle's, and of kagglehub's
         return parts[parts.index("competitions") + 1]
-    return next(
-        (name for name, folder in EDITIONS.items() if {name, folder} & {*parts}), competition
-    )
+    for name, folder in EDITIONS.items():
+        if name in parts or folder in parts:
+            return name
+    return competition
 
 
 def submission_message(run):
-    """The message of a submission to Kaggle: the path of the wandb run where it is online, else the run's Name.
+    """The message of a submission: the path of the wandb run if it is online, else the run's Name.
 
-    The course's submission code reads the run out of it, in the form HW1P2|WB=entity/project/run_id.
+    The course's submission code reads it, in the form HW1P2|WB=entity/project/run_id.
     """
     if run.wandb.settings.mode == "online":
         return f"HW1P2|WB={run.wandb.path}"
@@ -3352,11 +3465,12 @@ def submission_message(run):
 
 
 def hand_in_hint(run, submission, competition):
-    """What it takes to hand a run in, as text: the CSV, the message, the course's code, the wandb run."""
+    """What it takes to hand a run in: the CSV, the message, the course's code, the wandb run."""
     lines = [
         f"To hand it in: submit {submission} at kaggle.com/competitions/{competition}",
         f"with the message {submission_message(run)}",
-        "The course's submission code goes below this cell: it takes `model`, which has the best weights.",
+        "The course's submission code goes below this cell: it takes `model`, which has the best "
+        "weights.",
     ]
     if run.wandb.settings.mode != "online":
         lines.append(
@@ -3370,67 +3484,60 @@ def kaggle_causes(competition):
     """Why Kaggle may refuse a download or a submission, and what to do."""
     return (
         "The usual causes: the rules are not accepted yet (press Join on "
-        f"kaggle.com/competitions/{competition}), or the token is missing or has expired: create one in your "
-        "account's settings on kaggle.com, and put it into ~/.kaggle/, the environment (KAGGLE_API_TOKEN) or "
-        "Colab's or Kaggle's secrets; never into a cell." + internet_hint()
+        f"kaggle.com/competitions/{competition}), or the token is missing or has expired: create "
+        "one in your account's settings on kaggle.com, and put it into ~/.kaggle/, the environment "
+        "(KAGGLE_API_TOKEN) or Colab's or Kaggle's secrets; never into a cell." + internet_hint()
     )
 
 
 def _kaggle_command():
-    """The official `kaggle` command: of this Python's environment, activated or not, else of the PATH."""
-    if command := shutil.which("kaggle", path=os.path.dirname(sys.executable)) or shutil.which(
-        "kaggle"
-    ):
+    """The official `kaggle` command, as a list: of this Python's environment, else of the PATH."""
+    beside_python = os.path.dirname(sys.executable)  # the environment need not be activated
+    command = shutil.which("kaggle", path=beside_python) or shutil.which("kaggle")
+    if command:
         return [command]
-    if not _can_import("kaggle"):
-        raise RunError("the kaggle command is not installed: pip install kaggle")
-    return [sys.executable, "-m", "kaggle"]  # installed elsewhere, as with pip install --user
+    if _can_import("kaggle"):  # its command is elsewhere, as with pip install --user
+        return [sys.executable, "-m", "kaggle"]
+    raise RunError("the kaggle command is not installed: pip install kaggle")
 
 
 def submit(path, message, competition):
-    """Submit a CSV with the official `kaggle` command. Returns what it printed; a RunError says what went wrong."""
+    """Submit a CSV with the official `kaggle` command. Returns what the command printed.
+
+    Raises a RunError that says what went wrong.
+    """
     load_secrets("KAGGLE_API_TOKEN", "KAGGLE_USERNAME", "KAGGLE_KEY")
-    command = [
-        *_kaggle_command(),
-        "competitions",
-        "submit",
-        "-c",
-        competition,
-        "-f",
-        str(path),
-        "-m",
-        message,
-    ]
+    arguments = ["-c", competition, "-f", str(path), "-m", message]
+    command = [*_kaggle_command(), "competitions", "submit", *arguments]
     result = subprocess.run(command, capture_output=True, text=True)
     output = (result.stdout + result.stderr).strip()
-    if result.returncode or re.search(
-        r"\b40[13]\b|Could not submit", output
-    ):  # it may print these and exit with 0
+    # of a refusal, some versions print one of these and exit with 0
+    was_refused = re.search(r"\b40[13]\b|Could not submit", output)
+    if result.returncode or was_refused:
         raise RunError(
             f"{path} could not be submitted: {last_words(output)}\n{kaggle_causes(competition)}"
         )
     return output
 
 
-# ---- Corpora: synthetic and real speech in the course's layout, for those who cannot have the course's data -
+# ---- Corpora: speech in the course's layout, for those who cannot have the course's data ---------
 
 SAMPLE_RATE = 16000  # Hz, LibriSpeech's
 WINDOW, HOP = 400, 160  # samples: windows of 25 ms every 10 ms
 
 
 def import_torchaudio():
-    """torchaudio; a RunError that says what to install where it is missing or is made for another torch."""
+    """Import torchaudio and return it.
+
+    Raises a RunError that says what to install if it is missing or made for another torch.
+    """
     try:
         import torchaudio.compliance.kaldi
-    except (
-        ImportError,
-        OSError,
-    ) as error:  # "undefined symbol", where it is made for another torch
-        minor = min(
-            int(torch.__version__.split(".")[1]), 11
-        )  # 2.11 is the last, and fits torch up to 2.14
+    except (ImportError, OSError) as error:  # OSError: "undefined symbol", made for another torch
+        # 2.11 is the last version, and fits torch up to 2.14
+        minor = min(int(torch.__version__.split(".")[1]), 11)
         raise RunError(
-            f"torchaudio, which makes the MFCCs of a corpus, cannot be imported beside torch "
+            "torchaudio, which makes the MFCCs of a corpus, cannot be imported beside torch "
             f'{torch.__version__} ({shorten(error)}): pip install "torchaudio==2.{minor}.*", and '
             f"restart the kernel.{internet_hint()}"
         ) from error
@@ -3445,9 +3552,10 @@ def _resampler(rate):
 def speech_features(audio, rate):
     """MFCCs of an utterance as the course has them, HTK's: float32 (T, 28), a frame every 10 ms.
 
-    audio: float32 (samples,) in -1 ... 1, `rate` in Hz; at least one window of 25 ms. Frame t is samples
-    160 t to 160 t + 399 at 16 kHz. Columns: c1 ... c27, liftered, then c0 (see `columns_of`).
-    As in the course's features, samples count as 16-bit integers, and there is no pre-emphasis.
+    audio: float32 (samples,) between -1 and 1, at least one window of 25 ms. rate: in Hz.
+    At 16 kHz, frame t is made of the samples 160 t to 160 t + 399. The columns are c1 ... c27,
+    liftered, then c0 (see `columns_of`). As in the course's features, samples count as 16-bit
+    integers, and there is no pre-emphasis.
     """
     samples = _resampler(rate)(torch.from_numpy(audio)) * 2**15
     mfcc = import_torchaudio().compliance.kaldi.mfcc(
@@ -3467,32 +3575,33 @@ def speech_features(audio, rate):
 
 
 def label_frames(phones, frames):
-    """The phoneme at the centre of each frame's window, "<U5" (frames,); silence where there is none.
+    """The phoneme at the centre of each frame's window, "<U5" (frames,); silence if there is none.
 
-    phones: (phoneme, start, end) in seconds, in the order of their starts; where two overlap, the later one counts.
+    phones: (phoneme, start, end) in seconds, in the order of their starts. Where two of them
+    overlap, the later one counts.
     """
     centres = (np.arange(frames) * HOP + WINDOW / 2) / SAMPLE_RATE
     labels = np.full(frames, "[SIL]", "<U5")
     for phoneme, start, end in phones:
-        labels[np.searchsorted(centres, start) : np.searchsorted(centres, end)] = phoneme
+        first, after_last = np.searchsorted(centres, [start, end])
+        labels[first:after_last] = phoneme
     return labels
 
 
 def _write_utterance(folder, name, audio, rate, phones):
-    """Write the features and labels of an utterance into a partition's folder."""
+    """Write the features and the labels of an utterance into the folder of a partition."""
     mfcc = speech_features(audio, rate)
+    transcript = np.array(["[SOS]", *label_frames(phones, len(mfcc)), "[EOS]"])
     np.save(folder / "mfcc" / f"{name}.npy", mfcc)
-    np.save(
-        folder / "transcript" / f"{name}.npy",
-        np.array(["[SOS]", *label_frames(phones, len(mfcc)), "[EOS]"]),
-    )
+    np.save(folder / "transcript" / f"{name}.npy", transcript)
 
 
 @contextlib.contextmanager
 def _new_corpus(root):
-    """Give a folder ROOT.partial with the course's folders, and what an earlier call has left there.
+    """Give the folder ROOT.partial with the course's folders, and what an earlier call left there.
 
-    It becomes `root` when the block has succeeded; the transcripts of test become ROOT/answers.csv.
+    If the block succeeds, the transcripts of test become answers.csv, and the folder becomes
+    `root`.
     """
     if root.exists():
         raise FileExistsError(f"{root} exists already: delete it to have it made again")
@@ -3502,90 +3611,176 @@ def _new_corpus(root):
     try:
         yield partial
     except OSError as error:
+        free = shutil.disk_usage(partial).free / 1e6
         raise RunError(
-            f"{root} could not be made ({error}): {shutil.disk_usage(partial).free / 1e6:,.0f} MB are free. "
-            "Free some space and run again."
+            f"{root} could not be made ({error}): {free:,.0f} MB are free. Free some space and run "
+            "again."
         ) from error
     for name in PARTITIONS:
         if not _npy_files(partial / name / "mfcc")[0]:
+            lines = [f"{partial}: no utterances for {name}; expected some in each partition"]
             left_out = partial / "left-out.txt"  # only in a corpus of recordings
-            reasons = left_out.read_text().splitlines() if left_out.exists() else []
-            raise DataError(
-                "\n".join(
-                    [
-                        f"{partial}: no utterances for {name}; expected some in each partition",
-                        *first_ten([f"left out: {reason}" for reason in reasons]),
-                    ]
-                )
-            )
-    answers = partial / "test-clean" / "transcript"
+            if left_out.exists():
+                reasons = left_out.read_text().splitlines()
+                lines += first_ten([f"left out: {reason}" for reason in reasons])
+            raise DataError("\n".join(lines))
+    transcripts = partial / "test-clean" / "transcript"
     if not (partial / "answers.csv").exists():
-        write_submission(
-            partial / "answers.csv",
-            np.concatenate([np.load(answers / name)[1:-1] for name in _npy_files(answers)[0]]),
-        )
-    shutil.rmtree(answers)
+        labels = [np.load(transcripts / name)[1:-1] for name in _npy_files(transcripts)[0]]
+        write_submission(partial / "answers.csv", np.concatenate(labels))
+    shutil.rmtree(transcripts)
     partial.rename(root)
 
 
+# ---- Practice corpus -----------------------------------------------------------------------------
+
 # Who, did what, where, when: one of each makes a sentence (our own words).
 GRAMMAR = [
-    [" ".join(entry.split()) for entry in entries.split(",")]
-    for entries in (
-        """
-    the baker, my youngest cousin, a cheerful farmer, both sailors, three noisy boys, the shy girl in yellow,
-    her uncle George, an author from Asia, a wise judge""",
-        """
-    mended a wooden chair, cooked a huge pot of soup, counted eleven white sheep, watched a long television show,
-    measured the depth of the pool, shared a warm blanket, hung a bright picture, threw the ball too far,
-    carried a basket of oranges""",
-        """
-    in the kitchen, near the old bridge, at the railway station, under a maple tree, around the corner,
-    above the valley, down by the harbor, on the tennis court, in our backyard""",
-        """
-    before breakfast, on Thursday afternoon, because the bus was late, when the bell rang, although it was raining,
-    in less than an hour, with great pleasure, as usual, with both eyes shut""",
-    )
+    [
+        "the baker",
+        "my youngest cousin",
+        "a cheerful farmer",
+        "both sailors",
+        "three noisy boys",
+        "the shy girl in yellow",
+        "her uncle George",
+        "an author from Asia",
+        "a wise judge",
+    ],
+    [
+        "mended a wooden chair",
+        "cooked a huge pot of soup",
+        "counted eleven white sheep",
+        "watched a long television show",
+        "measured the depth of the pool",
+        "shared a warm blanket",
+        "hung a bright picture",
+        "threw the ball too far",
+        "carried a basket of oranges",
+    ],
+    [
+        "in the kitchen",
+        "near the old bridge",
+        "at the railway station",
+        "under a maple tree",
+        "around the corner",
+        "above the valley",
+        "down by the harbor",
+        "on the tennis court",
+        "in our backyard",
+    ],
+    [
+        "before breakfast",
+        "on Thursday afternoon",
+        "because the bus was late",
+        "when the bell rang",
+        "although it was raining",
+        "in less than an hour",
+        "with great pleasure",
+        "as usual",
+        "with both eyes shut",
+    ],
 ]
-# The first utterance of each partition has all 39 phones: no class is missing, however small the corpus is.
+# The first utterance of each partition has all 39 phones, so that no class is missing even in the
+# smallest corpus.
 PANGRAMS = [
-    " ".join(sentence.split()) + "."
-    for sentence in """
-    They knew that noisy young boy very well: he put his hot yellow jacket on the chair, then sang
-    both songs about measuring fish, while I paused for a good word with her father. My father thought the
-    usual choice was good: wash the huge brown jar, take each thing out, then enjoy a bowl of very hot yams
-    with sugar and pears. Our loyal judge took a vision of the yacht shop to church; there both birds sang,
-    you gave them all a clean white hat, and I heard my father laugh out loud at the zoo""".split(
-        "."
-    )
+    (
+        "They knew that noisy young boy very well: he put his hot yellow jacket on the chair, "
+        "then sang both songs about measuring fish, while I paused for a good word with her "
+        "father."
+    ),
+    (
+        "My father thought the usual choice was good: wash the huge brown jar, take each thing "
+        "out, then enjoy a bowl of very hot yams with sugar and pears."
+    ),
+    (
+        "Our loyal judge took a vision of the yacht shop to church; there both birds sang, you "
+        "gave them all a clean white hat, and I heard my father laugh out loud at the zoo."
+    ),
 ]
-# eSpeak NG's variants of en-us that sound like people, for train, dev, test; none with `breath`, which always differs
+# eSpeak NG's variants of en-us that sound like people, for train, dev, test. None of them has
+# `breath`, which comes out different each time.
 VOICES = [
-    voices.split()
-    for voices in (
-        """Alex Andrea Andy Annie AnxiousAndy Denis Diogo Gene Henrique Hugo Jacky Lee Mario Michael Nguyen adam anika aunty
-    belinda benjamin boris ed edward f1 grandma grandpa gustave ian iven iven3 klatt klatt2 klatt4 klatt6 m1 m3 m5 m7
-    marcelo max michel norbert pablo paul quincy rob steph steph3 travis""",
-        "Gene2 Mike david f4 iven2 john klatt3 m2 m6 pedro steph2",
-        "antonio edward2 iven4 klatt5 linda m4 m8 miguel mike2 robert shelby",
-    )
+    (
+        "Alex Andrea Andy Annie AnxiousAndy Denis Diogo Gene Henrique Hugo Jacky Lee Mario "
+        "Michael Nguyen adam anika aunty belinda benjamin boris ed edward f1 grandma grandpa "
+        "gustave ian iven iven3 klatt klatt2 klatt4 klatt6 m1 m3 m5 m7 marcelo max michel "
+        "norbert pablo paul quincy rob steph steph3 travis"
+    ).split(),
+    "Gene2 Mike david f4 iven2 john klatt3 m2 m6 pedro steph2".split(),
+    "antonio edward2 iven4 klatt5 linda m4 m8 miguel mike2 robert shelby".split(),
 ]
-# eSpeak NG's mnemonics of American English as ARPAbet. Two phones share the interval half and half: an
-# r-coloured vowel is the vowel and R. T is also the flap of "city" (t#) and the glottal stop of "button" (?),
-# as in CMUdict; ";" is the glide that links a high vowel to the next vowel and belongs to the first.
-ARPABET = dict(
-    pair.split("=")
-    for pair in """0=AA A:=AA O=AO O2=AO O:=AO a=AE aa=AE V=AH @=AH @2=AH @-=AH a#=AH E=EH
-    I=IH I2=IH I#=IH i=IY i:=IY ;=IY U=UH u:=UW 3=ER 3:=ER aI=AY aU=AW eI=EY oU=OW OI=OY A@=AA+R O@=AO+R o@=AO+R
-    e@=EH+R i@3=IH+R U@=UH+R i@=IY+AH aI@=AY+AH aI3=AY+ER aU@=AW+ER @L=AH+L n-=N m-=M r-=R b=B tS=CH d=D D=DH f=F g=G
-    h=HH dZ=JH k=K l=L m=M n=N N=NG p=P r=R s=S S=SH t=T t2=T t#=T ?=T T=TH v=V w=W j=Y z=Z Z=ZH""".split()
-)
+# ARPAbet phone: eSpeak NG's mnemonics for it in American English. T is also the flap of "city" (t#)
+# and the glottal stop of "button" (?), as in CMUdict; ";" is the glide that links a high vowel to
+# the next vowel, and belongs to the first. Two phones share the interval half and half: an
+# r-coloured vowel is the vowel and R.
+MNEMONICS = {
+    "AA": "A: 0",
+    "AE": "a aa",
+    "AH": "V @ @2 @- a#",
+    "AO": "O O2 O:",
+    "AW": "aU",
+    "AY": "aI",
+    "B": "b",
+    "CH": "tS",
+    "D": "d",
+    "DH": "D",
+    "EH": "E",
+    "ER": "3 3:",
+    "EY": "eI",
+    "F": "f",
+    "G": "g",
+    "HH": "h",
+    "IH": "I I2 I#",
+    "IY": "i i: ;",
+    "JH": "dZ",
+    "K": "k",
+    "L": "l",
+    "M": "m m-",
+    "N": "n n-",
+    "NG": "N",
+    "OW": "oU",
+    "OY": "OI",
+    "P": "p",
+    "R": "r r-",
+    "S": "s",
+    "SH": "S",
+    "T": "t t2 t# ?",
+    "TH": "T",
+    "UH": "U",
+    "UW": "u:",
+    "V": "v",
+    "W": "w",
+    "Y": "j",
+    "Z": "z",
+    "ZH": "Z",
+    "AA+R": "A@",
+    "AH+L": "@L",
+    "AO+R": "O@ o@",
+    "AW+ER": "aU@",
+    "AY+AH": "aI@",
+    "AY+ER": "aI3",
+    "EH+R": "e@",
+    "IH+R": "i@3",
+    "IY+AH": "i@",
+    "UH+R": "U@",
+}
+ARPABET = {name: phone for phone, names in MNEMONICS.items() for name in names.split()}
+
 ESPEAK_RATE = 22050  # Hz
+# constants of eSpeak NG's speak_lib.h
+_AUDIO_OUTPUT_SYNCHRONOUS = 2
+_INITIALIZE_PHONEME_EVENTS = 0x0001
+_INITIALIZE_DONT_EXIT = 0x8000  # return an error instead
+_CHARS_UTF8 = 1
+_PARAMETER_RATE, _PARAMETER_PITCH = 1, 3
+_EVENT_LIST_TERMINATED, _EVENT_PHONEME = 0, 7
+_ESPEAK = threading.Lock()  # it has one state for the whole process
 
 
-class _Event(
-    ctypes.Structure
-):  # espeak_EVENT of eSpeak NG's speak_lib.h, its union as the text that we need of it
+class _Event(ctypes.Structure):
+    """espeak_EVENT of speak_lib.h; of its union, the text that we need."""
+
     _fields_ = [
         ("type", ctypes.c_int),
         ("unique_identifier", ctypes.c_uint),
@@ -3598,137 +3793,179 @@ class _Event(
     ]
 
 
-_ESPEAK = threading.Lock()  # it has one state for the whole process
+_CALLBACK = ctypes.CFUNCTYPE(
+    ctypes.c_int, ctypes.POINTER(ctypes.c_short), ctypes.c_int, ctypes.POINTER(_Event)
+)
+
+
+def _load_espeak():
+    """eSpeak NG's library, and the path of its data. Raises ImportError if it does not load."""
+    try:
+        import espeakng_loader  # here, because only the practice corpus needs it
+
+        library = ctypes.CDLL(espeakng_loader.get_library_path())
+        return library, espeakng_loader.get_data_path()
+    except (ImportError, RuntimeError, OSError) as error:
+        raise ImportError(
+            "eSpeak NG, which speaks the practice corpus, does not load "
+            f"({error}): pip install espeakng-loader.{internet_hint()}"
+        ) from error
+
+
+def _unload_espeak(espeak):
+    """Unload eSpeak NG's library.
+
+    Its noise and flutter go on from call to call, in variables that no function resets, but the
+    sound of an utterance must not depend on what the process said before.
+    """
+    espeak.espeak_Terminate()
+    if os.name == "nt":
+        _ctypes.FreeLibrary(espeak._handle)
+    else:
+        _ctypes.dlclose(espeak._handle)
 
 
 def _synthesize(text, voice, rate, pitch):
-    """What eSpeak says: int16 chunks of audio, and (first sample, mnemonic) of each of its phonemes."""
+    """What eSpeak says: int16 chunks of audio, and (first sample, mnemonic) of each phoneme."""
+    chunks, events = [], []
+
+    @_CALLBACK
+    def collect(samples, count, event):
+        if samples and count > 0:
+            chunks.append(np.ctypeslib.as_array(samples, (count,)).copy())
+        i = 0
+        while event[i].type != _EVENT_LIST_TERMINATED:
+            if event[i].type == _EVENT_PHONEME:
+                mnemonic = event[i].phoneme.decode().lstrip("',%=")  # without stress
+                events.append((event[i].sample, mnemonic))
+            i += 1
+        return 0  # go on
+
     with _ESPEAK:
+        espeak, data = _load_espeak()
         try:
-            import espeakng_loader  # here, because only the practice corpus needs it
-
-            espeak, data = (
-                ctypes.CDLL(espeakng_loader.get_library_path()),
-                espeakng_loader.get_data_path(),
-            )
-        except (ImportError, RuntimeError, OSError) as error:
-            raise ImportError(
-                "eSpeak NG, which speaks the practice corpus, does not load "
-                f"({error}): pip install espeakng-loader.{internet_hint()}"
-            ) from error
-        audio, events = [], []
-
-        @ctypes.CFUNCTYPE(
-            ctypes.c_int, ctypes.POINTER(ctypes.c_short), ctypes.c_int, ctypes.POINTER(_Event)
-        )
-        def callback(samples, count, event):
-            if samples and count > 0:
-                audio.append(np.ctypeslib.as_array(samples, (count,)).copy())
-            for i in itertools.count():
-                if event[i].type == 0:  # espeakEVENT_LIST_TERMINATED
-                    return 0  # go on
-                if event[i].type == 7:  # espeakEVENT_PHONEME
-                    events.append((event[i].sample, event[i].phoneme.decode().lstrip("',%=")))
-
-        try:
-            if (
-                voice and not Path(data, "voices", "!v", voice).is_file()
-            ):  # eSpeak would take its plain voice
+            if voice and not Path(data, "voices", "!v", voice).is_file():
+                # eSpeak would take its plain voice
                 raise DataError(
                     f"eSpeak NG has no voice en-us+{voice}: expected a variant in {data}/voices/!v"
                 )
-            # 2: AUDIO_OUTPUT_SYNCHRONOUS; 1: PHONEME_EVENTS; 0x8000: DONT_EXIT, return an error instead
-            if espeak.espeak_Initialize(2, 0, os.fsencode(data), 1 | 0x8000) != ESPEAK_RATE:
+            options = _INITIALIZE_PHONEME_EVENTS | _INITIALIZE_DONT_EXIT
+            found_rate = espeak.espeak_Initialize(
+                _AUDIO_OUTPUT_SYNCHRONOUS, 0, os.fsencode(data), options
+            )
+            if found_rate != ESPEAK_RATE:
                 raise ImportError(
                     "eSpeak NG does not find its data: reinstall espeakng-loader with pip"
                 )
-            espeak.espeak_SetSynthCallback(callback)
+            espeak.espeak_SetSynthCallback(collect)
             espeak.espeak_SetVoiceByName(f"en-us+{voice}".rstrip("+").encode())
-            espeak.espeak_SetParameter(1, rate, 0)  # espeakRATE
-            espeak.espeak_SetParameter(3, pitch, 0)  # espeakPITCH
-            encoded = text.encode()  # flags 1: espeakCHARS_UTF8
-            espeak.espeak_Synth(encoded, ctypes.c_size_t(len(encoded) + 1), 0, 0, 0, 1, None, None)
+            espeak.espeak_SetParameter(_PARAMETER_RATE, rate, 0)
+            espeak.espeak_SetParameter(_PARAMETER_PITCH, pitch, 0)
+            encoded = text.encode()
+            size = ctypes.c_size_t(len(encoded) + 1)
+            espeak.espeak_Synth(encoded, size, 0, 0, 0, _CHARS_UTF8, None, None)
         finally:
-            # eSpeak's noise and flutter go on from call to call, in variables that no function resets. Unloading
-            # the library does: the sound of an utterance must not depend on what the process said before.
-            espeak.espeak_Terminate()
-            (_ctypes.FreeLibrary if os.name == "nt" else _ctypes.dlclose)(espeak._handle)
-    return audio, events
+            _unload_espeak(espeak)
+    return chunks, events
 
 
 def speak(text, voice="", rate=175, pitch=50):
-    """Speak a text with eSpeak NG: `voice` is a variant of en-us, `rate` in words per minute, `pitch` 0 to 99.
+    """Speak a text with eSpeak NG.
 
-    Returns (audio, phones): float32 (samples,) at 22,050 Hz; a list of (phoneme, start, end) in seconds, ARPAbet or
-    [SIL]. Raises ImportError where eSpeak NG does not load, DataError for an unknown voice or phoneme.
+    voice: a variant of en-us. rate: in words per minute. pitch: 0 to 99.
+    Returns (audio, phones): float32 (samples,) at 22,050 Hz, and a list of (phoneme, start, end) in
+    seconds, ARPAbet or [SIL].
+    Raises ImportError if eSpeak NG does not load, DataError for an unknown voice or phoneme.
     """
-    with ThreadPoolExecutor(
-        1
-    ) as thread:  # the main thread's Ctrl-C would be lost inside eSpeak's callback
-        audio, events = thread.submit(_synthesize, text, voice, rate, pitch).result()
-    audio, phones = np.concatenate(audio).astype(np.float32) / 2**15, []
-    for (start, mnemonic), (end, _) in zip(events, [*events[1:], (len(audio), "")]):
-        if not mnemonic.startswith("_") and mnemonic not in ARPABET:
+    # in a thread, because the main thread's Ctrl-C would be lost inside eSpeak's callback
+    with ThreadPoolExecutor(1) as thread:
+        chunks, events = thread.submit(_synthesize, text, voice, rate, pitch).result()
+    audio = np.concatenate(chunks).astype(np.float32) / 2**15
+    starts = [start for start, _ in events]
+    ends = [*starts[1:], len(audio)]
+    phones = []
+    for (start, mnemonic), end in zip(events, ends):
+        if mnemonic.startswith("_"):  # a pause: _ and _: and _! and so on
+            names = ["[SIL]"]
+        elif mnemonic in ARPABET:
+            names = ARPABET[mnemonic].split("+")
+        else:
             raise DataError(
                 f"eSpeak NG's phoneme {mnemonic!r} has no ARPAbet phone; known: {list(ARPABET)}"
             )
-        names = (
-            ["[SIL]"] if mnemonic.startswith("_") else ARPABET[mnemonic].split("+")
-        )  # pauses are _ : _! and so on
         boundaries = np.linspace(start, end, len(names) + 1) / ESPEAK_RATE
         phones += zip(names, boundaries, boundaries[1:])
     return audio, phones
 
 
 def practice_utterance(partition, index, seed=23):
-    """What utterance `index` of `partition` (0 train, 1 dev, 2 test) says and how; from the arguments only.
+    """What utterance `index` of a partition (0 train, 1 dev, 2 test) says, and how.
 
-    Partitions share neither sentences nor voices. Returns (text, voice, rate, pitch), the arguments of `speak`.
+    It depends on the arguments only. Partitions share neither sentences nor voices.
+    Returns (text, voice, rate, pitch), the arguments of `speak`.
     """
+    sentences = np.random.default_rng(seed).permutation(9**4)
+    of_partition = sentences[partition::3]
+    number = of_partition[index % len(of_partition)]
+    choices = np.unravel_index(number, [9] * 4)
+    text = " ".join(entries[i] for entries, i in zip(GRAMMAR, choices))
+    text = text[0].upper() + text[1:] + "."
+    if index == 0:
+        text = PANGRAMS[partition]
+    voices = VOICES[partition]
     rng = np.random.default_rng((seed, partition, index))
-    numbers = np.random.default_rng(seed).permutation(9**4)[
-        partition::3
-    ]  # of this partition's sentences
-    which = np.unravel_index(numbers[index % len(numbers)], [9] * 4)
-    text = " ".join(entries[i] for entries, i in zip(GRAMMAR, which))
-    text = PANGRAMS[partition] if index == 0 else text[0].upper() + text[1:] + "."
-    voice = VOICES[partition][index % len(VOICES[partition])]
-    return text, voice, int(rng.integers(140, 200)), int(rng.integers(35, 66))
+    rate, pitch = int(rng.integers(140, 200)), int(rng.integers(35, 66))
+    return text, voices[index % len(voices)], rate, pitch
+
+
+def _practice_recording(partition, index, seed):
+    """The audio and the phones of a `practice_utterance`, between two silences and in noise."""
+    audio, phones = speak(*practice_utterance(partition, index, seed))
+    rng = np.random.default_rng((seed, partition, index, 1))
+    # the silences, because eSpeak starts at once
+    before, after = (rng.uniform(1 / 8, 1 / 2, 2) * ESPEAK_RATE).astype(int)
+    audio = np.pad(audio, (before, after))
+    shift = before / ESPEAK_RATE
+    phones = [(phoneme, start + shift, end + shift) for phoneme, start, end in phones]
+    noise = rng.standard_normal(len(audio), dtype=np.float32)
+    decibels = rng.uniform(20, 40)  # of the noise below the speech
+    audio += noise * np.float32(audio.std() * 10 ** (-decibels / 20))
+    return audio, phones
 
 
 def make_practice_corpus(root, utterances=(370, 52, 52), seed=23):
-    """Make a corpus in the course's layout under `root`, spoken by eSpeak NG: the same seed, the same bytes.
+    """Make a corpus in the course's layout, spoken by eSpeak NG: the same seed, the same bytes.
 
-    `root` appears when everything is written. ROOT/answers.csv (`id,label`) has the test frames' phonemes.
+    root: its folder, which appears when everything is written. ROOT/answers.csv (`id,label`) has
+    the phonemes of the test frames.
     utterances: of train, dev and test, at least 1 each; the defaults make half an hour of speech.
-    Raises FileExistsError where `root` exists, ImportError without eSpeak NG, RunError where the disk is full.
+    Raises FileExistsError if `root` exists, ImportError without eSpeak NG, RunError if the disk is
+    full.
     """
     if len(utterances) != 3 or min(utterances) < 1:
         raise DataError(f"utterances {utterances}: expected three numbers >= 1")
     import_torchaudio()
     shutil.rmtree(f"{root}.partial", ignore_errors=True)
     with _new_corpus(Path(root)) as partial:
-        for p, i in ((p, i) for p, count in enumerate(utterances) for i in range(count)):
-            audio, phones = speak(*practice_utterance(p, i, seed))
-            rng = np.random.default_rng((seed, p, i, 1))
-            silence = (rng.uniform(1 / 8, 1 / 2, 2) * ESPEAK_RATE).astype(
-                int
-            )  # around it; eSpeak starts at once
-            audio, shift = np.pad(audio, silence), silence[0] / ESPEAK_RATE
-            noise = rng.standard_normal(len(audio), dtype=np.float32)
-            audio += noise * np.float32(
-                audio.std() * 10 ** (-rng.uniform(20, 40) / 20)
-            )  # 20 to 40 dB below
-            phones = [(phoneme, start + shift, end + shift) for phoneme, start, end in phones]
-            _write_utterance(partial / PARTITIONS[p], f"{i:06d}", audio, ESPEAK_RATE, phones)
-        if [len(_npy_files(partial / name / "mfcc")[0]) for name in PARTITIONS] != [*utterances]:
+        for partition, name in enumerate(PARTITIONS):
+            for i in range(utterances[partition]):
+                audio, phones = _practice_recording(partition, i, seed)
+                _write_utterance(partial / name, f"{i:06d}", audio, ESPEAK_RATE, phones)
+        written = [len(_npy_files(partial / name / "mfcc")[0]) for name in PARTITIONS]
+        if written != list(utterances):
             raise RunError(
                 f"{partial} was changed by another process while it was made. Run again."
             )
 
 
+# ---- LibriSpeech ---------------------------------------------------------------------------------
+
+# the partitions of the rows, in turn, if the name of their file does not tell
+DEALT_OUT = ("train-clean-100", "train-clean-100", "train-clean-100", "dev-clean", "test-clean")
+
+
 def _has_rows(path):
-    """Has this parquet file rows? True where it cannot be read: that is reported later."""
+    """Has this parquet file rows? True if it cannot be read, which is reported later."""
     import pyarrow.parquet  # comes with datasets
 
     with contextlib.suppress(OSError, pyarrow.ArrowException):
@@ -3736,50 +3973,57 @@ def _has_rows(path):
     return True
 
 
+def _local_sources(path):
+    """`_sources` for a local .parquet file or a folder of them."""
+    files = find_files(path, "**/*.parquet") if path.is_dir() else [path]
+    files = [file for file in files if _has_rows(file)]
+    if not files:
+        raise DataError(f"{path}: there are no .parquet files in it, or none that has rows")
+    sources = []
+    for file in files:
+        start = file.name.replace("_", "-")
+        partitions = [name for name in PARTITIONS if start.startswith(name)]
+        arguments = {"path": "parquet", "data_files": str(file), "split": "train"}
+        sources.append((str(file), arguments, partitions or DEALT_OUT))
+    return sources
+
+
 def _sources(source, revision):
-    """(name, arguments of `load_dataset`, partitions that the rows go to in turn) of each split or local file."""
+    """What a corpus is made from, a tuple for each local file or each split of a dataset.
+
+    source, revision: see `make_librispeech_corpus`.
+    The tuple is (name, arguments of `load_dataset`, partitions to which the rows go in turn).
+    """
     if Path(source).exists():
-        files = find_files(source, "**/*.parquet") if Path(source).is_dir() else [Path(source)]
-        files = [file for file in files if _has_rows(file)]
-        if not files:
-            raise DataError(f"{source}: there are no .parquet files in it, or none that has rows")
-        named = [
-            [name for name in PARTITIONS if file.name.replace("_", "-").startswith(name)]
-            for file in files
-        ]
-        return [
-            (
-                str(file),
-                {"path": "parquet", "data_files": str(file), "split": "train"},
-                partitions or 3 * PARTITIONS[:1] + PARTITIONS[1:],
-            )
-            for file, partitions in zip(files, named)
-        ]
+        return _local_sources(Path(source))
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)):
         raise DataError(
             f"{source}: no such file or folder; expected .parquet, or a dataset's name on the hub"
         )
-    revision = revision or (LIBRISPEECH_REVISION if source == LIBRISPEECH else None)
-    return [
-        (
-            f"{source}, {name}",
-            {"path": source, "split": name.replace("-", "_"), "revision": revision},
-            [name],
-        )
-        for name in PARTITIONS
-    ]
+    if revision is None and source == LIBRISPEECH:
+        revision = LIBRISPEECH_REVISION
+    sources = []
+    for name in PARTITIONS:
+        arguments = {"path": source, "split": name.replace("-", "_"), "revision": revision}
+        sources.append((f"{source}, {name}", arguments, [name]))
+    return sources
 
 
-def _convert_row(job):
-    """Write an utterance; job: (folder, row). Returns (id, number of unknown words, why it is left out or None)."""
-    import soundfile
-
-    folder, row = job
+def _phones_of(row):
+    """The phones of a row, a list of dicts: phoneme, start, end. Empty if there is no alignment."""
     phones = row["phonemes"] or []
     if isinstance(phones, dict):  # a list of structs in older versions of datasets
         phones = [dict(zip(phones, values)) for values in zip(*phones.values())]
-    if not phones:
-        return row["id"], 0, "no alignment"
+    times = [(phone["start"], phone["end"]) for phone in phones]
+    if not np.isfinite(np.array(times, float)).all():
+        raise DataError(f"{row['id']}: a phone without start or end; expected both, in seconds")
+    return phones
+
+
+def _audio_of(row):
+    """The audio of a row, float32 (samples,), and its rate in Hz."""
+    import soundfile
+
     try:
         audio, rate = soundfile.read(io.BytesIO(row["audio"]["bytes"]), dtype="float32")
     except (RuntimeError, TypeError) as error:
@@ -3794,32 +4038,46 @@ def _convert_row(job):
             f"{row['id']}: the audio has {len(audio)} samples at {rate} Hz, too few for a frame; "
             f"expected at least {shortest}, 25 ms"
         )
-    if not np.isfinite(np.array([(phone["start"], phone["end"]) for phone in phones], float)).all():
-        raise DataError(f"{row['id']}: a phone without start or end; expected both, in seconds")
+    return audio, rate
+
+
+def _convert_row(job):
+    """Write an utterance into the folder of its partition; job: (folder, row).
+
+    Returns (id, number of unknown words, None), or (id, 0, the reason) if it is left out.
+    """
+    folder, row = job
+    phones = _phones_of(row)
+    if not phones:
+        return row["id"], 0, "no alignment"
+    audio, rate = _audio_of(row)
     missing = len(audio) / rate - max(phone["end"] for phone in phones)
     if abs(missing) > 0.5:
-        return (
-            row["id"],
-            0,
-            f"its phones end {abs(missing):.2f} s {'before' if missing > 0 else 'after'} the audio",
-        )
+        side = "before" if missing > 0 else "after"
+        return row["id"], 0, f"its phones end {abs(missing):.2f} s {side} the audio"
     spans = []
     for phone in sorted(phones, key=lambda phone: phone["start"]):
-        silent = phone["phoneme"] in ("sil", "sp", "spn", "", None)  # spn: an unknown word
-        spans.append(
-            ("[SIL]" if silent else phone["phoneme"].rstrip("012"), phone["start"], phone["end"])
-        )
-        if spans[-1][0] not in _INDEX:
+        phoneme, start, end = phone["phoneme"], phone["start"], phone["end"]
+        if phoneme in ("sil", "sp", "spn", "", None):
+            symbol = "[SIL]"
+        else:
+            symbol = phoneme.rstrip("012")  # without the stress
+        if symbol not in _INDEX:
             raise DataError(
-                f"{row['id']}: the phone {phone['phoneme']!r} at {phone['start']:.2f} s is unknown; "
-                f"expected {' '.join(PHONEMES[1:40])}, with a stress digit or without, sil, sp or spn"
+                f"{row['id']}: the phone {phoneme!r} at {start:.2f} s is unknown; expected "
+                f"{' '.join(PHONEMES[1:40])}, with a stress digit or without, sil, sp or spn"
             )
+        spans.append((symbol, start, end))
     _write_utterance(folder, row["id"], audio, rate, spans)
-    return row["id"], sum(phone["phoneme"] == "spn" for phone in phones), None
+    unknown_words = sum(phone["phoneme"] == "spn" for phone in phones)
+    return row["id"], unknown_words, None
 
 
 def _check_ids(rows, seen):
-    """The same rows; a DataError where an id is no name of a file, or was `seen` (a set, which grows) before."""
+    """Yield the same rows. seen: a set of the ids so far, which grows.
+
+    Raises a DataError if an id cannot be the name of a file, or is there twice.
+    """
     for row in rows:
         if row["id"] is None or not re.fullmatch(r"[\w-]{1,100}", str(row["id"])):
             raise DataError(
@@ -3831,123 +4089,144 @@ def _check_ids(rows, seen):
         yield row
 
 
+def _convert_shard(rows, folders, done, seen):
+    """Write the utterances of a shard, unless an earlier call has finished it.
+
+    rows: an iterable of dicts. folders: of the partitions that get them in turn. done: the path of
+    a file that says what became of them. seen: see `_check_ids`.
+    Returns a list of what `_convert_row` has returned.
+    """
+    if not done.exists():
+        jobs = zip(itertools.cycle(folders), _check_ids(rows, seen))
+        records = list(map_in_threads(_convert_row, jobs))
+        with atomic_write(done, 0) as temporary:
+            temporary.write_text(json.dumps(records))
+    return [tuple(record) for record in json.loads(done.read_text())]
+
+
+def _conversion_error(name, error, partial):
+    """The exception to raise if a source of this name could not be read or converted."""
+    if Path(name).exists() and not isinstance(error, OSError):
+        return DataError(
+            f"{name}: unreadable parquet ({error!r:.300}); expected LibriSpeech alignments "
+            "(id, audio, phonemes)"
+        )
+    there = sum(path.stat().st_size for path in partial.rglob("*") if path.is_file()) / 1e6
+    return RunError(
+        f"{name}: {error!r:.300}. Check the connection and run again.{internet_hint()} In all, "
+        f"LibriSpeech needs about 5,600 MB; {there:,.0f} MB are there, kept in {partial}."
+    )
+
+
 def make_librispeech_corpus(root, source=LIBRISPEECH, revision=None):
-    """Make a corpus of real speech in the course's layout under `root` from LibriSpeech with its phones' times.
+    """Make a corpus of real speech in the course's layout, from LibriSpeech and its phones' times.
 
-    Read as a stream: neither the audio nor the dataset is ever whole on the disk or in memory. Killed or cut off, the
-    next call goes on with the shard it was in and ends with the same bytes. ROOT/answers.csv (`id,label`) has the test
-    frames' phonemes, ROOT/left-out.txt the utterances without alignment or whose phones end half a second off.
-
-    source: a dataset of the Hugging Face hub, or a local .parquet file or a folder of them, with the columns `id`,
-    `audio` {bytes, path} and `phonemes` [{phoneme, start, end}] (ARPAbet, seconds). A file named train_clean_100...,
-    dev_clean... or test_clean... is of that partition; of another one, train gets three utterances in five.
-    revision: a commit, tag or branch of the hub's dataset; None: LIBRISPEECH_REVISION, of other datasets the newest.
-    Raises FileExistsError where `root` exists, DataError for bad files or rows, RunError for the network or the disk.
+    It is read as a stream: neither the audio nor the dataset is ever whole on the disk or in
+    memory. If it is killed or cut off, the next call goes on with the shard it was in, and ends
+    with the same bytes.
+    root: its folder. ROOT/answers.csv (`id,label`) has the phonemes of the test frames,
+    ROOT/left-out.txt the utterances without alignment or whose phones end half a second off.
+    source: a dataset on the Hugging Face hub, a local .parquet file or a folder of them, with the
+    columns `id`, `audio` {bytes, path} and `phonemes` [{phoneme, start, end}] (ARPAbet, seconds). A
+    file named train_clean_100..., dev_clean... or test_clean... belongs to that partition; of
+    another one, train gets three utterances in five.
+    revision: a commit, tag or branch of the dataset on the hub. None: LIBRISPEECH_REVISION, or the
+    newest one of other datasets.
+    Raises FileExistsError if `root` exists, DataError for bad files or rows, RunError for the
+    network or the disk.
     """
     import_torchaudio()
     from datasets import Audio, load_dataset
 
-    sources, records = _sources(source, revision), []
+    sources = _sources(source, revision)
     # what was begun from other files, or another revision of them, is made from the start
-    made_from = ascii(
-        [
-            (*each, os.stat(each[0]).st_mtime_ns if os.path.exists(each[0]) else 0)
-            for each in sources
-        ]
-    )
+    changed_at = [os.stat(name).st_mtime_ns if os.path.exists(name) else 0 for name, *_ in sources]
+    made_from = ascii([(*each, time_ns) for each, time_ns in zip(sources, changed_at)])
     note = Path(f"{root}.partial", "made-from.txt")
     if note.parent.exists() and not (note.exists() and note.read_text() == made_from):
         shutil.rmtree(note.parent)
+
+    records = []
     with _new_corpus(Path(root)) as partial:
         note.write_text(made_from)
         for number, (name, arguments, partitions) in enumerate(sources):
+            folders = [partial / partition for partition in partitions]
             try:
-                stream = load_dataset(**arguments, streaming=True).select_columns(
-                    ["id", "audio", "phonemes"]
-                )
-                stream = stream.cast_column(
-                    "audio", Audio(decode=False)
-                )  # decoding it needs torchcodec
-                for i in range(stream.num_shards):
+                stream = load_dataset(**arguments, streaming=True)
+                stream = stream.select_columns(["id", "audio", "phonemes"])
+                stream = stream.cast_column("audio", Audio(decode=False))  # it needs torchcodec
+                shards = stream.num_shards
+                for i in range(shards):
                     done = partial / f"{number:03d}-{i:03d}.json"
-                    if not done.exists():
-                        rows = _check_ids(
-                            stream.shard(stream.num_shards, i), {record[0] for record in records}
-                        )
-                        jobs = zip(map(partial.joinpath, itertools.cycle(partitions)), rows)
-                        shard = [*map_in_threads(_convert_row, jobs)]
-                        with atomic_write(done, 0) as temporary:
-                            temporary.write_text(json.dumps(shard))
-                    records += map(tuple, json.loads(done.read_text()))
-                    print(
-                        f"{name}: part {i + 1} of {stream.num_shards}, {len(records):,} utterances so far"
-                    )
+                    seen = {record[0] for record in records}
+                    records += _convert_shard(stream.shard(shards, i), folders, done, seen)
+                    print(f"{name}: part {i + 1} of {shards}, {len(records):,} utterances so far")
             except DataError as error:
                 raise DataError(f"{name}: {error}") from None
-            except Exception as error:  # a dozen kinds, of four libraries
-                if Path(name).exists() and not isinstance(error, OSError):
-                    raise DataError(
-                        f"{name}: unreadable parquet ({error!r:.300}); expected LibriSpeech alignments "
-                        "(id, audio, phonemes)"
-                    ) from error
-                there = (
-                    sum(path.stat().st_size for path in partial.rglob("*") if path.is_file()) / 1e6
-                )
-                raise RunError(
-                    f"{name}: {error!r:.300}. Check the connection and run again.{internet_hint()} In "
-                    f"all, LibriSpeech needs about 5,600 MB; {there:,.0f} MB are there, kept in {partial}."
-                ) from error
+            except Exception as error:  # a dozen types, of four libraries
+                raise _conversion_error(name, error, partial) from error
         left_out = [f"{name}: {why}\n" for name, _, why in sorted(records) if why]
         (partial / "left-out.txt").write_text("".join(left_out))
+    unknown_words = sum(unknown for _, unknown, _ in records)
     print(
-        f"{root}: {len(records) - len(left_out):,} utterances; {len(left_out):,} left out (their ids are in "
-        f"left-out.txt); {sum(unknown for _, unknown, _ in records):,} unknown words (spn) count as silence"
+        f"{root}: {len(records) - len(left_out):,} utterances; {len(left_out):,} left out (their "
+        f"ids are in left-out.txt); {unknown_words:,} unknown words (spn) count as silence"
     )
 
 
-# ---- Where the data are ------------------------------------------------------------------------------------
+# ---- Where the data are --------------------------------------------------------------------------
 
 
-def _roots(places):
-    """The folders that hold train-clean-100/mfcc: these places, or up to four levels below them.
+def _subfolders(folder):
+    """The folders in a folder that may hold a data folder, sorted; none if it cannot be listed."""
+    try:
+        with os.scandir(folder) as entries:
+            folders = [Path(entry) for entry in entries if entry.is_dir()]
+    except OSError:
+        return []
+    return sorted(
+        folder
+        for folder in folders
+        if not is_clutter(folder.name)
+        and folder.suffix != ".partial"  # a corpus that is being made
+        and folder.name not in PARTITIONS + KINDS  # tens of thousands of files
+    )
 
-    Level by level. Folders of utterances, with their tens of thousands of files, and hidden ones are not looked into.
+
+def _find_roots(places, levels=4):
+    """The folders that hold train-clean-100/mfcc: these places, or so many levels below them.
+
+    Folders of utterances and hidden ones are not looked into.
     """
     roots, seen, folders = [], set(), places
-    for depth in range(5):
+    for level in range(levels + 1):
         deeper = []
         for folder in folders:
-            real = os.path.realpath(
-                folder
-            )  # what several links lead to, or a link back up, counts once
-            if real in seen or folder.name in PARTITIONS + KINDS:
+            real = os.path.realpath(folder)
+            if real in seen:  # by way of another link, or of one that leads back up
                 continue
             seen.add(real)
             if os.path.isdir(folder / PARTITIONS[0] / KINDS[0]):
                 roots.append(folder)
-            elif depth < 4:
-                with contextlib.suppress(OSError):  # no folder, or one that may not be read
-                    deeper += sorted(
-                        Path(entry)
-                        for entry in os.scandir(folder)
-                        if entry.is_dir()
-                        and not is_clutter(entry.name)
-                        and not entry.name.endswith(".partial")
-                    )
+            elif level < levels:
+                deeper += _subfolders(folder)
         folders = deeper
     return roots
 
 
-def _one_root(roots, places):
-    """The one of `_roots`; a DataError that lists what was looked through where there is none, or more."""
+def _only_root(roots, places):
+    """The one folder that `_find_roots` has found in these places.
+
+    Raises a DataError that says where it was looked for if there is none, or more than one.
+    """
     if len(roots) == 1:
         return roots[0]
     looked = ", ".join(map(str, places))
     if roots:
         raise DataError(
-            f"{', '.join(map(str, roots))}: each of them holds train-clean-100/mfcc; expected one folder. "
-            f"Looked through: {looked}. Say which: by the environment variable HW1P2_DATA, with "
-            "config['data'] = 'auto'."
+            f"{', '.join(map(str, roots))}: each of them holds train-clean-100/mfcc; expected one "
+            f"folder. Looked through: {looked}. Say which: by the environment variable HW1P2_DATA, "
+            "with config['data'] = 'auto'."
         )
     missing = "" if any(map(os.path.isdir, places)) else "there is no such folder; "
     raise DataError(
@@ -3956,27 +4235,26 @@ def _one_root(roots, places):
     )
 
 
-def _places():
-    """(Folders beside the notebook that are named as the course's data, what is attached to a notebook of Kaggle's)."""
-    beside = [
-        folder
-        for folder in sorted(Path().iterdir())
-        if folder.is_dir()
-        and not is_clutter(folder.name)
-        and re.search(r"hw-?1-?p-?2|11785|^archive$", folder.name, re.IGNORECASE)
-    ]
+def _folders_beside():
+    """The folders beside the notebook that are named as the course's data are."""
+    pattern = re.compile(r"hw-?1-?p-?2|11785|^archive$", re.IGNORECASE)
+    return [folder for folder in _subfolders(".") if pattern.search(folder.name)]
+
+
+def _attached_on_kaggle():
+    """The folders of what is attached to a notebook on Kaggle."""
     groups = {"competitions": "*", "datasets": "*/*", "notebooks": "*/*"}  # the last two by owner
-    return beside, [
-        mount
-        for folder in sorted((KAGGLE / "input").glob("*"))
-        for mount in (
-            sorted(folder.glob(groups[folder.name])) if folder.name in groups else [folder]
-        )
-    ]
+    attached = []
+    for folder in sorted((KAGGLE / "input").glob("*")):
+        if folder.name in groups:
+            attached += sorted(folder.glob(groups[folder.name]))
+        else:
+            attached.append(folder)
+    return attached
 
 
 def _download(competition):
-    """The data folder of a Kaggle competition, downloaded; what is there already is not fetched again."""
+    """The data folder of a Kaggle competition, downloaded; what is there is not fetched again."""
     install("kagglehub")
     load_secrets("KAGGLE_API_TOKEN", "KAGGLE_USERNAME", "KAGGLE_KEY")
     from kagglehub import competition_download
@@ -3986,51 +4264,65 @@ def _download(competition):
     except Exception as error:  # its own, of the network, of the archive, of the disk
         raise RunError(
             f"Kaggle's data could not be fetched ({type(error).__name__}: {str(error)[:300]}).\n"
-            f"{kaggle_causes(competition)} Or the disk is full: 9 GB are needed. What is there is kept: "
-            "run again."
+            f"{kaggle_causes(competition)} Or the disk is full: 9 GB are needed. What is there is "
+            "kept: run again."
         ) from error
-    return _one_root(_roots([folder]), [folder])
+    return _only_root(_find_roots([folder]), [folder])
+
+
+def _make_once(root, make, *packages):
+    """Call make(root), unless that folder is there, after installing the packages it needs."""
+    if root.exists():
+        return
+    with one_process_at_a_time(root):  # of two notebooks that ask at once, the second one waits
+        if not root.exists():
+            install(*packages)
+            print(f"{root} is not there yet: making it")
+            make(root)
 
 
 def get_data(choice, cache, competition):
-    """The data folder, which holds `train-clean-100/mfcc`, that config["data"] asks for; fetched or made if need be.
+    """The data folder, which holds `train-clean-100/mfcc`; fetched or made if need be.
 
-    choice: "auto": below $HW1P2_DATA, else below folders beside the notebook that are named as the course's data or
-    what is attached on Kaggle, else the practice corpus; "practice"; "kaggle": as "auto", but downloaded with kagglehub
-    where nothing is there; "librispeech" (see `make_librispeech_corpus`).
-    cache: where corpora are made. competition: the edition's name on Kaggle. The data of all editions are the same.
-    Raises a DataError where no folder, or more than one, holds the data, a RunError where they cannot be fetched or
-    written; what is there already is kept for the next start.
+    choice: config["data"].
+        "auto": the folder below $HW1P2_DATA; else below the folders beside the notebook that are
+        named as the course's data are, or below what is attached on Kaggle; else the practice
+        corpus.
+        "kaggle": those below the notebook's or Kaggle's folders, else downloaded with kagglehub.
+        "practice", "librispeech": made here (see `make_practice_corpus` and so on).
+    cache: where corpora are made.
+    competition: the edition's name on Kaggle. The data of all editions are the same.
+    Raises a DataError if no folder, or more than one, holds the data, and a RunError if they cannot
+    be fetched or written; what is there already is kept for the next start.
     """
-    if choice == "auto" and (folder := path_from_environment("HW1P2_DATA")):
-        return _one_root(_roots([folder]), [folder])
+    chosen = path_from_environment("HW1P2_DATA") if choice == "auto" else None
+    if chosen:
+        return _only_root(_find_roots([chosen]), [chosen])
     if choice in ("auto", "kaggle"):
-        beside, attached = _places()
-        named = [mount for mount in attached if mount.name == competition]
-        own = "answers.csv"  # lies in a corpus that another copy of this project has made
-        roots = [
-            folder for folder in _roots(beside + named) if not (folder / own).exists()
-        ] or _roots(attached)
+        beside, attached = _folders_beside(), _attached_on_kaggle()
+        named = [folder for folder in attached if folder.name == competition]
+        roots = _find_roots(beside + named)
+        # without corpora that another copy of this project has made
+        roots = [root for root in roots if not (root / "answers.csv").exists()]
+        if not roots:
+            roots = _find_roots(attached)
         if roots:
-            root = _one_root(roots, beside + attached)
+            root = _only_root(roots, beside + attached)
             if KAGGLE in root.parents and competition not in root.parts:
                 print(f"{root}: these data are attached, and taken in place of {competition}")
             return root
         if choice == "kaggle":
             return _download(competition)
         if beside + attached:
-            print(
-                f"no train-clean-100/mfcc in {', '.join(map(str, beside + attached))}: taking the practice corpus"
-                + (f". For the course's data, attach {competition} (Add Input)" if attached else "")
-            )
-    name, make, packages = PRACTICE, make_practice_corpus, ["espeakng-loader"]
+            looked = ", ".join(map(str, beside + attached))
+            line = f"no train-clean-100/mfcc in {looked}: taking the practice corpus"
+            if attached:
+                line += f". For the course's data, attach {competition} (Add Input)"
+            print(line)
     if choice == "librispeech":
-        name, make, packages = "librispeech", make_librispeech_corpus, ["datasets", "soundfile"]
-    root = Path(cache) / name
-    if not root.exists():
-        with one_process_at_a_time(root):  # of two notebooks that ask at once, the second one waits
-            if not root.exists():
-                install(*packages)
-                print(f"{root} is not there yet: making it")
-                make(root)
+        root = Path(cache) / "librispeech"
+        _make_once(root, make_librispeech_corpus, "datasets", "soundfile")
+    else:
+        root = Path(cache) / PRACTICE
+        _make_once(root, make_practice_corpus, "espeakng-loader")
     return root

@@ -89,7 +89,7 @@ def test_an_addition_runs_to_the_csv_and_resumed_ends_with_the_same_bits(small, 
     with pytest.raises(KeyboardInterrupt):
         run_with(BLOCKS[name], tmp_path / "stopped", small, stop_at_step=steps + steps // 2)
     again = run_with(BLOCKS[name], tmp_path / "stopped", small)  # in a new kernel
-    assert "1 of 2 epochs are there, resuming" in again["run"].message
+    assert "1 of 2 epochs are done, resuming" in again["run"].message
     assert kills.outcome(tmp_path / "stopped", name) == kills.outcome(tmp_path / "whole", name)
 
 

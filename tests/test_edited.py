@@ -312,7 +312,7 @@ def test_an_interrupted_training_run_again_ends_with_the_same_weights(
     session.run(RESULTS, SUBMISSION)  # with the epoch that is there
     if again == "the cell":
         session.run(TRAINING)
-        assert "1 of 2 epochs are there, resuming" in session["run"].message
+        assert "1 of 2 epochs are done, resuming" in session["run"].message
     else:
         session.call(
             "fit", session["run"]

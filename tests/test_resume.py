@@ -62,7 +62,7 @@ def test_a_run_killed_at_every_step_of_writing_ends_like_one_never_killed(whole,
     for step in ["writing checkpoint.pt, part 2", "writing checkpoint.pt, after the move", *steps]:
         child = kills.start(tmp_path, corpus, ADAMW, stop=step)
         assert kills.kill(child, tmp_path) == step
-    assert "1 of 4 epochs are there, resuming" in kills.finish(tmp_path, corpus, ADAMW)
+    assert "1 of 4 epochs are done, resuming" in kills.finish(tmp_path, corpus, ADAMW)
     assert kills.outcome(tmp_path) == whole[0]
 
 

@@ -105,7 +105,7 @@ def test_an_unfinished_run_has_the_weights_of_its_last_epoch(corpus, tmp_path):
     assert weights(run.model) == kills.frozen(
         helpers.load_checkpoint(tmp_path / "pencil" / "checkpoint.pt")["model"]
     )
-    assert "2 of 3 epochs are there, resuming" in run.message
+    assert "2 of 3 epochs are done, resuming" in run.message
 
 
 # ---- A finished run by its name ----------------------------------------------------------------------------

@@ -57,9 +57,12 @@ BAD = {  # what: (content, words of the message)
     "no header": (GOOD[9:], "the header is '0,AA'; expected id,label"),
     "swapped columns": ("label,id\nAA,0\n", "the header is 'label,id'"),
     "three columns": ("id,label,more\n0,AA,1\n", "the header is 'id,label,more'"),
-    "a third value": ("id,label\n0,AA,1\n1,AA,1\n2,AA,1\n", "more than two values"),
-    "a value before": ("id,label\nx,0,AA\nx,1,AA\nx,2,AA\n", "more than two values"),
-    "a third value later": (GOOD + "3,AA,1\n", "not a CSV file"),
+    "a third value": (
+        "id,label\n0,AA,1\n1,AA,1\n2,AA,1\n",
+        "line 2 is '0,AA,1'; expected the id 0",
+    ),
+    "a value before": ("id,label\nx,0,AA\nx,1,AA\nx,2,AA\n", "line 2 is 'x,0,AA'; expected"),
+    "a third value later": (GOOD + "3,AA,1\n", "line 5 is '3,AA,1'; expected the id 3"),
     "missing id": (GOOD.replace("1,[SIL]\n", "") + "3,AA\n", "line 3 is '2,ZH'; expected the id 1"),
     "ids from 1": ("id,label\n1,AA\n2,AA\n3,AA\n", "line 2 is '1,AA'; expected the id 0"),
     "an id twice": ("id,label\n0,AA\n0,AA\n2,AA\n", "line 3 is '0,AA'; expected the id 1"),
@@ -83,8 +86,8 @@ BAD = {  # what: (content, words of the message)
     "too few rows": (GOOD[:-5], "2 rows; expected 3, one for each frame of test-clean"),
     "too many rows": (GOOD + "3,AA\n", "4 rows; expected 3"),
     "no rows": ("id,label\n", "0 rows; expected 3"),
-    "empty": ("", "not a CSV file"),
-    "an open quote": (GOOD + '3,"AA\n', "not a CSV file"),
+    "empty": ("", "the header is ''; expected id,label"),
+    "an open quote": (GOOD + '3,"AA\n', "line 5 is '3,AA\\n'; expected the id 3"),
     "a web page": ("<!DOCTYPE html>\n<html></html>\n", "the header is '<!DOCTYPE html>'"),
 }
 
@@ -109,10 +112,18 @@ def test_no_text_at_all(tmp_path, content):
 
 
 @pytest.mark.parametrize(
-    "content", [GOOD, GOOD.replace("\n", "\r\n"), GOOD.rstrip(), '"id","label"\n' + GOOD[9:]]
+    "content",
+    [
+        GOOD,
+        GOOD.replace("\n", "\r\n"),
+        GOOD.rstrip(),
+        GOOD + "\n",
+        '"id","label"\n' + GOOD[9:],
+        "\ufeff" + GOOD,  # Excel's mark
+    ],
 )
 def test_what_kaggle_takes_too(tmp_path, content):
-    (tmp_path / "a.csv").write_text(content, newline="")
+    (tmp_path / "a.csv").write_text(content, "utf-8", newline="")
     assert read_submission(tmp_path / "a.csv", 3).tolist() == ["AA", "[SIL]", "ZH"]
 
 
@@ -130,7 +141,7 @@ def test_a_sample_submission_that_does_not_fit_is_named(tmp_path, name):
         ("", "0 rows"),
         ("0,AA\n1,AA\n1,AA\n", "ids 0, 1, 1 ..."),
         ("a,AA\nb,AA\nc,AA\n", "ids a, b, c ..."),
-        ("0,AA,1\n", "more than two values"),
+        ("0,AA,1\n", "1 rows, ids 0 ...; expected 3"),
     ):
         path.write_text(f"id,label\n{rows}")
         with pytest.raises(DataError) as caught:

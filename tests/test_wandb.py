@@ -197,13 +197,13 @@ def test_each_secret_is_taken_by_itself_and_none_is_printed(monkeypatch, capsys,
     assert "KAGGLE_API_TOKEN" not in os.environ and capsys.readouterr() == ("", "")
 
 
-def test_a_secret_that_never_comes_stops_neither_the_notebook_nor_the_others(monkeypatch):
+def test_a_secret_that_never_comes_stops_neither_the_notebook_nor_those_before_it(monkeypatch):
     never = threading.Event()
     colab(
         monkeypatch,
         userdata=SimpleNamespace(get=lambda name: never.wait() if name == "A" else "not-a-key"),
     )
-    load_secrets("A", "KAGGLE_KEY", seconds=0.5)
+    load_secrets("KAGGLE_KEY", "A", seconds=0.5)
     assert os.environ["KAGGLE_KEY"] == "not-a-key" and "A" not in os.environ
     never.set()
 
