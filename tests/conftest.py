@@ -1,3 +1,5 @@
+"""The order in which to read the tests, which is the order in which they run; and what many of them use."""
+
 import sys
 from pathlib import Path
 
@@ -9,6 +11,56 @@ sys.path[:0] = [str(TESTS.parent), str(TESTS)]
 pytest.register_assert_rewrite("support")
 
 import helpers  # noqa: E402
+
+READING_ORDER = {
+    "data": [
+        "test_data",  # windows, labels, the order of the batches
+        "test_columns",  # HTK's columns and torchaudio's; 28 of them, or fewer
+        "test_cache",  # the packed copy
+        "test_practice",  # the practice corpus
+        "test_librispeech",  # the LibriSpeech corpus
+    ],
+    "augmentation": ["test_masks"],  # masks, warps, dropout
+    "network and training": [
+        "test_config",
+        "test_training",  # network, optimizers, schedules, loops
+        "test_cuda",
+        "test_additions",  # parts of one's own
+    ],
+    "decoding and metrics": ["test_decoding", "test_metrics"],
+    "resuming": [
+        "test_resume",  # checkpoints, kills, full disks
+        "test_code",  # a run belongs to the code that made it
+        "test_runs",  # finished runs
+        "test_edited",  # cells edited, run twice, out of order, interrupted
+    ],
+    "submission": ["test_submission"],
+    "damage": ["test_bad_data", "test_interrupts"],
+    "rooms": [
+        "test_sources",  # where the data come from: beside the notebook, Kaggle's mounts
+        "test_drive",  # Google Drive
+        "test_secrets",  # no keys in the files
+    ],
+    "wandb": ["test_wandb"],
+    "the whole notebook": ["test_notebook"],
+}
+
+
+def pytest_configure(config):
+    config.addinivalue_line(
+        "markers", 'slow: takes several seconds; pytest -m "not slow" leaves it out'
+    )
+
+
+def pytest_collection_modifyitems(items):
+    """Put the files in READING_ORDER; one that is not in it comes last."""
+    modules = [module for modules in READING_ORDER.values() for module in modules]
+
+    def place(item):
+        name = item.module.__name__
+        return modules.index(name) if name in modules else len(modules)
+
+    items.sort(key=place)
 
 
 @pytest.fixture(scope="session")

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 from support import kills
-from support.notebook import NOTEBOOK, ROOT, TINY, Session, code_cells, wandb_values
+from support.configs import QUICK, TINY
+from support.notebook import NOTEBOOK, ROOT, Session, code_cells, wandb_values
 from torch import nn
 from torch.optim import lr_scheduler
 from torch.utils.data import ConcatDataset, DataLoader, Subset, WeightedRandomSampler
@@ -19,7 +20,7 @@ from helpers import DataError, RunError
 
 TRAINING, CHECK, RESULTS = "run = make_run(config)\n", "def options", "results = evaluate_best(run)"
 LAST = "# @title The last entries of the wandb run"
-QUICK = {**TINY, "batch_size": 128}
+FEW_FRAMES = {**TINY, "batch_size": 128}  # of the corpus `small`
 SECTION = (ROOT / "README.md").read_text("utf-8").split("## Change something")[1].split("\n## ")[0]
 BLOCKS = {
     re.search(r'config\.update\(Name="(.*?)"', block)[1]: block
@@ -46,7 +47,7 @@ def small(tmp_path_factory):
 @pytest.fixture
 def session(corpus, tmp_path):
     """All cells before the training cell have been run."""
-    session = Session(tmp_path, corpus, {**QUICK, "batch_size": 1024})
+    session = Session(tmp_path, corpus, QUICK)
     session.run_all(until=TRAINING)
     session.run("def evaluate_best")
     return session
@@ -57,8 +58,8 @@ def session(corpus, tmp_path):
 
 def run_with(block, runs, data, stop_at_step=None):
     """The whole notebook with a block of the README before the check; interrupted at this step of the optimizer."""
-    session, count, step = Session(runs, data, QUICK), [0], torch.optim.AdamW.step
-    cells = code_cells(QUICK)
+    session, count, step = Session(runs, data, FEW_FRAMES), [0], torch.optim.AdamW.step
+    cells = code_cells(FEW_FRAMES)
     place = next(i for i, source in enumerate(cells) if CHECK in source)
 
     def stop(*arguments, **options):

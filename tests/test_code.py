@@ -9,13 +9,14 @@ import textwrap
 
 import pytest
 import torch
-from support.notebook import TINY, Session, code_cells
+from support import configs
+from support.notebook import Session, code_cells
 from support.reference import packed_equal, write_partition
 
 import helpers
 from helpers import RunError, code_differences, code_of, code_of_network
 
-QUICK = {**TINY, "epochs": 1, "batch_size": 1024, "wandb": "disabled"}
+QUICK = {**configs.QUICK, "epochs": 1}
 TRAINING = "run = make_run(config)\n"
 NUMBERS = itertools.count()
 

@@ -5,7 +5,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from support.notebook import TINY, definitions
+from support.configs import TINY
+from support.notebook import definitions
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
     FakeTensor,

@@ -11,6 +11,7 @@ from unittest import mock
 
 import pytest
 import torch
+from support.damage import CUT, FLIPPED, FOREIGN, damaged_by
 from support.notebook import ROOT
 
 import helpers
@@ -138,18 +139,14 @@ def test_it_is_copied_before_ten_minutes_of_training_are_at_stake(places):
     assert helpers.DRIVE_SECONDS < 600
 
 
-@pytest.mark.parametrize("damage", ["bit", "end", "empty", "foreign"])
+@damaged_by(CUT, FLIPPED, FOREIGN)
 def test_a_damaged_copy_is_not_fetched_and_is_the_next_to_be_overwritten(places, damage):
     run, drive, later = places
     for epochs in (1, 2):
         train_to(run, epochs)
         copy_to_drive(run, drive)
     newest = drive / "checkpoint-b.zip"
-    content = bytearray(newest.read_bytes())
-    content[len(content) // 2] ^= 1
-    newest.write_bytes(
-        {"bit": content, "end": content[:-100], "empty": b"", "foreign": b"x" * 10_000}[damage]
-    )
+    newest.write_bytes(damage(newest.read_bytes()))
     restore_from_drive(later, drive)
     assert epochs_of(later) == 1
     older = (drive / "checkpoint-a.zip").read_bytes()

@@ -10,7 +10,8 @@ from unittest.mock import Mock
 
 import numpy as np
 import pytest
-from support.notebook import ROOT, TINY, run_cells
+from support.configs import TINY
+from support.notebook import ROOT, run_cells
 from support.reference import contents, labels_at_centres
 
 import helpers

@@ -8,7 +8,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from support.notebook import TINY, definitions
+from support.configs import PLAIN
+from support.notebook import definitions
 from torch import nn
 from torchsummaryX import summary
 
@@ -18,18 +19,6 @@ from helpers import PHONEMES, RunError
 BOOK = definitions()
 OPTIONS = BOOK["options"]()
 
-PLAIN = {
-    **TINY,
-    "num_layers": 3,
-    "context": 2,
-    "batch_norm": False,
-    "dropout": 0,
-    "augmentations": None,
-    "wandb": "disabled",
-    "warp": 0,
-    "dropout_scale": 1,
-    "lr_scale": 1,
-}
 CONTEXT = 2
 INPUT = (2 * CONTEXT + 1) * 28
 DATA_28 = SimpleNamespace(coefficients=28)

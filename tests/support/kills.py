@@ -14,19 +14,12 @@ import torch
 from tqdm import tqdm
 
 import helpers
-from support.notebook import TINY, run_cells
+from support.configs import RANDOM
+from support.notebook import run_cells
 
-# dropout and masks draw from the random states, which a resume must bring back too
-CHANGES = {
-    **TINY,
-    "epochs": 4,
-    "dropout_alternate": False,
-    "augmentations": "Both",
-    "wandb": "disabled",
-}
 CONFIGS = {
-    "adamw, cosineanneal": CHANGES,
-    "sgd, reducelronplateau": {**CHANGES, "optimizers": "sgd", "scheduler": "reducelronplateau"},
+    "adamw, cosineanneal": RANDOM,
+    "sgd, reducelronplateau": {**RANDOM, "optimizers": "sgd", "scheduler": "reducelronplateau"},
 }
 TRAINING = "run = make_run(config)\n"  # in the cell that trains
 PAUSE = 0.1  # seconds at each of the five steps of writing a checkpoint: so that random kills land there too
@@ -112,7 +105,7 @@ def _run(runs, data, changes, stop, pause):
         raise
 
 
-def start(runs, data, changes=CHANGES, stop=None, pause=0.0):
+def start(runs, data, changes=RANDOM, stop=None, pause=0.0):
     """Start a run in a child process.
 
     stop: a place, such as "writing checkpoint.pt, part 2", at which the child waits to be killed.
@@ -152,7 +145,7 @@ def kill(child, runs, delay=None):
     return where[-1] if where else "before training"
 
 
-def finish(runs, data, changes=CHANGES):
+def finish(runs, data, changes=RANDOM):
     """Let a run come to its end. Returns what it printed."""
     child = start(runs, data, changes)
     child.join(120)

@@ -13,13 +13,6 @@ from unittest import mock
 
 ROOT = Path(__file__).resolve().parents[2]
 NOTEBOOK = ROOT / "hw1p2_starter.ipynb"
-TINY = {
-    "archetype": "pyramid",
-    "num_layers": 2,
-    "context": 5,
-    "batch_size": 256,
-    "epochs": 2,
-}  # seconds on a CPU
 CELLS = itertools.count()  # that were executed
 
 
