@@ -10,7 +10,8 @@ import pytest
 import torch
 from support import kills
 from support.configs import QUICK, TINY
-from support.notebook import NOTEBOOK, ROOT, Session, code_cells, wandb_values
+from support.notebook import NOTEBOOK, ROOT, Session, code_cells
+from support.wandb_runs import finished_records, wandb_values
 from torch import nn
 from torch.optim import lr_scheduler
 from torch.utils.data import ConcatDataset, DataLoader, Subset, WeightedRandomSampler
@@ -511,7 +512,6 @@ def test_a_trial_of_a_sweep_has_the_whole_config_its_best_accuracy_and_its_files
 ):
     """As wandb's agent calls it: `wandb.init` gives a run whose config the sweep has set."""
     import wandb
-    from test_wandb import finished_records
 
     session = Session(tmp_path, corpus, {**TINY, "recipe": "original"}, wandb_mode="offline")
     session.run_all(until=TRAINING)

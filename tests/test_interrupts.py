@@ -24,7 +24,7 @@ LABELS = np.random.default_rng(0).choice(helpers.PHONEMES[:40], 100_000)
 
 
 def librispeech(tmp_path):
-    from test_librispeech import row, write
+    from support.librispeech import row, write
 
     source = write(tmp_path / "x.parquet", [row(f"{i}-0") for i in range(15)])
     return lambda folder: folder.exists() or helpers.make_librispeech_corpus(folder, source)

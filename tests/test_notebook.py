@@ -10,7 +10,8 @@ import pandas as pd
 import pytest
 from nbclient import NotebookClient
 from support.configs import TINY
-from support.notebook import NOTEBOOK, ROOT, Session, execute, wandb_records, wandb_values
+from support.notebook import NOTEBOOK, ROOT, Session, execute
+from support.wandb_runs import wandb_records, wandb_values
 
 import helpers
 
