@@ -1,8 +1,10 @@
 """The order in which to read the tests, which is the order in which they run; and what many of them use."""
 
+import random
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -11,6 +13,8 @@ sys.path[:0] = [str(TESTS.parent), str(TESTS)]
 pytest.register_assert_rewrite("support")
 
 import helpers  # noqa: E402
+
+torch.set_num_threads(1)  # small matrices are quickest so, above all beside other work
 
 READING_ORDER = {
     "data": [
@@ -71,10 +75,17 @@ def corpus(tmp_path_factory):
     return root
 
 
-@pytest.fixture(scope="module")
-def one_thread():
-    """Small matrices are quickest in one thread, above all beside other work."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+@pytest.fixture(autouse=True)
+def seed():
+    """What a test draws from the global generators is the same in each run."""
+    random.seed(23)
+    np.random.seed(23)
+    torch.manual_seed(23)
+
+
+@pytest.fixture
+def draw():
+    """Random moments, others in each run. The seed is shown where the test fails."""
+    seed = random.SystemRandom().randrange(2**32)
+    print(f"draw = random.Random({seed})")
+    return random.Random(seed)

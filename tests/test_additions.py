@@ -34,8 +34,6 @@ BLOCKS = {
     if "fold-0" in block
 ]
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory):

@@ -20,8 +20,6 @@ QUICK = {**configs.QUICK, "epochs": 1}
 TRAINING = "run = make_run(config)\n"
 NUMBERS = itertools.count()
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 def define(source, **known):
     """The names that a source defines; the source can be had, as in a notebook."""

@@ -18,8 +18,6 @@ TRAINING, RESULTS = "run = make_run(config)\n", "results = evaluate_best(run)"
 SUBMISSION = "predictions = test(run, "
 LAST = "# @title The last entries of the wandb run"
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 @pytest.fixture
 def session(corpus, tmp_path):

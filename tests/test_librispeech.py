@@ -2,14 +2,11 @@
 
 import io
 import json
-import os
-import random
-import subprocess
-import sys
 from unittest.mock import Mock
 
 import numpy as np
 import pytest
+from support import kills
 from support.configs import TINY
 from support.librispeech import (
     RATE,
@@ -25,7 +22,7 @@ from support.librispeech import (
     spoken,
     write,
 )
-from support.notebook import ROOT, run_cells
+from support.notebook import run_cells
 from support.reference import contents, labels_at_centres
 
 import helpers
@@ -399,35 +396,26 @@ def test_a_full_disk_is_reported_with_what_is_needed(tmp_path, monkeypatch):
     assert len(list((tmp_path / "a").rglob("*.npy"))) == 9
 
 
-CONVERT = """
-import datasets, helpers, sys
-print("begun", flush=True)
-helpers.make_librispeech_corpus(sys.argv[1], sys.argv[2])
-"""
+def convert(report, root, source):
+    report.send("begun")
+    make_librispeech_corpus(root, source)
 
 
-def test_killed_at_random_moments_it_ends_with_the_same_bytes(speech, corpus, tmp_path):
-    kills, draw = 0, random.Random()
+def test_killed_at_random_moments_it_ends_with_the_same_bytes(speech, corpus, tmp_path, draw):
+    killed = 0
     while not (tmp_path / "librispeech").exists():
-        child = subprocess.Popen(
-            [sys.executable, "-c", CONVERT, tmp_path / "librispeech", speech],
-            text=True,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            env={**os.environ, "PYTHONPATH": str(ROOT)},
-        )
-        assert child.stdout.readline() == "begun\n", child.stderr.read()
-        try:  # the first time at once, so that even the fastest machine is killed; all of it takes a third of a second
-            _, errors = child.communicate(
-                timeout=draw.uniform(0, 0.1 * kills) if kills < 4 else 120
-            )
-            assert child.returncode == 0, errors
-        except subprocess.TimeoutExpired:
+        child, received = kills.start_reporting(convert, tmp_path / "librispeech", speech)
+        received.recv()
+        # the first time at once, so that even the fastest machine is killed
+        child.join(draw.uniform(0, 0.1 * killed) if killed < 4 else 120)
+        if child.exitcode is None:
             child.kill()
-            child.communicate()
-            kills += 1
-            assert kills <= 4, "it does not come to its end in two minutes"
-    assert kills
+            child.join()
+            killed += 1
+            assert killed <= 4, "it does not come to its end in two minutes"
+        else:
+            assert child.exitcode == 0
+    assert killed
     assert contents(tmp_path / "librispeech") == contents(corpus)
     assert len(json.loads(contents(corpus)["000-000.json"])) == 2
 

@@ -5,7 +5,6 @@ import errno
 import gc
 import os
 import pickle
-import random
 import re
 import shutil
 import subprocess
@@ -28,9 +27,6 @@ BOOK = definitions()
 CONFIG, OPTIONS = BOOK["config"], BOOK["options"]()
 ADAMW, SGD = kills.CONFIGS.values()
 QUICK = {**UNPLANNED, "epochs": 1}
-
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 # ---- Killed runs -------------------------------------------------------------------------------------------
 
@@ -62,9 +58,8 @@ def test_a_run_killed_at_every_step_of_writing_ends_like_one_never_killed(whole,
 
 @pytest.mark.parametrize("changes, expected", [(ADAMW, 0), (SGD, 1)], ids=["adamw", "sgd"])
 def test_a_run_killed_at_random_moments_ends_like_one_never_killed(
-    whole, corpus, tmp_path, changes, expected
+    whole, corpus, tmp_path, changes, expected, draw
 ):
-    draw = random.Random()  # other moments each time
     places = []
     for _ in range(4):
         child = kills.start(tmp_path, corpus, changes, pause=kills.PAUSE)

@@ -19,8 +19,6 @@ TRAINING, RESULTS = "run = make_run(config)\n", "results = evaluate_best(run)"
 SUBMISSION = "predictions = test(run, "
 PHONEMES = np.array(helpers.PHONEMES)
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 @pytest.fixture(scope="module")
 def trained(corpus, tmp_path_factory):

@@ -23,8 +23,6 @@ CONTEXT = 2
 INPUT = (2 * CONTEXT + 1) * 28
 DATA_28 = SimpleNamespace(coefficients=28)
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 @pytest.fixture
 def book():

@@ -41,6 +41,7 @@ server.set_forkserver_preload(
         "nbclient",
         "nbformat",
         "tqdm.auto",
+        "datasets",
     ]
 )
 
@@ -151,6 +152,15 @@ def finish(runs, data, changes=RANDOM):
     child.join(120)
     assert child.exitcode == 0, (runs / "log").read_text()
     return (runs / "log").read_text()
+
+
+def start_reporting(function, *arguments):
+    """Start function(report, *arguments) in a child: (child, what `report.send` was given is received here)."""
+    received, report = server.Pipe(duplex=False)
+    child = server.Process(target=function, args=(report, *arguments))
+    child.start()
+    report.close()  # the child has it now: when it is gone, there is no more to receive
+    return child, received
 
 
 def in_child(function, *arguments):
