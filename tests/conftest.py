@@ -12,6 +12,8 @@ TESTS = Path(__file__).resolve().parent
 sys.path[:0] = [str(TESTS.parent), str(TESTS)]
 pytest.register_assert_rewrite("support")
 
+from support.reference import cut_corpus  # noqa: E402
+
 import helpers  # noqa: E402
 
 torch.set_num_threads(1)  # small matrices are quickest so, above all beside other work
@@ -68,11 +70,26 @@ def pytest_collection_modifyitems(items):
 
 
 @pytest.fixture(scope="session")
-def corpus(tmp_path_factory):
-    """A tiny practice corpus, read only: 24, 4 and 3 utterances."""
+def practice_corpus(tmp_path_factory):
     root = tmp_path_factory.mktemp("practice") / "corpus"
     helpers.make_practice_corpus(root, (24, 4, 3))
     return root
+
+
+@pytest.fixture(scope="session")
+def corpus(practice_corpus):
+    """A tiny practice corpus, read only: 24, 4 and 3 utterances.
+
+    Files whose tests train many runs, and where it does not matter how much these learn, have a
+    fixture of this name that gives `short_corpus`.
+    """
+    return practice_corpus
+
+
+@pytest.fixture(scope="session")
+def short_corpus(practice_corpus, tmp_path_factory):
+    """The same, each utterance cut after two seconds."""
+    return cut_corpus(practice_corpus, tmp_path_factory.mktemp("short") / "corpus", frames=200)
 
 
 @pytest.fixture(autouse=True)

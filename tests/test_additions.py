@@ -11,6 +11,7 @@ import torch
 from support import kills
 from support.configs import QUICK, TINY
 from support.notebook import NOTEBOOK, ROOT, Session, code_cells
+from support.reference import cut_corpus
 from support.wandb_runs import finished_records, wandb_values
 from torch import nn
 from torch.optim import lr_scheduler
@@ -38,9 +39,14 @@ BLOCKS = {
 @pytest.fixture(scope="module")
 def small(tmp_path_factory):
     """A corpus with two utterances for training: the networks here are large."""
-    root = tmp_path_factory.mktemp("small") / "corpus"
-    helpers.make_practice_corpus(root, (2, 1, 1))
-    return root
+    root = tmp_path_factory.mktemp("small")
+    helpers.make_practice_corpus(root / "whole", (2, 1, 1))
+    return cut_corpus(root / "whole", root / "corpus", frames=300)
+
+
+@pytest.fixture(scope="module")
+def corpus(short_corpus):
+    return short_corpus
 
 
 @pytest.fixture

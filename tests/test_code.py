@@ -204,6 +204,11 @@ def test_a_network_is_known_by_its_layers_compiled_or_not():
 
 
 @pytest.fixture(scope="module")
+def corpus(short_corpus):
+    return short_corpus
+
+
+@pytest.fixture(scope="module")
 def trained(corpus, tmp_path_factory):
     """A runs folder with a finished run."""
     runs = tmp_path_factory.mktemp("trained")

@@ -19,6 +19,11 @@ SUBMISSION = "predictions = test(run, "
 LAST = "# @title The last entries of the wandb run"
 
 
+@pytest.fixture(scope="module")
+def corpus(short_corpus):
+    return short_corpus
+
+
 @pytest.fixture
 def session(corpus, tmp_path):
     """All cells before the training cell have been run."""

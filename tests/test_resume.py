@@ -32,6 +32,11 @@ QUICK = {**UNPLANNED, "epochs": 1}
 
 
 @pytest.fixture(scope="module")
+def corpus(short_corpus):
+    return short_corpus
+
+
+@pytest.fixture(scope="module")
 def whole(corpus, tmp_path_factory):
     """What runs that are never killed leave."""
     outcomes = []

@@ -21,6 +21,11 @@ PHONEMES = np.array(helpers.PHONEMES)
 
 
 @pytest.fixture(scope="module")
+def corpus(short_corpus):
+    return short_corpus
+
+
+@pytest.fixture(scope="module")
 def trained(corpus, tmp_path_factory):
     """(Runs folder, session) with two finished runs, of the seeds 23 and 24; the first one's second epoch is worse."""
     runs = tmp_path_factory.mktemp("trained")
