@@ -1,5 +1,8 @@
 """Parts of one's own: the README's additions as they stand there, and what else people put into the tables."""
 
+import contextlib
+import functools
+import io
 import json
 import re
 from functools import partial
@@ -78,44 +81,58 @@ def run_with(block, runs, data, stop_at_step=None):
     return session
 
 
+@pytest.fixture(scope="module")
+def whole_run(small, tmp_path_factory):
+    """A function: the name of an addition -> a session with it that was never stopped, and what it printed."""
+    runs = tmp_path_factory.mktemp("whole")
+
+    @functools.cache
+    def run(name):
+        with contextlib.redirect_stdout(io.StringIO()) as printed:
+            session = run_with(BLOCKS[name], runs, small)
+        return session, printed.getvalue()
+
+    return run
+
+
 def test_there_are_four_additions():
     assert [*BLOCKS] == ["one cycle", "weighted", "noise", "residual"]
     assert all(len(block.splitlines()) <= 14 for block in BLOCKS.values())
 
 
 @pytest.mark.parametrize("name", BLOCKS)
-def test_an_addition_runs_to_the_csv_and_resumed_ends_with_the_same_bits(small, tmp_path, name):
-    whole = run_with(BLOCKS[name], tmp_path / "whole", small)
+def test_an_addition_runs_to_the_csv_and_resumed_ends_with_the_same_bits(
+    whole_run, small, tmp_path, name
+):
+    whole, _ = whole_run(name)
+    runs = whole["run"].folder.parent
     steps = len(whole["train_loader"])
     assert len(whole["history"]) == 2 and whole["run"].config["Name"] == name
-    labels = helpers.read_submission(
-        tmp_path / "whole" / name / "submission.csv", len(whole["test_data"])
-    )
+    labels = helpers.read_submission(runs / name / "submission.csv", len(whole["test_data"]))
     assert list(labels) == list(whole["predictions"])
     with pytest.raises(KeyboardInterrupt):
-        run_with(BLOCKS[name], tmp_path / "stopped", small, stop_at_step=steps + steps // 2)
-    again = run_with(BLOCKS[name], tmp_path / "stopped", small)  # in a new kernel
+        run_with(BLOCKS[name], tmp_path, small, stop_at_step=steps + steps // 2)
+    again = run_with(BLOCKS[name], tmp_path, small)  # in a new kernel
     assert "1 of 2 epochs are there, resuming" in again["run"].message
-    assert kills.outcome(tmp_path / "stopped", name) == kills.outcome(tmp_path / "whole", name)
+    assert kills.outcome(tmp_path, name) == kills.outcome(runs, name)
 
 
-def test_one_cycle_is_stepped_after_each_batch(small, tmp_path):
-    run = run_with(BLOCKS["one cycle"], tmp_path, small)["run"]
+def test_one_cycle_is_stepped_after_each_batch(whole_run):
+    session, _ = whole_run("one cycle")
+    run = session["run"]
     steps, peak = len(run.train_loader), 0.001 * 2 * (1600 / 512) ** 0.5
     assert run.scheduler.last_epoch == 2 * steps
     first, second = (row["learning_rate"] for row in run.history)
     assert first == pytest.approx(peak / 25) and peak / 25 < second < peak
 
 
-def test_the_residual_networks_rates_are_scaled_by_its_width(small, tmp_path, capsys):
-    run = run_with(BLOCKS["residual"], tmp_path, small)["run"]
+def test_the_residual_networks_rates_are_scaled_by_its_width(whole_run):
+    session, printed = whole_run("residual")
+    run = session["run"]
     assert run.history[0]["learning_rate"] == pytest.approx(0.001 * 2 * (1600 / 1024) ** 0.5)
     rates = [layer.p for layer in run.model.modules() if isinstance(layer, nn.Dropout)]
     assert rates == pytest.approx([2 * 0.2 * 1024 / 1600] * 6)
-    assert (
-        "the rates of its 6 dropout layers x 0.10 in the first epoch, x 2.00 in the last"
-        in capsys.readouterr().out
-    )
+    assert "6 dropout layers x 0.10 in the first epoch, x 2.00 in the last" in printed
 
 
 def test_an_addition_may_come_when_the_notebook_has_run(session):
@@ -428,13 +445,9 @@ COMPILED = {
 }
 
 
-@pytest.mark.parametrize(
-    "before, after",
-    [("whole", "not"), ("not", "whole"), ("a part", "whole"), ("in place", "a part")],
-)
-def test_a_compiled_run_opens_without_compile_and_the_other_way_round(session, before, after):
+def test_a_compiled_run_opens_without_compile_and_the_other_way_round(session):
     session["config"].update(scheduler="steplr", dropout_scale=1)
-    for epochs, how in ((1, before), (2, after)):
+    for epochs, how in enumerate(("in place", "a part", "whole", "not", "whole"), start=1):
         run = session.call("make_run", session["config"], {"epochs": epochs})
         run.model = COMPILED[how](run.model)
         history = session.call("fit", run)

@@ -114,7 +114,7 @@ def test_the_old_runs_folder_is_free_when_another_one_has_begun(session):
     assert kills.in_child(helpers.lock_run, session["run"].folder) == 1
 
 
-@pytest.mark.parametrize("name", ["exp 1 (lr=0.01)", "x" * 130, "ü" * 100, "lr=0.001, Jürgen's"])
+@pytest.mark.parametrize("name", ["exp 1 (lr=0.001), Jürgen's " + "x" * 130, "ü" * 100])
 def test_a_name_that_passes_the_check_works_to_the_end(corpus, tmp_path, name):
     session = Session(
         tmp_path, corpus, {**UNPLANNED, "epochs": 1, "Name": name}, wandb_mode="offline"

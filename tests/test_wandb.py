@@ -502,7 +502,7 @@ def test_a_key_and_no_connection_is_offline_and_no_key_is_too(tmp_path, place):
         (tmp_path / ".netrc").write_text(f"machine {host}\n  login user\n  password {key}\n")
         (tmp_path / ".netrc").chmod(0o600)
     # with a key the wait may be cut short; without one, wandb's answer is to be seen
-    first = LOOPBACK + f"helpers.LOGIN_SECONDS = {60 if place == 'none' else 6}"
+    first = LOOPBACK + f"helpers.LOGIN_SECONDS = {60 if place == 'none' else 2}"
     environment = {"WANDB_API_KEY": key} if place == "environment" else {}
     result = start_in_a_process("auto", first, "unshare", "-n", **environment)
     assert result.returncode == 0 and "MODE offline" in result.stdout, result.stderr
@@ -529,7 +529,7 @@ LOSE = "print('READY', flush=True); sys.stdin.readline()"
 
 
 @pytest.mark.parametrize("way", ["ends", "hangs"])
-def test_a_connection_that_is_lost_in_training_costs_a_minute_and_no_result(tmp_path, server, way):
+def test_a_connection_that_is_lost_in_training_costs_some_time_and_no_result(tmp_path, server, way):
     """Of a run in a process of its own, which comes to its end."""
 
     def lose():
@@ -538,7 +538,8 @@ def test_a_connection_that_is_lost_in_training_costs_a_minute_and_no_result(tmp_
         else:
             server.hangs_at = lambda request: True
 
-    result = start_in_a_process("online", "helpers.UPLOAD_SECONDS = 40", then=LOSE, during=lose)
+    limits = "helpers.WANDB_SECONDS, helpers.UPLOAD_SECONDS, helpers.LAST_SECONDS = 20, 10, 3"
+    result = start_in_a_process("online", limits, then=LOSE, during=lose)
     assert result.returncode == 0 and "MODE offline" in result.stdout, (
         result.stdout,
         result.stderr,
@@ -556,7 +557,7 @@ def test_a_connection_that_is_lost_in_training_costs_a_minute_and_no_result(tmp_
 def test_a_run_that_the_server_does_not_create_is_kept_offline_under_its_own_id(
     tmp_path, server, monkeypatch, way
 ):
-    monkeypatch.setattr(helpers, "WANDB_SECONDS", 20)
+    monkeypatch.setattr(helpers, "WANDB_SECONDS", 8)
     if way == "hangs":
         server.hangs_at = lambda request: "upsertBucket" in request
     else:
