@@ -1,5 +1,8 @@
 """Parts of one's own: the README's additions as they stand there, and what else people put into the tables."""
 
+import contextlib
+import functools
+import io
 import json
 import re
 from functools import partial
@@ -9,7 +12,10 @@ import numpy as np
 import pytest
 import torch
 from support import kills
-from support.notebook import NOTEBOOK, ROOT, TINY, Session, code_cells, wandb_values
+from support.configs import QUICK, TINY
+from support.notebook import NOTEBOOK, ROOT, Session, code_cells
+from support.reference import cut_corpus
+from support.wandb_runs import finished_records, wandb_values
 from torch import nn
 from torch.optim import lr_scheduler
 from torch.utils.data import ConcatDataset, DataLoader, Subset, WeightedRandomSampler
@@ -19,7 +25,7 @@ from helpers import DataError, RunError
 
 TRAINING, RESULTS = "run = make_run(config)\n", "results = evaluate_best(run)"
 LAST = "helpers.finish_wandb(run, results, submission)"
-QUICK = {**TINY, "batch_size": 128}
+FEW_FRAMES = {**TINY, "batch_size": 128}  # of the corpus `small`
 SECTION = (ROOT / "README.md").read_text("utf-8").split("## Change something")[1].split("\n## ")[0]
 BLOCKS = {
     re.search(r'config\.update\(Name="(.*?)"', block)[1]: block
@@ -31,21 +37,24 @@ EXAMPLES = re.findall(r"```python\n(.*?)```", TEXT, re.S)  # in the notebook's t
 [FOLD] = [block for block in EXAMPLES if "fold-0" in block]
 [TRIAL] = [block for block in EXAMPLES if "def trial" in block]
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory):
     """A corpus with two utterances for training: the networks here are large."""
-    root = tmp_path_factory.mktemp("small") / "corpus"
-    helpers.make_practice_corpus(root, (2, 1, 1))
-    return root
+    root = tmp_path_factory.mktemp("small")
+    helpers.make_practice_corpus(root / "whole", (2, 1, 1))
+    return cut_corpus(root / "whole", root / "corpus", frames=300)
+
+
+@pytest.fixture(scope="module")
+def corpus(short_corpus):
+    return short_corpus
 
 
 @pytest.fixture
 def session(corpus, tmp_path):
     """All cells before the training cell have been run."""
-    session = Session(tmp_path, corpus, {**QUICK, "batch_size": 1024})
+    session = Session(tmp_path, corpus, QUICK)
     session.run_all(until=TRAINING)
     session.run("def evaluate_best")
     return session
@@ -55,9 +64,9 @@ def session(corpus, tmp_path):
 
 
 def run_with(block, runs, data, stop_at_step=None):
-    """The whole notebook with a block of the README behind its table; interrupted at this step of the optimizer."""
-    session, count, step = Session(runs, data, QUICK), [0], torch.optim.AdamW.step
-    cells = code_cells(QUICK)
+    """The notebook with a block of the README behind its table; interrupted at this step."""
+    session, count, step = Session(runs, data, FEW_FRAMES), [0], torch.optim.AdamW.step
+    cells = code_cells(FEW_FRAMES)
     [table] = re.findall(r"^([A-Z]+)\[", block, re.M)
     [place] = [i + 1 for i, source in enumerate(cells) if re.search(rf"^{table} = ", source, re.M)]
 
@@ -72,44 +81,58 @@ def run_with(block, runs, data, stop_at_step=None):
     return session
 
 
+@pytest.fixture(scope="module")
+def whole_run(small, tmp_path_factory):
+    """A function: the name of an addition -> a session with it that was never stopped, and what it printed."""
+    runs = tmp_path_factory.mktemp("whole")
+
+    @functools.cache
+    def run(name):
+        with contextlib.redirect_stdout(io.StringIO()) as printed:
+            session = run_with(BLOCKS[name], runs, small)
+        return session, printed.getvalue()
+
+    return run
+
+
 def test_there_are_four_additions():
     assert [*BLOCKS] == ["one cycle", "weighted", "noise", "residual"]
     assert all(len(block.splitlines()) <= 14 for block in BLOCKS.values())
 
 
 @pytest.mark.parametrize("name", BLOCKS)
-def test_an_addition_runs_to_the_csv_and_resumed_ends_with_the_same_bits(small, tmp_path, name):
-    whole = run_with(BLOCKS[name], tmp_path / "whole", small)
+def test_an_addition_runs_to_the_csv_and_resumed_ends_with_the_same_bits(
+    whole_run, small, tmp_path, name
+):
+    whole, _ = whole_run(name)
+    runs = whole["run"].folder.parent
     steps = len(whole["train_loader"])
     assert len(whole["history"]) == 2 and whole["run"].config["Name"] == name
-    labels = helpers.read_submission(
-        tmp_path / "whole" / name / "submission.csv", len(whole["test_data"])
-    )
+    labels = helpers.read_submission(runs / name / "submission.csv", len(whole["test_data"]))
     assert list(labels) == list(whole["predictions"])
     with pytest.raises(KeyboardInterrupt):
-        run_with(BLOCKS[name], tmp_path / "stopped", small, stop_at_step=steps + steps // 2)
-    again = run_with(BLOCKS[name], tmp_path / "stopped", small)  # in a new kernel
+        run_with(BLOCKS[name], tmp_path, small, stop_at_step=steps + steps // 2)
+    again = run_with(BLOCKS[name], tmp_path, small)  # in a new kernel
     assert "1 of 2 epochs are done, resuming" in again["run"].message
-    assert kills.outcome(tmp_path / "stopped", name) == kills.outcome(tmp_path / "whole", name)
+    assert kills.outcome(tmp_path, name) == kills.outcome(runs, name)
 
 
-def test_one_cycle_is_stepped_after_each_batch(small, tmp_path):
-    run = run_with(BLOCKS["one cycle"], tmp_path, small)["run"]
+def test_one_cycle_is_stepped_after_each_batch(whole_run):
+    session, _ = whole_run("one cycle")
+    run = session["run"]
     steps, peak = len(run.train_loader), 0.001 * 2 * (1600 / 512) ** 0.5
     assert run.scheduler.last_epoch == 2 * steps
     first, second = (row["learning_rate"] for row in run.history)
     assert first == pytest.approx(peak / 25) and peak / 25 < second < peak
 
 
-def test_the_residual_networks_rates_are_scaled_by_its_width(small, tmp_path, capsys):
-    run = run_with(BLOCKS["residual"], tmp_path, small)["run"]
+def test_the_residual_networks_rates_are_scaled_by_its_width(whole_run):
+    session, printed = whole_run("residual")
+    run = session["run"]
     assert run.history[0]["learning_rate"] == pytest.approx(0.001 * 2 * (1600 / 1024) ** 0.5)
     rates = [layer.p for layer in run.model.modules() if isinstance(layer, nn.Dropout)]
     assert rates == pytest.approx([2 * 0.2 * 1024 / 1600] * 6)
-    assert (
-        "the rates of its 6 dropout layers x 0.10 in the first epoch, x 2.00 in the last"
-        in capsys.readouterr().out
-    )
+    assert "6 dropout layers x 0.10 in the first epoch, x 2.00 in the last" in printed
 
 
 def test_an_addition_may_come_when_the_notebook_has_run(session):
@@ -427,13 +450,9 @@ COMPILED = {
 }
 
 
-@pytest.mark.parametrize(
-    "before, after",
-    [("whole", "not"), ("not", "whole"), ("a part", "whole"), ("in place", "a part")],
-)
-def test_a_compiled_run_opens_without_compile_and_the_other_way_round(session, before, after):
+def test_a_compiled_run_opens_without_compile_and_the_other_way_round(session):
     session["config"].update(scheduler="steplr", dropout_scale=1)
-    for epochs, how in ((1, before), (2, after)):
+    for epochs, how in enumerate(("in place", "a part", "whole", "not", "whole"), start=1):
         run = session.call("make_run", session["config"], {"epochs": epochs})
         run.model = COMPILED[how](run.model)
         history = session.call("fit", run)
@@ -537,7 +556,6 @@ def test_a_trial_of_a_sweep_has_the_whole_config_its_best_accuracy_and_its_files
 ):
     """As wandb's agent calls it: `wandb.init` gives a run whose config the sweep has set."""
     import wandb
-    from test_wandb import finished_records
 
     session = Session(tmp_path, corpus, {**TINY, "recipe": "original"}, wandb_mode="offline")
     session.run_all(until=TRAINING)

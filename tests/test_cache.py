@@ -12,6 +12,7 @@ import pytest
 import safetensors.torch
 import torch
 from support import kills
+from support.damage import CUT, FOREIGN, damaged_by
 from support.reference import check_windows, packed_equal, read_partition, write_partition
 
 import helpers
@@ -129,28 +130,14 @@ def test_damage_after_caching_is_seen(small, tmp_path):
         helpers.read_partition(small, "dev-clean", cache=tmp_path)
 
 
-NOISE = np.random.default_rng(0).bytes(100)
+TENSORS = {"frames": torch.zeros(3, 28), "labels": torch.zeros(3)}
 ANOTHER = {
-    "frames": torch.zeros(3, 28),
-    "labels": torch.zeros(3),
-}  # a whole file of the same container
+    "another file of this kind": lambda data: safetensors.torch.save(TENSORS),
+    "another file with a key": lambda data: safetensors.torch.save(TENSORS, {"key": "another"}),
+}
 
 
-@pytest.mark.parametrize(
-    "damage",
-    [
-        *(
-            lambda data, share=share: data[: int(share * len(data))]
-            for share in (0, 0.001, 0.1, 0.5, 0.9, 0.999)
-        ),
-        lambda data: data[:-1],
-        lambda data: NOISE,
-        lambda data: b"\0" * len(data),
-        lambda data: NOISE + data[100:],
-        lambda data: safetensors.torch.save(ANOTHER),
-        lambda data: safetensors.torch.save(ANOTHER, {"key": "another"}),
-    ],
-)
+@damaged_by(CUT, FOREIGN, ANOTHER)
 def test_partial_and_foreign_caches_are_rebuilt(small, tmp_path, monkeypatch, damage):
     cache = tmp_path / "cache"
     expected = helpers.read_partition(small, "dev-clean")

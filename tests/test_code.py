@@ -9,17 +9,16 @@ import textwrap
 
 import pytest
 import torch
-from support.notebook import TINY, Session, code_cells
+from support import configs
+from support.notebook import Session, code_cells
 from support.reference import packed_equal, write_partition
 
 import helpers
 from helpers import RunError, code_differences, code_of, code_of_network
 
-QUICK = {**TINY, "epochs": 1, "batch_size": 1024, "wandb": "disabled"}
+QUICK = {**configs.QUICK, "epochs": 1}
 TRAINING = "run = make_run(config)\n"
 NUMBERS = itertools.count()
-
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def define(source, **known):
@@ -202,6 +201,11 @@ def test_a_network_is_known_by_its_layers_compiled_or_not():
 
 
 # ---- In the notebook ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def corpus(short_corpus):
+    return short_corpus
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,8 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from support.notebook import TINY, Session, definitions, run_cells
+from support.configs import TINY
+from support.notebook import Session, definitions, run_cells
 
 import helpers
 from helpers import AudioDataset, DataError

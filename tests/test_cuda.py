@@ -5,7 +5,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from support.notebook import TINY, definitions
+from support.configs import TINY
+from support.notebook import definitions
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
     FakeTensor,
@@ -75,11 +76,11 @@ def no_gpu(monkeypatch):
 
 
 @pytest.fixture
-def dataset(corpus):
+def dataset(short_corpus):
     """Of a dataset on the CPU, what `device="cuda"` would make."""
 
     def on_cuda(partition):
-        data = helpers.AudioDataset(corpus, partition, TINY["context"])
+        data = helpers.AudioDataset(short_corpus, partition, TINY["context"])
         with FakeTensorMode(allow_non_fake_inputs=True):
             for name in ("frames", "offsets", "labels", "stds"):
                 if getattr(data, name) is not None:

@@ -1,8 +1,8 @@
 """A run's copy on Google Drive: a plain folder stands for it. Nothing goes to its trash, and a kill loses little."""
 
+import contextlib
+import itertools
 import os
-import random
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -11,7 +11,8 @@ from unittest import mock
 
 import pytest
 import torch
-from support.notebook import ROOT
+from support import kills
+from support.damage import CUT, FLIPPED, FOREIGN, damaged_by
 
 import helpers
 from helpers import (
@@ -135,21 +136,16 @@ def test_it_is_copied_before_ten_minutes_of_training_are_at_stake(places):
             minutes,
             next_minutes,
         )
-    assert helpers.DRIVE_SECONDS < 600
 
 
-@pytest.mark.parametrize("damage", ["bit", "end", "empty", "foreign"])
+@damaged_by(CUT, FLIPPED, FOREIGN)
 def test_a_damaged_copy_is_not_fetched_and_is_the_next_to_be_overwritten(places, damage):
     run, drive, later = places
     for epochs in (1, 2):
         train_to(run, epochs)
         copy_to_drive(run, drive)
     newest = drive / "checkpoint-b.zip"
-    content = bytearray(newest.read_bytes())
-    content[len(content) // 2] ^= 1
-    newest.write_bytes(
-        {"bit": content, "end": content[:-100], "empty": b"", "foreign": b"x" * 10_000}[damage]
-    )
+    newest.write_bytes(damage(newest.read_bytes()))
     restore_from_drive(later, drive)
     assert epochs_of(later) == 1
     older = (drive / "checkpoint-a.zip").read_bytes()
@@ -185,31 +181,26 @@ def test_drive_that_is_full_or_away_does_not_stop_the_training(places, capsys, m
         restore_from_drive(later, drive)
 
 
-COPYING = """
-import itertools, sys
-sys.path[:0] = {path!r}
-from pathlib import Path
-from test_drive import copy_to_drive, restore_from_drive, train_to
-run, drive = map(Path, {places!r})
-for epochs in itertools.count({epochs} + 1):
-    train_to(run, epochs, 1_000_000)
-    copy_to_drive(run, drive)
-    print(epochs, flush=True)
-"""
+def train_and_copy(report, run, drive, epochs):
+    """One epoch after another, until it is killed."""
+    for epoch in itertools.count(epochs + 1):
+        train_to(run, epoch, 1_000_000)
+        copy_to_drive(run, drive)
+        report.send(epoch)
 
 
-def test_killed_at_any_moment_a_whole_copy_is_there(places):
+def test_killed_at_any_moment_a_whole_copy_is_there(places, draw):
     run, drive, _ = places
-    epochs, draw, seen = 0, random.Random(), {}
+    epochs, seen = 0, {}
     for number in range(4):
-        code = COPYING.format(
-            path=[str(ROOT), str(ROOT / "tests")], places=(str(run), str(drive)), epochs=epochs
-        )
-        child = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
-        done = int(child.stdout.readline())
+        child, received = kills.start_reporting(train_and_copy, run, drive, epochs)
+        done = received.recv()
         time.sleep(draw.uniform(0, 0.2))
         child.kill()
-        done = int((child.communicate()[0].split() or [done])[-1])
+        child.join()
+        with contextlib.suppress(EOFError):
+            while True:
+                done = received.recv()
         later = run.parent / f"later {number}"  # another session, another machine
         restore_from_drive(later, drive)
         epochs = epochs_of(later)

@@ -8,23 +8,26 @@ import numpy as np
 import pytest
 import torch
 from support import kills
-from support.notebook import TINY, Session, code_cells, definitions
+from support.configs import TINY, UNPLANNED
+from support.notebook import Session, code_cells, definitions
 
 import helpers
 from helpers import RunError
 
-QUICK = {**TINY, "epochs": 2, "batch_size": 1024, "scheduler": "steplr", "dropout_scale": 1}
 TRAINING, RESULTS = "run = make_run(config)\n", "results = evaluate_best(run)"
 SUBMISSION = "predictions = test(run, "
 LAST = "helpers.finish_wandb(run, results, submission)"
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+
+@pytest.fixture(scope="module")
+def corpus(short_corpus):
+    return short_corpus
 
 
 @pytest.fixture
 def session(corpus, tmp_path):
     """All cells before the training cell have been run."""
-    session = Session(tmp_path, corpus, QUICK)
+    session = Session(tmp_path, corpus, UNPLANNED)
     session.run_all(until=TRAINING)
     session.run("def evaluate_best")
     return session
@@ -47,7 +50,7 @@ def test_the_training_cell_alone_trains_what_the_config_says_now(session, corpus
     }
     session["config"].update({**changes, **numbers})
     session.run(TRAINING)
-    afresh = Session(tmp_path / "afresh", corpus, {**QUICK, **changes})
+    afresh = Session(tmp_path / "afresh", corpus, {**UNPLANNED, **changes})
     afresh.run_all(until="def evaluate_best")
     assert "b: a new run\n" in session["run"].message
     assert weights(session) == weights(afresh)
@@ -111,9 +114,11 @@ def test_the_old_runs_folder_is_free_when_another_one_has_begun(session):
     assert kills.in_child(helpers.lock_run, session["run"].folder) == 1
 
 
-@pytest.mark.parametrize("name", ["exp 1 (lr=0.01)", "x" * 130, "ü" * 100, "lr=0.001, Jürgen's"])
+@pytest.mark.parametrize("name", ["exp 1 (lr=0.001), Jürgen's " + "x" * 130, "ü" * 100])
 def test_a_name_that_passes_the_check_works_to_the_end(corpus, tmp_path, name):
-    session = Session(tmp_path, corpus, {**QUICK, "epochs": 1, "Name": name}, wandb_mode="offline")
+    session = Session(
+        tmp_path, corpus, {**UNPLANNED, "epochs": 1, "Name": name}, wandb_mode="offline"
+    )
     session.run_all()
     assert (tmp_path / name / "submission.csv").exists() and list(
         (tmp_path / name / "wandb").glob("offline-run-*")
@@ -134,7 +139,12 @@ def test_a_trial_of_a_sweep_with_many_keys_gets_a_name(session):
         "time_mask_param",
         "weight_initialization",
     )
-    changes = {**{key: session["config"][key] for key in keys}, **QUICK, "subset": 0.5, "epochs": 1}
+    changes = {
+        **{key: session["config"][key] for key in keys},
+        **UNPLANNED,
+        "subset": 0.5,
+        "epochs": 1,
+    }
     config, history = session.call("run_variant", changes)
     assert (
         len(history) == 1
@@ -197,7 +207,9 @@ def test_what_the_user_must_know_is_still_there_when_the_figure_is_drawn(
 
 
 def test_every_cell_may_be_run_twice(corpus, tmp_path):
-    twice, once = (Session(tmp_path / name, corpus, QUICK, "offline") for name in ("twice", "once"))
+    twice, once = (
+        Session(tmp_path / name, corpus, UNPLANNED, "offline") for name in ("twice", "once")
+    )
     once.run_all()
     twice.run_all(until="def options")
     for source in code_cells()[
@@ -317,7 +329,7 @@ def test_an_interrupted_training_run_again_ends_with_the_same_weights(
         session.call(
             "fit", session["run"]
         )  # its network and optimizer are as the interrupt has left them
-    whole = Session(tmp_path / "whole", corpus, QUICK)
+    whole = Session(tmp_path / "whole", corpus, UNPLANNED)
     whole.run_all(until="def evaluate_best")
     assert weights(session) == weights(whole) and weights(session, "best.pt") == weights(
         whole, "best.pt"

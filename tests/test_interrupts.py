@@ -4,7 +4,6 @@ The same process starts again, as after a notebook's stop button. (Training, and
 """
 
 import os
-import random
 import time
 
 import numpy as np
@@ -15,16 +14,15 @@ from support.reference import contents
 
 import helpers
 
-pytestmark = [
-    pytest.mark.usefixtures("one_thread"),
-    pytest.mark.skipif(os.name == "nt", reason="a process cannot press Ctrl-C for itself there"),
-]
+pytestmark = pytest.mark.skipif(
+    os.name == "nt", reason="a process cannot press Ctrl-C for itself there"
+)
 STATE = {"model": torch.arange(4e6), "config": {}}
 LABELS = np.random.default_rng(0).choice(helpers.PHONEMES[:40], 100_000)
 
 
 def librispeech(tmp_path):
-    from test_librispeech import row, write
+    from support.librispeech import row, write
 
     source = write(tmp_path / "x.parquet", [row(f"{i}-0") for i in range(15)])
     return lambda folder: folder.exists() or helpers.make_librispeech_corpus(folder, source)
@@ -49,7 +47,7 @@ MAKERS = {
 
 
 @pytest.mark.parametrize("maker", MAKERS.values(), ids=MAKERS)
-def test_interrupted_at_random_moments_it_ends_with_the_same_bytes(tmp_path, maker):
+def test_interrupted_at_random_moments_it_ends_with_the_same_bytes(tmp_path, maker, draw):
     make = maker(tmp_path)
     make(tmp_path / "first")  # libraries are loaded
     start = time.perf_counter()
@@ -60,7 +58,7 @@ def test_interrupted_at_random_moments_it_ends_with_the_same_bytes(tmp_path, mak
         folder = tmp_path / str(i)
         try:
             interrupts += kills.interrupted(
-                lambda folder=folder: make(folder), random.uniform(0, seconds)
+                lambda folder=folder: make(folder), draw.uniform(0, seconds)
             )
         except (
             helpers.RunError
@@ -85,14 +83,14 @@ def test_threads_end_with_the_interrupt():
     assert len(done) == count
 
 
-def test_what_is_said_after_an_interrupt_is_the_same():
+def test_what_is_said_after_an_interrupt_is_the_same(draw):
     expected = helpers.speak("They sang both songs.", "f1")[0]
     interrupted = []
     for _ in range(10):  # thirty sentences take a few tenths of a second
         interrupted.append(
             kills.interrupted(
                 lambda: [helpers.speak("They sang both songs.") for _ in range(30)],
-                random.uniform(0, 0.1),
+                draw.uniform(0, 0.1),
             )
         )
         assert np.array_equal(helpers.speak("They sang both songs.", "f1")[0], expected)

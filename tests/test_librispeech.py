@@ -2,84 +2,31 @@
 
 import io
 import json
-import os
-import random
-import subprocess
-import sys
 from unittest.mock import Mock
 
 import numpy as np
 import pytest
-from support.notebook import ROOT, TINY, run_cells
+from support import kills
+from support.configs import TINY
+from support.librispeech import (
+    RATE,
+    SCHEMA,
+    SEVEN,
+    SPANS,
+    datasets,
+    flac,
+    pa,
+    pq,
+    row,
+    soundfile,
+    spoken,
+    write,
+)
+from support.notebook import run_cells
 from support.reference import contents, labels_at_centres
 
 import helpers
 from helpers import DataError, RunError, make_librispeech_corpus
-
-datasets, pq, pa, soundfile = map(
-    pytest.importorskip, ("datasets", "pyarrow.parquet", "pyarrow", "soundfile")
-)
-SPANS = pa.list_(
-    pa.struct([("phoneme", pa.string()), ("start", pa.float64()), ("end", pa.float64())])
-)
-SCHEMA = pa.schema(
-    [
-        ("id", pa.string()),
-        ("sex", pa.string()),
-        ("subset", pa.string()),
-        ("audio", pa.struct([("bytes", pa.binary()), ("path", pa.string())])),
-        ("transcript", pa.string()),
-        ("phonemes", SPANS),
-    ]
-)
-RATE = 16000
-SEVEN = [
-    ("sil", 0.0, 0.3),
-    ("AA1", 0.3, 0.5),
-    ("T", 0.5, 0.6),
-    ("spn", 0.6, 0.8),
-    ("UW0", 0.9, 1.1),
-    ("NG", 1.1, 1.2),
-    ("", 1.2, 1.4),
-]
-
-
-def flac(samples, rate=RATE):
-    file = io.BytesIO()
-    soundfile.write(file, samples, rate, format="FLAC")
-    return file.getvalue()
-
-
-def row(name, spans=SEVEN, seconds=1.4, rate=RATE, audio=None):
-    if audio is None:
-        audio = flac(
-            np.random.default_rng(sum(name.encode())).normal(0, 0.1, int(seconds * rate)), rate
-        )
-    spans = spans and [dict(zip(("phoneme", "start", "end"), span)) for span in spans]
-    return {
-        "id": name,
-        "sex": "",
-        "subset": "x",
-        "audio": {"bytes": audio, "path": f"{name}.flac"},
-        "transcript": "",
-        "phonemes": spans,
-    }
-
-
-def write(path, rows, schema=SCHEMA):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    pq.write_table(pa.Table.from_pylist(rows, schema), path, row_group_size=3)
-    return path
-
-
-def spoken(count):
-    """Rows of synthetic speech, with the phones and times that the synthesiser reports."""
-    rows = []
-    for i in range(count):
-        samples, phones = helpers.speak(*helpers.practice_utterance(0, i))
-        spans = [(phone.replace("[SIL]", "sil"), start, end) for phone, start, end in phones]
-        rows.append(row(f"{i}-1-0000", spans, audio=flac(samples, helpers.ESPEAK_RATE)))
-    return rows
 
 
 @pytest.fixture(scope="module")
@@ -449,35 +396,26 @@ def test_a_full_disk_is_reported_with_what_is_needed(tmp_path, monkeypatch):
     assert len(list((tmp_path / "a").rglob("*.npy"))) == 9
 
 
-CONVERT = """
-import datasets, helpers, sys
-print("begun", flush=True)
-helpers.make_librispeech_corpus(sys.argv[1], sys.argv[2])
-"""
+def convert(report, root, source):
+    report.send("begun")
+    make_librispeech_corpus(root, source)
 
 
-def test_killed_at_random_moments_it_ends_with_the_same_bytes(speech, corpus, tmp_path):
-    kills, draw = 0, random.Random()
+def test_killed_at_random_moments_it_ends_with_the_same_bytes(speech, corpus, tmp_path, draw):
+    killed = 0
     while not (tmp_path / "librispeech").exists():
-        child = subprocess.Popen(
-            [sys.executable, "-c", CONVERT, tmp_path / "librispeech", speech],
-            text=True,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            env={**os.environ, "PYTHONPATH": str(ROOT)},
-        )
-        assert child.stdout.readline() == "begun\n", child.stderr.read()
-        try:  # the first time at once, so that even the fastest machine is killed; all of it takes a third of a second
-            _, errors = child.communicate(
-                timeout=draw.uniform(0, 0.1 * kills) if kills < 4 else 120
-            )
-            assert child.returncode == 0, errors
-        except subprocess.TimeoutExpired:
+        child, received = kills.start_reporting(convert, tmp_path / "librispeech", speech)
+        received.recv()
+        # the first time at once, so that even the fastest machine is killed
+        child.join(draw.uniform(0, 0.1 * killed) if killed < 4 else 120)
+        if child.exitcode is None:
             child.kill()
-            child.communicate()
-            kills += 1
-            assert kills <= 4, "it does not come to its end in two minutes"
-    assert kills
+            child.join()
+            killed += 1
+            assert killed <= 4, "it does not come to its end in two minutes"
+        else:
+            assert child.exitcode == 0
+    assert killed
     assert contents(tmp_path / "librispeech") == contents(corpus)
     assert len(json.loads(contents(corpus)["000-000.json"])) == 2
 

@@ -36,11 +36,6 @@ def assert_uniform(values, categories):
     )
 
 
-@pytest.fixture(autouse=True)
-def seed():
-    torch.manual_seed(23)
-
-
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
 @pytest.mark.parametrize(
     "augmentations, dim, size, param",

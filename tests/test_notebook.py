@@ -9,7 +9,9 @@ import nbformat
 import pandas as pd
 import pytest
 from nbclient import NotebookClient
-from support.notebook import NOTEBOOK, ROOT, TINY, Session, execute, wandb_records, wandb_values
+from support.configs import TINY
+from support.notebook import NOTEBOOK, ROOT, Session, execute
+from support.wandb_runs import wandb_records, wandb_values
 
 import helpers
 

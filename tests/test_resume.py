@@ -5,7 +5,6 @@ import errno
 import gc
 import os
 import pickle
-import random
 import re
 import shutil
 import subprocess
@@ -17,7 +16,9 @@ import numpy as np
 import pytest
 import torch
 from support import kills
-from support.notebook import TINY, Session, definitions, run_cells
+from support.configs import UNPLANNED
+from support.damage import CUT, FLIPPED, FOREIGN, damaged_by
+from support.notebook import Session, definitions, run_cells
 
 import helpers
 from helpers import RunError
@@ -25,20 +26,14 @@ from helpers import RunError
 BOOK = definitions()
 CONFIG, OPTIONS = BOOK["config"], BOOK["options"]()
 ADAMW, SGD = kills.CONFIGS.values()
-QUICK = {
-    **TINY,
-    "wandb": "disabled",
-    "num_layers": 2,
-    "epochs": 1,
-    "batch_size": 1024,
-    "scheduler": "steplr",
-    "dropout_scale": 1,
-}
-
-pytestmark = pytest.mark.usefixtures("one_thread")
-
+QUICK = {**UNPLANNED, "epochs": 1}
 
 # ---- Killed runs -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def corpus(short_corpus):
+    return short_corpus
 
 
 @pytest.fixture(scope="module")
@@ -68,9 +63,8 @@ def test_a_run_killed_at_every_step_of_writing_ends_like_one_never_killed(whole,
 
 @pytest.mark.parametrize("changes, expected", [(ADAMW, 0), (SGD, 1)], ids=["adamw", "sgd"])
 def test_a_run_killed_at_random_moments_ends_like_one_never_killed(
-    whole, corpus, tmp_path, changes, expected
+    whole, corpus, tmp_path, changes, expected, draw
 ):
-    draw = random.Random()  # other moments each time
     places = []
     for _ in range(4):
         child = kills.start(tmp_path, corpus, changes, pause=kills.PAUSE)
@@ -245,27 +239,7 @@ def refused(path):
         assert str(path) in str(error.value) and "for a fresh run" in str(error.value)
 
 
-def flip(data, share):
-    """These bytes with one bit changed, after so large a share of them."""
-    damaged = bytearray(data)
-    damaged[int(share * len(data))] ^= 1
-    return damaged
-
-
-NOISE = random.Random(23).randbytes(10_000)
-
-
-@pytest.mark.parametrize(
-    "damage",
-    [
-        *(lambda data, keep=keep: data[:keep] for keep in (0, 1, 4, 100, -100, -1)),
-        *(lambda data, share=share: data[: int(share * len(data))] for share in (0.1, 0.5, 0.9)),
-        *(lambda data, share=share: flip(data, share) for share in (0.02, 0.3, 0.7)),
-        lambda data: NOISE,
-        lambda data: b"a text\n",
-        lambda data: b"PK\x03\x04" + bytes(500),
-    ],
-)
+@damaged_by(CUT, FLIPPED, FOREIGN)
 def test_a_damaged_checkpoint_is_refused(runs, damage):
     path = runs / "pencil" / "checkpoint.pt"
     path.write_bytes(damage(path.read_bytes()))

@@ -9,17 +9,20 @@ import pandas as pd
 import pytest
 import torch
 from support import kills
-from support.notebook import NOTEBOOK, TINY, Session, code_cells
+from support.configs import QUICK
+from support.notebook import NOTEBOOK, Session, code_cells
 
 import helpers
 from helpers import RunError
 
-QUICK = {**TINY, "batch_size": 1024, "wandb": "disabled", "learning_rate": 0.003}
 TRAINING, RESULTS = "run = make_run(config)\n", "results = evaluate_best(run)"
 SUBMISSION = "predictions = test(run, "
 PHONEMES = np.array(helpers.PHONEMES)
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+
+@pytest.fixture(scope="module")
+def corpus(short_corpus):
+    return short_corpus
 
 
 @pytest.fixture(scope="module")

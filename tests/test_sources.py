@@ -1,16 +1,20 @@
 """Where the data come from: config["data"], the folders of every edition, Kaggle's mounts and download."""
 
+import contextlib
 import importlib
 import importlib.util
+import io
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import Mock
 
 import pytest
-from support.notebook import ROOT, Session, definitions
+from support import kills
+from support.notebook import Session, definitions
 
 import helpers
 from helpers import DataError, RunError
@@ -315,7 +319,7 @@ def test_helpers_is_found_where_kaggle_mounts_it(helpers_elsewhere, tmp_path, mo
     )
     helpers_elsewhere["Path"].cwd = Path.cwd
     (tmp_path / "helpers").mkdir()  # a mere folder beside the notebook
-    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
     helpers_elsewhere["find_helpers"]()
     assert importlib.util.find_spec("helpers").origin == str(folder / "helpers.py")
 
@@ -393,33 +397,28 @@ def test_a_folder_that_cannot_be_written_to_is_reported_before_anything_is_loade
     assert (tmp_path / "runs").is_dir()
 
 
-TWO = """
-import time, helpers
-def make(root):
+def make_slowly(root):
     partial = root.with_name("partial")
     partial.mkdir(parents=True)
-    open("making", "a").write("x")
-    time.sleep(2)
+    with open("making", "a") as file:
+        file.write("x")
+    time.sleep(0.5)
     partial.rename(root)
-helpers.make_practice_corpus = make
-print(helpers.get_data("practice", "cache", ""))
-"""
+
+
+def start_of_a_notebook(report, folder):
+    os.chdir(folder)
+    helpers.make_practice_corpus = make_slowly
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        data_folder = helpers.get_data("practice", "cache", "")
+    report.send((data_folder, printed.getvalue()))
 
 
 def test_of_two_notebooks_that_start_together_the_second_waits(tmp_path):
-    first, second = [
-        subprocess.Popen(
-            [sys.executable, "-c", TWO],
-            cwd=tmp_path,
-            stdout=subprocess.PIPE,
-            text=True,
-            stderr=subprocess.PIPE,
-            env={**helpers.os.environ, "PYTHONPATH": str(ROOT)},
-        )
-        for _ in range(2)
-    ]
-    results = [process.communicate(timeout=120) for process in (first, second)]
-    assert [first.returncode, second.returncode] == [0, 0], results
+    children = [kills.start_reporting(start_of_a_notebook, tmp_path) for _ in range(2)]
+    results = [received.recv() for _, received in children]
+    for child, _ in children:
+        child.join()
     assert (tmp_path / "making").read_text() == "x"  # one of them made it
-    assert sum("waiting for it" in output for output, _ in results) <= 1
-    assert all(output.endswith("practice-corpus\n") for output, _ in results)
+    assert [folder for folder, _ in results] == 2 * [Path("cache/practice-corpus")]
+    assert sum("waiting for it" in printed for _, printed in results) <= 1

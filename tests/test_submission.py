@@ -9,6 +9,7 @@ from unittest import mock
 import numpy as np
 import pandas as pd
 import pytest
+from support.damage import FOREIGN, damaged_by
 from support.notebook import definitions
 
 import helpers
@@ -101,11 +102,9 @@ def test_what_kaggle_would_not_take(tmp_path, content, words):
     assert str(path) in str(caught.value) and words in str(caught.value)
 
 
-@pytest.mark.parametrize(
-    "content", [np.random.default_rng(0).bytes(9999), b"PK\3\4" + bytes(500), bytes(9999)]
-)
-def test_no_text_at_all(tmp_path, content):
-    (tmp_path / "submission.csv").write_bytes(content)
+@damaged_by(FOREIGN)
+def test_what_is_no_csv_at_all(tmp_path, damage):
+    (tmp_path / "submission.csv").write_bytes(damage(1000 * GOOD.encode()))
     with pytest.raises(DataError, match="submission.csv") as caught:
         read_submission(tmp_path / "submission.csv")
     assert len(str(caught.value)) < 2000

@@ -7,16 +7,24 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import Mock
 
-import numpy as np
 import pandas as pd
 import pytest
 import wandb
-from support.notebook import ROOT, wandb_records, wandb_values
+from support.notebook import ROOT
+from support.wandb_runs import (
+    CONFIG,
+    ROWS,
+    finished_records,
+    log,
+    results_of,
+    rows_in,
+    run_of,
+    without_wandbs_own,
+)
 from support.wandb_server import WandbServer
 
 import helpers
@@ -31,9 +39,6 @@ from helpers import (
     start_wandb,
     wandb_mode,
 )
-
-CONFIG = {"Name": "a run (lr=0.01) é", "wandb": "offline", "epochs": 3, "artifacts": True}
-ROWS = [{"epoch": epoch, "val_acc": epoch / 10, "seconds": 1.5 * epoch} for epoch in range(1, 6)]
 
 
 @pytest.fixture(autouse=True)
@@ -68,65 +73,10 @@ def colab(monkeypatch, **modules):
     monkeypatch.setitem(sys.modules, "google.colab", SimpleNamespace(**modules))
 
 
-def run_of(folder, history, run_id="abcd", **changes):
-    return SimpleNamespace(
-        config={**CONFIG, **changes},
-        folder=folder,
-        wandb_id=run_id,
-        history=history,
-        group=None,
-        model="Network(\n  (0): Linear()\n)",
-        details={"device": "é"},
-        message="",
-    )
-
-
 def start(*arguments, **changes):
     run = run_of(*arguments, **changes)
     start_wandb(run)
     return run
-
-
-def log(run, history):
-    run.history = history
-    log_history(run)
-
-
-def results_of(folder):
-    """Results as `evaluate_best` makes them, and a submission, of a run in this folder."""
-    confusion = np.eye(42, dtype=int)
-    for name in ("best.pt", "submission.csv"):
-        (folder / name).write_text(name)
-    return SimpleNamespace(
-        best={**ROWS[1], "val_loss": 1.5, "train_acc": 0.1},
-        test_acc=np.float64(0.25),
-        accuracy={"frame alone": np.float64(0.2)},
-        confusion=confusion,
-        by_phoneme=helpers.accuracy_by_phoneme(confusion),
-    )
-
-
-def finished_records(folder):
-    """The records of the newest offline run, once its last one is there: `finish` does not wait for the file."""
-    for _ in range(600):
-        records = [*wandb_records(folder)]
-        if any(record.WhichOneof("record_type") == "exit" for record in records):
-            return records
-        time.sleep(0.05)
-    raise AssertionError(f"{folder}: the run's file has no end")
-
-
-def without_wandbs_own(row):
-    return {key: value for key, value in row.items() if not key.startswith("_")}
-
-
-def rows_in(folder):
-    """The rows of the newest offline run, a dict each, without wandb's own entries."""
-    return [
-        without_wandbs_own(wandb_values(record.history.item))
-        for record in finished_records(folder)
-        if record.HasField("history")
-    ]
 
 
 # ---- Folders -----------------------------------------------------------------------------------------------
@@ -490,7 +440,9 @@ import sys
 import helpers
 {first}
 sys.path.insert(0, {tests!r})
-from test_wandb import run_of, results_of, log, finish_wandb, start_wandb, ROWS, Path
+from pathlib import Path
+from support.wandb_runs import ROWS, log, results_of, run_of
+from helpers import finish_wandb, start_wandb
 run = run_of(Path("run"), ROWS[:1], wandb={mode!r})
 start_wandb(run)
 {then}
@@ -550,7 +502,7 @@ def test_a_key_and_no_connection_is_offline_and_no_key_is_too(tmp_path, place):
         (tmp_path / ".netrc").write_text(f"machine {host}\n  login user\n  password {key}\n")
         (tmp_path / ".netrc").chmod(0o600)
     # with a key the wait may be cut short; without one, wandb's answer is to be seen
-    first = LOOPBACK + f"helpers.LOGIN_SECONDS = {60 if place == 'none' else 6}"
+    first = LOOPBACK + f"helpers.LOGIN_SECONDS = {60 if place == 'none' else 2}"
     environment = {"WANDB_API_KEY": key} if place == "environment" else {}
     result = start_in_a_process("auto", first, "unshare", "-n", **environment)
     assert result.returncode == 0 and "MODE offline" in result.stdout, result.stderr
@@ -577,7 +529,7 @@ LOSE = "print('READY', flush=True); sys.stdin.readline()"
 
 
 @pytest.mark.parametrize("way", ["ends", "hangs"])
-def test_a_connection_that_is_lost_in_training_costs_a_minute_and_no_result(tmp_path, server, way):
+def test_a_connection_that_is_lost_in_training_costs_some_time_and_no_result(tmp_path, server, way):
     """Of a run in a process of its own, which comes to its end."""
 
     def lose():
@@ -586,7 +538,8 @@ def test_a_connection_that_is_lost_in_training_costs_a_minute_and_no_result(tmp_
         else:
             server.hangs_at = lambda request: True
 
-    result = start_in_a_process("online", "helpers.UPLOAD_SECONDS = 40", then=LOSE, during=lose)
+    limits = "helpers.WANDB_SECONDS, helpers.UPLOAD_SECONDS, helpers.LAST_SECONDS = 20, 10, 3"
+    result = start_in_a_process("online", limits, then=LOSE, during=lose)
     assert result.returncode == 0 and "MODE offline" in result.stdout, (
         result.stdout,
         result.stderr,
@@ -604,7 +557,7 @@ def test_a_connection_that_is_lost_in_training_costs_a_minute_and_no_result(tmp_
 def test_a_run_that_the_server_does_not_create_is_kept_offline_under_its_own_id(
     tmp_path, server, monkeypatch, way
 ):
-    monkeypatch.setattr(helpers, "WANDB_SECONDS", 20)
+    monkeypatch.setattr(helpers, "WANDB_SECONDS", 8)
     if way == "hangs":
         server.hangs_at = lambda request: "upsertBucket" in request
     else:

@@ -14,19 +14,12 @@ import torch
 from tqdm import tqdm
 
 import helpers
-from support.notebook import TINY, run_cells
+from support.configs import RANDOM
+from support.notebook import run_cells
 
-# dropout and masks draw from the random states, which a resume must bring back too
-CHANGES = {
-    **TINY,
-    "epochs": 4,
-    "dropout_alternate": False,
-    "augmentations": "Both",
-    "wandb": "disabled",
-}
 CONFIGS = {
-    "adamw, cosineanneal": CHANGES,
-    "sgd, reducelronplateau": {**CHANGES, "optimizers": "sgd", "scheduler": "reducelronplateau"},
+    "adamw, cosineanneal": RANDOM,
+    "sgd, reducelronplateau": {**RANDOM, "optimizers": "sgd", "scheduler": "reducelronplateau"},
 }
 TRAINING = "run = make_run(config)\n"  # in the cell that trains
 PAUSE = 0.1  # seconds at each of the five steps of writing a checkpoint: so that random kills land there too
@@ -48,6 +41,7 @@ server.set_forkserver_preload(
         "nbclient",
         "nbformat",
         "tqdm.auto",
+        "datasets",
     ]
 )
 
@@ -112,7 +106,7 @@ def _run(runs, data, changes, stop, pause):
         raise
 
 
-def start(runs, data, changes=CHANGES, stop=None, pause=0.0):
+def start(runs, data, changes=RANDOM, stop=None, pause=0.0):
     """Start a run in a child process.
 
     stop: a place, such as "writing checkpoint.pt, part 2", at which the child waits to be killed.
@@ -152,12 +146,21 @@ def kill(child, runs, delay=None):
     return where[-1] if where else "before training"
 
 
-def finish(runs, data, changes=CHANGES):
+def finish(runs, data, changes=RANDOM):
     """Let a run come to its end. Returns what it printed."""
     child = start(runs, data, changes)
     child.join(120)
     assert child.exitcode == 0, (runs / "log").read_text()
     return (runs / "log").read_text()
+
+
+def start_reporting(function, *arguments):
+    """Start function(report, *arguments) in a child: (child, what `report.send` was given is received here)."""
+    received, report = server.Pipe(duplex=False)
+    child = server.Process(target=function, args=(report, *arguments))
+    child.start()
+    report.close()  # the child has it now: when it is gone, there is no more to receive
+    return child, received
 
 
 def in_child(function, *arguments):

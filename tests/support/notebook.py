@@ -6,20 +6,12 @@ import itertools
 import json
 import linecache
 import os
-import struct
 import sys
 from pathlib import Path
 from unittest import mock
 
 ROOT = Path(__file__).resolve().parents[2]
 NOTEBOOK = ROOT / "hw1p2_starter.ipynb"
-TINY = {
-    "archetype": "pyramid",
-    "num_layers": 2,
-    "context": 5,
-    "batch_size": 256,
-    "epochs": 2,
-}  # seconds on a CPU
 CELLS = itertools.count()  # that were executed
 
 
@@ -172,26 +164,3 @@ def execute(changes, runs):
         notebook, timeout=600, kernel_name="python3", resources={"metadata": {"path": str(ROOT)}}
     )
     return client.execute(env=environment)
-
-
-def wandb_records(folder):
-    """The records of the newest offline run: LevelDB's log format (32 KiB blocks, 7-byte headers) after 7 bytes."""
-    from wandb.proto import wandb_internal_pb2
-
-    [*_, path] = sorted(folder.glob("wandb/offline-run-*/*.wandb"))
-    data, position, whole = path.read_bytes(), 7, b""
-    while position + 7 <= len(data):
-        if 32768 - position % 32768 < 7:  # too little room for a header: the next block
-            position += 32768 - position % 32768
-            continue
-        length, kind = struct.unpack("<HB", data[position + 4 : position + 7])
-        whole += data[position + 7 : position + 7 + length]
-        position += 7 + length
-        if kind in (1, 4):  # a full record, or its last part
-            yield wandb_internal_pb2.Record.FromString(whole)
-            whole = b""
-
-
-def wandb_values(items):
-    """The items of one of these records as a dict."""
-    return {item.key or item.nested_key[0]: json.loads(item.value_json) for item in items}
