@@ -3933,12 +3933,12 @@ def _practice_recording(partition, index, seed):
     return audio, phones
 
 
-def make_practice_corpus(root, utterances=(370, 52, 52), seed=23):
+def make_practice_corpus(root, utterances=(250, 52, 52), seed=23):
     """Make a corpus in the course's layout, spoken by eSpeak NG: the same seed, the same bytes.
 
     root: its folder, which appears when everything is written. ROOT/answers.csv (`id,label`) has
     the phonemes of the test frames.
-    utterances: of train, dev and test, at least 1 each; the defaults make half an hour of speech.
+    utterances: of train, dev and test, at least 1 each; the defaults make 20 minutes of speech.
     Raises FileExistsError if `root` exists, ImportError without eSpeak NG, RunError if the disk is
     full.
     """
