@@ -436,7 +436,7 @@ def _with_our_capitals(value, allowed):
 
 
 def _fault(value, allowed):
-    """What a value should be instead, as text; None where it is allowed. For `allowed` see above."""
+    """What a value should be instead, as text; None where it is allowed (see CONFIG_KEYS)."""
     if allowed is None:
         return None
     if allowed is str:
@@ -2066,7 +2066,7 @@ def plot_boundaries(truth, correct, offsets):
 
 
 def plot_calibration(confidences, correct):
-    """Accuracy by confidence. confidences: float (n,), 0-1. correct: bool (n,). See `calibration`."""
+    """Accuracy by confidence. confidences: float (n,), 0-1. correct: bool (n,)."""
     confidence, accuracy, count, error = calibration(confidences, correct)
     figure, axis = plt.subplots(figsize=(7, 3.8), layout="constrained")
     centres = np.arange(5, 100, 10)
@@ -2142,7 +2142,7 @@ def plot_runs(runs, names):
     plt.show()
 
 
-# ---- Decoding ----------------------------------------------------------------------------------------------
+# ---- Decoding ------------------------------------------------------------------------------------
 
 
 def count_transitions(labels, offsets, states=40):
@@ -2290,7 +2290,7 @@ class Decoder:
         return path
 
 
-# ---- Checkpoint ---------------------------------------------------------------------------------
+# ---- Checkpoint ----------------------------------------------------------------------------------
 
 # keys that may change when a run is resumed, because the trained weights do not depend on them
 KEYS_FREE_ON_RESUME = (
