@@ -47,11 +47,6 @@ def small(tmp_path_factory):
     return cut_corpus(root / "whole", root / "corpus", frames=300)
 
 
-@pytest.fixture(scope="module")
-def corpus(short_corpus):
-    return short_corpus
-
-
 @pytest.fixture
 def session(corpus, tmp_path):
     """All cells before the training cell have been run."""
@@ -100,6 +95,7 @@ def test_there_are_four_additions():
     assert all(len(block.splitlines()) <= 14 for block in BLOCKS.values())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", BLOCKS)
 def test_an_addition_runs_to_the_csv_and_resumed_ends_with_the_same_bits(
     whole_run, small, tmp_path, name
@@ -126,6 +122,7 @@ def test_one_cycle_is_stepped_after_each_batch(whole_run):
     assert first == pytest.approx(peak / 25) and peak / 25 < second < peak
 
 
+@pytest.mark.slow
 def test_the_residual_networks_rates_are_scaled_by_its_width(whole_run):
     session, printed = whole_run("residual")
     run = session["run"]
@@ -135,6 +132,7 @@ def test_the_residual_networks_rates_are_scaled_by_its_width(whole_run):
     assert "6 dropout layers x 0.10 in the first epoch, x 2.00 in the last" in printed
 
 
+@pytest.mark.slow
 def test_an_addition_may_come_when_the_notebook_has_run(session):
     session.run(TRAINING)
     session.execute(BLOCKS["noise"], BLOCKS["weighted"])
@@ -148,6 +146,7 @@ def test_an_addition_may_come_when_the_notebook_has_run(session):
     )
 
 
+@pytest.mark.slow
 def test_a_fold_of_links_is_trained_on(session, corpus):
     for _ in range(2):  # the cell may be run twice
         session.execute(FOLD)
@@ -270,6 +269,7 @@ def test_a_second_reducelronplateau_gets_the_loss(session):
     )
 
 
+@pytest.mark.slow
 def test_a_schedule_of_ones_own_is_planned_or_not_as_its_entry_says(session):
     def make(optimizer, *_):
         return lr_scheduler.StepLR(optimizer, 1)
@@ -349,6 +349,7 @@ def without_linear(input_size, output_size, config):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "make, width, factor", [(Plain, 320, 2 * 5**0.5), (linear, 1600, 1), (without_linear, None, 1)]
 )
@@ -409,6 +410,7 @@ def test_a_subset_or_several_sets_are_refused_with_what_to_do(corpus):
 # ---- torch.compile -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_compiled_dropout_keeps_the_mean_as_its_rate_changes():
     model = nn.Sequential(nn.Identity(), helpers.Dropout(0.1))
     compiled, x = torch.compile(model, backend="aot_eager"), torch.ones(500, 1000)
@@ -445,6 +447,7 @@ COMPILED = {
 }
 
 
+@pytest.mark.slow
 def test_a_compiled_run_opens_without_compile_and_the_other_way_round(session):
     session["config"].update(scheduler="steplr", dropout_scale=1)
     for epochs, how in enumerate(("in place", "a part", "whole", "not", "whole"), start=1):
@@ -510,6 +513,7 @@ def test_what_a_variant_sets_wins_over_recipe_and_shorten(tmp_path):
         assert session.call("prepare", prepared)[0] == prepared  # prepared again, it stays as it is
 
 
+@pytest.mark.slow
 def test_variants_of_recipe_original_are_different_runs(session):
     session.run("def run_variant")
     session["config"]["recipe"] = "original"
@@ -524,6 +528,7 @@ def test_variants_of_recipe_original_are_different_runs(session):
     ]
 
 
+@pytest.mark.slow
 def test_a_trial_of_a_sweep_has_the_whole_config_its_best_accuracy_and_its_files(
     corpus, tmp_path, monkeypatch
 ):

@@ -483,6 +483,7 @@ def test_what_python_2_wrote_is_read_without_a_warning(root):
     assert AudioDataset(root, "dev-clean").frames.equal(expected)
 
 
+@pytest.mark.slow
 def test_random_damage_is_refused_or_harmless(corpus, tmp_path):
     source, outcomes = take_source(corpus, tmp_path / "source"), collections.Counter()
 

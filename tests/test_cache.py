@@ -239,6 +239,7 @@ def load_beyond_the_limit(data, cache):
         assert helpers.read_partition(data, "dev-clean", cache=cache)["frames"].any()
 
 
+@pytest.mark.slow
 def test_a_disk_that_fills_up_while_the_cache_is_written_does_not_stop_loading(small, tmp_path):
     pytest.importorskip("resource")
     assert kills.in_child(load_beyond_the_limit, small, tmp_path) == 0

@@ -204,11 +204,6 @@ def test_a_network_is_known_by_its_layers_compiled_or_not():
 
 
 @pytest.fixture(scope="module")
-def corpus(short_corpus):
-    return short_corpus
-
-
-@pytest.fixture(scope="module")
 def trained(corpus, tmp_path_factory):
     """A runs folder with a finished run."""
     runs = tmp_path_factory.mktemp("trained")
@@ -216,16 +211,15 @@ def trained(corpus, tmp_path_factory):
     return runs
 
 
-def again(runs, corpus, old=None, new=None, **changes):
-    """The notebook's cells again, one of them edited, as far as to the CSV."""
+def again(runs, corpus, *edits, **changes):
+    """The notebook's cells again as far as to the CSV; in the one that contains it, `old` of an edit is now `new`."""
     session = Session(runs, corpus, {**QUICK, **changes})
     cells = code_cells(session.changes)
-    if old is not None:
-        [source] = [source for source in cells if source.count(old) == 1]
-        cells[cells.index(source)] = source.replace(old, new)
-    session.execute(
-        *cells[: next(i for i, source in enumerate(cells) if "finish_wandb(run, results" in source)]
-    )
+    for old, new in edits:
+        [index] = [i for i, source in enumerate(cells) if source.count(old) == 1]
+        cells[index] = cells[index].replace(old, new)
+    [end] = [i for i, source in enumerate(cells) if "finish_wandb(run, results" in source]
+    session.execute(*cells[:end])
     return session
 
 
@@ -265,7 +259,7 @@ def again(runs, corpus, old=None, new=None, **changes):
 def test_a_run_of_other_code_is_refused_and_the_difference_named(trained, corpus, old, new, named):
     before = (trained / "pencil" / "checkpoint.pt").read_bytes()
     with pytest.raises(RunError) as error:
-        again(trained, corpus, old, new)
+        again(trained, corpus, (old, new))
     assert (
         named in str(error.value)
         and "Undo the edit" in str(error.value)
@@ -274,9 +268,10 @@ def test_a_run_of_other_code_is_refused_and_the_difference_named(trained, corpus
     assert (trained / "pencil" / "checkpoint.pt").read_bytes() == before
 
 
-@pytest.mark.parametrize(
-    "old, new",
-    [
+def test_a_finished_run_opens_after_edits_that_make_no_weights(trained, corpus):
+    session = again(
+        trained,
+        corpus,
         ('    """One epoch.', '    """An epoch.'),
         ("tqdm(loader,", "tqdm(loader,  # a bar\n                               "),
         ('title="Confusion matrix', 'title="Confusions'),  # figures
@@ -286,11 +281,7 @@ def test_a_run_of_other_code_is_refused_and_the_difference_named(trained, corpus
             '"another": Schedule(lambda *_: None), "exponential": Schedule(',
         ),
         ("lr {row['learning_rate']:.7f}", "rate {row['learning_rate']:.7f}"),
-    ],
-    ids=lambda text: text[:30],
-)
-def test_a_finished_run_opens_after_edits_that_make_no_weights(trained, corpus, old, new):
-    session = again(trained, corpus, old, new)
+    )
     assert len(session["history"]) == 1 and (trained / "pencil" / "submission.csv").exists()
 
 

@@ -76,11 +76,11 @@ def no_gpu(monkeypatch):
 
 
 @pytest.fixture
-def dataset(short_corpus):
+def dataset(corpus):
     """Of a dataset on the CPU, what `device="cuda"` would make."""
 
     def on_cuda(partition):
-        data = helpers.AudioDataset(short_corpus, partition, TINY["context"])
+        data = helpers.AudioDataset(corpus, partition, TINY["context"])
         with FakeTensorMode(allow_non_fake_inputs=True):
             for name in ("frames", "offsets", "labels", "stds"):
                 if getattr(data, name) is not None:

@@ -58,6 +58,7 @@ def test_no_transition_crosses_the_end_of_an_utterance():
     assert len(set(viterbi(scores, stay, torch.tensor([0, 6])).tolist())) == 1
 
 
+@pytest.mark.slow
 def test_long_utterances_are_decoded_exactly():
     torch.manual_seed(1)
     scores, transitions = torch.randn(20_000, 5) - 50, torch.randn(5, 5)

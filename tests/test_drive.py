@@ -189,6 +189,7 @@ def train_and_copy(report, run, drive, epochs):
         report.send(epoch)
 
 
+@pytest.mark.slow
 def test_killed_at_any_moment_a_whole_copy_is_there(places, draw):
     run, drive, _ = places
     epochs, seen = 0, {}

@@ -28,7 +28,12 @@ from helpers import (
 )
 
 PHONES = set(PHONEMES[1:40])
-UTTERANCES = (24, 4, 3)  # of the fixture `corpus`
+UTTERANCES = (24, 4, 3)  # of the fixture `practice_corpus`
+
+
+@pytest.fixture
+def corpus(practice_corpus):
+    return practice_corpus
 
 
 def transcripts(root, partition):
@@ -125,6 +130,7 @@ def test_the_same_seed_gives_the_same_bytes(corpus, tmp_path):
     assert contents(tmp_path / "again") == files
 
 
+@pytest.mark.slow
 def test_speech_does_not_depend_on_what_was_said_before():
     first, again = {}, {}
     for heard, order in (first, range(60)), (again, random.Random(1).sample(range(60), 60)):
@@ -134,6 +140,7 @@ def test_speech_does_not_depend_on_what_was_said_before():
     assert first == again
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("voice", ["", "klatt4", "f1", "pedro"])
 def test_the_whole_vocabulary_is_mapped(voice):
     # the sentences themselves too: a word may sound different beside others or at the end
@@ -293,6 +300,7 @@ def test_which_torchaudio_fits_is_said_where_it_cannot_be_imported(
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_training_on_data_that_are_there_does_without_torchaudio(corpus):
     code = (
         "import sys; sys.modules['torchaudio'] = None; import helpers; "

@@ -32,11 +32,6 @@ QUICK = {**UNPLANNED, "epochs": 1}
 
 
 @pytest.fixture(scope="module")
-def corpus(short_corpus):
-    return short_corpus
-
-
-@pytest.fixture(scope="module")
 def whole(corpus, tmp_path_factory):
     """What runs that are never killed leave."""
     outcomes = []
@@ -47,6 +42,7 @@ def whole(corpus, tmp_path_factory):
     return outcomes
 
 
+@pytest.mark.slow
 def test_a_run_killed_at_every_step_of_writing_ends_like_one_never_killed(whole, corpus, tmp_path):
     steps = [
         f"writing {name}, {step}"
@@ -61,6 +57,7 @@ def test_a_run_killed_at_every_step_of_writing_ends_like_one_never_killed(whole,
     assert kills.outcome(tmp_path) == whole[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("changes, expected", [(ADAMW, 0), (SGD, 1)], ids=["adamw", "sgd"])
 def test_a_run_killed_at_random_moments_ends_like_one_never_killed(
     whole, corpus, tmp_path, changes, expected, draw
@@ -73,6 +70,7 @@ def test_a_run_killed_at_random_moments_ends_like_one_never_killed(
     assert kills.outcome(tmp_path) == whole[expected], f"killed at {places}"
 
 
+@pytest.mark.slow
 def test_the_comparison_notices_a_single_bit(whole):
     state = {"model": {"weight": torch.zeros(3)}, "history": [{"epoch": 1, "seconds": 1.0}]}
     other = {
@@ -167,6 +165,7 @@ def test_free_keys_may_differ(trained, key):
     assert helpers.load_checkpoint(path, {**config, key: other_value(key)})["config"] == config
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scheduler", ["steplr", "exponential", "reducelronplateau"])
 def test_epochs_may_be_raised_and_the_run_resumes(corpus, tmp_path, scheduler):
     train_to_the_end(tmp_path / "raised", corpus, scheduler=scheduler)
@@ -175,6 +174,7 @@ def test_epochs_may_be_raised_and_the_run_resumes(corpus, tmp_path, scheduler):
     assert raised == train_to_the_end(tmp_path / "at once", corpus, scheduler=scheduler, epochs=3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "changes", [{"scheduler": "cosineanneal"}, {"dropout_scale": "auto"}], ids=str
 )
@@ -333,6 +333,7 @@ def test_what_was_written_is_read_back_before_it_replaces_the_old_checkpoint(tmp
     assert path.read_bytes() == before
 
 
+@pytest.mark.slow
 def test_a_schedule_with_numpys_numbers_is_resumed(corpus, tmp_path):
     def train(runs, epochs):
         session = Session(runs, corpus, {**QUICK, "epochs": 3})
@@ -381,6 +382,7 @@ def save_beyond_the_limit(path):
     helpers.save_checkpoint(path, STATE)
 
 
+@pytest.mark.slow
 def test_where_files_cannot_grow_the_previous_checkpoint_stays(tmp_path):
     pytest.importorskip("resource")
     helpers.save_checkpoint(tmp_path / "checkpoint.pt", {"config": {"epoch": 1}})
@@ -410,6 +412,7 @@ def run_on_a_full_disk(runs, data):
         train_to_the_end(runs, data, epochs=2)
 
 
+@pytest.mark.slow
 def test_a_run_on_a_full_disk_stops_and_resumes_later(runs, corpus, tmp_path):
     pytest.importorskip("resource")
     before = (runs / "pencil" / "checkpoint.pt").read_bytes()
@@ -422,6 +425,7 @@ def test_a_run_on_a_full_disk_stops_and_resumes_later(runs, corpus, tmp_path):
 # ---- Two runs in one folder --------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_two_runs_in_one_folder_are_refused_until_the_first_is_gone(corpus, tmp_path):
     first = kills.start(tmp_path, corpus, QUICK, stop="writing checkpoint.pt, part 1")
     kills.wait_until_stopped(first, tmp_path)
@@ -433,6 +437,7 @@ def test_two_runs_in_one_folder_are_refused_until_the_first_is_gone(corpus, tmp_
     train_to_the_end(tmp_path, corpus)
 
 
+@pytest.mark.slow
 def test_a_run_that_is_forgotten_lets_its_folder_go_without_a_warning(tmp_path, monkeypatch):
     told = []
     monkeypatch.setattr(
@@ -451,6 +456,7 @@ def test_a_run_that_is_forgotten_lets_its_folder_go_without_a_warning(tmp_path, 
     assert kills.in_child(helpers.lock_run, tmp_path / "run") == 0
 
 
+@pytest.mark.slow
 def test_one_process_may_take_its_folder_again(tmp_path):
     locks = [helpers.lock_run(tmp_path / "run") for _ in range(3)]
     assert kills.in_child(helpers.lock_run, tmp_path / "run") == 1  # another process may not

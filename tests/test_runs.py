@@ -21,11 +21,6 @@ PHONEMES = np.array(helpers.PHONEMES)
 
 
 @pytest.fixture(scope="module")
-def corpus(short_corpus):
-    return short_corpus
-
-
-@pytest.fixture(scope="module")
 def trained(corpus, tmp_path_factory):
     """(Runs folder, session) with two finished runs, of the seeds 23 and 24; the first one's second epoch is worse."""
     runs = tmp_path_factory.mktemp("trained")
@@ -196,6 +191,7 @@ def test_a_run_without_results_has_no_decoder(trained, tmp_path):
 # ---- What is thrown away -----------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_learning_rate_or_weights_set_by_hand_are_not_used_and_that_is_said(
     corpus, tmp_path, capsys
 ):
@@ -353,6 +349,7 @@ def test_the_notebook_shows_all_runs(trained, capsys):
 # ---- What may be switched on after the training ------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_submission_does_as_the_config_says_now(trained, corpus, tmp_path, capsys, monkeypatch):
     runs = shutil.copytree(trained[0], tmp_path / "runs")
     session = Session(runs, corpus, QUICK)

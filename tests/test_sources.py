@@ -414,6 +414,7 @@ def start_of_a_notebook(report, folder):
     report.send((data_folder, printed.getvalue()))
 
 
+@pytest.mark.slow
 def test_of_two_notebooks_that_start_together_the_second_waits(tmp_path):
     children = [kills.start_reporting(start_of_a_notebook, tmp_path) for _ in range(2)]
     results = [received.recv() for _, received in children]

@@ -357,6 +357,7 @@ def test_train_masks_as_the_config_says(book, loaders, augmentations, rows, colu
     assert bool((inner == 0).all(1).any()) == columns
 
 
+@pytest.mark.slow
 def test_masks_on_seventy_percent_of_the_train_batches_and_never_in_eval(book, loaders):
     calls = []
     book.namespace["mask_frames"] = lambda *arguments: calls.append(arguments) or arguments[0]
@@ -364,7 +365,7 @@ def test_masks_on_seventy_percent_of_the_train_batches_and_never_in_eval(book, l
     run = built(book, config, loaders)
     torch.manual_seed(1)
     batches = 0
-    for _ in range(8):
+    for _ in range(20):
         book.train(run)
         batches += len(loaders[0])
     share, error = len(calls) / batches, math.sqrt(0.7 * 0.3 / batches)
@@ -520,6 +521,7 @@ def test_narrow_networks_take_larger_steps(book, archetype, layers, factor):
     assert group["lr"] == pytest.approx(0.003 * factor)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("optimizer", OPTIONS["optimizers"])
 @pytest.mark.parametrize("scheduler", OPTIONS["scheduler"])
 def test_every_optimizer_learns_with_every_scheduler(book, data, tmp_path, optimizer, scheduler):

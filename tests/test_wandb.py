@@ -188,6 +188,7 @@ def test_every_epoch_is_in_the_curves_once_whatever_is_logged_between(tmp_path, 
     assert output.out.count("wandb is offline") == 2 and output.err == ""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["offline", "online"])
 def test_a_users_own_rows_with_an_epoch_do_not_replace_ours(tmp_path, server, mode):
     run, theirs = start(tmp_path, [], wandb=mode), []
@@ -304,6 +305,7 @@ def test_disabled_a_users_own_call_of_wandb_does_nothing_either(tmp_path):
     assert rows_in(tmp_path) == [ROWS[0], {"x": 1}]
 
 
+@pytest.mark.slow
 def test_the_command_that_uploads_a_run_can_be_pasted_and_uploads_it(tmp_path, server):
     run = start(tmp_path / "exp 1 (lr=0.01)", ROWS[:2])
     finish_wandb(run)
@@ -413,6 +415,7 @@ def test_a_mode_that_wandb_does_not_know_is_ignored_with_a_word(tmp_path, monkey
     assert rows_in(tmp_path) == ROWS[:1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "key, words", [("short", "API key must"), ("a" * 40, "API key|authenticate|credentials")]
 )
@@ -426,6 +429,7 @@ def test_why_a_login_failed_is_wandbs_own_sentence(monkeypatch, server, key, wor
     )
 
 
+@pytest.mark.slow
 def test_a_login_without_an_answer_has_an_end(monkeypatch, server):
     monkeypatch.setattr(helpers, "LOGIN_SECONDS", 2)  # counted from when wandb is loaded
     server.hangs_at = lambda request: True
@@ -492,6 +496,7 @@ def start_in_a_process(mode, first, *prefix, then="", during=lambda: None, **env
     return SimpleNamespace(returncode=process.returncode, stdout="".join(lines), stderr=error)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="unshare is Linux's")
 @pytest.mark.parametrize("place", ["environment", "netrc", "none"])
 def test_a_key_and_no_connection_is_offline_and_no_key_is_too(tmp_path, place):
@@ -511,6 +516,7 @@ def test_a_key_and_no_connection_is_offline_and_no_key_is_too(tmp_path, place):
     assert key not in result.stdout + result.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["offline", "online"])
 def test_a_service_that_does_not_start_does_not_stop_the_training(mode):
     result = start_in_a_process(
@@ -528,6 +534,7 @@ def test_a_service_that_does_not_start_does_not_stop_the_training(mode):
 LOSE = "print('READY', flush=True); sys.stdin.readline()"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", ["ends", "hangs"])
 def test_a_connection_that_is_lost_in_training_costs_some_time_and_no_result(tmp_path, server, way):
     """Of a run in a process of its own, which comes to its end."""
@@ -553,6 +560,7 @@ def test_a_connection_that_is_lost_in_training_costs_some_time_and_no_result(tmp
     assert any("confusion_matrix_table" in row for row in rows_in(tmp_path / "run"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", ["hangs", "refuses"])
 def test_a_run_that_the_server_does_not_create_is_kept_offline_under_its_own_id(
     tmp_path, server, monkeypatch, way
@@ -579,6 +587,7 @@ def test_a_run_that_is_online_has_its_curves_and_its_results_on_the_server(tmp_p
     assert run.message == f"wandb is online: {server.url}/student/hw1p2/runs/abcd\n"
 
 
+@pytest.mark.slow
 def test_a_server_that_refuses_the_results_has_the_curves(tmp_path, server, monkeypatch):
     monkeypatch.setattr(
         helpers, "_send_results", Mock(side_effect=[RuntimeError("no artifacts here"), None])
