@@ -1,4 +1,4 @@
-"""The order in which to read the tests, which is the order in which they run; and what many of them use."""
+"""The order in which to read the tests, and in which they run; and what many of them use."""
 
 import random
 import sys

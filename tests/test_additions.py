@@ -1,9 +1,8 @@
-"""Parts of one's own: the README's additions as they stand there, and what else people put into the tables."""
+"""Parts of one's own: the README's additions, and what else people put into the tables."""
 
 import contextlib
 import functools
 import io
-import json
 import re
 from functools import partial
 from unittest import mock
@@ -13,7 +12,7 @@ import pytest
 import torch
 from support import kills
 from support.configs import QUICK, TINY
-from support.notebook import NOTEBOOK, ROOT, Session, code_cells
+from support.notebook import ROOT, Session, code_cells, notebook_cells
 from support.reference import cut_corpus
 from support.wandb_runs import finished_records, wandb_values
 from torch import nn
@@ -33,7 +32,7 @@ BLOCKS = {
 }
 [FOLD] = [
     block
-    for cell in json.loads(NOTEBOOK.read_text("utf-8"))["cells"]
+    for cell in notebook_cells()
     for block in re.findall(r"```python\n(.*?)```", "".join(cell["source"]), re.S)
     if "fold-0" in block
 ]
@@ -56,11 +55,14 @@ def session(corpus, tmp_path):
     return session
 
 
-# ---- The README's additions --------------------------------------------------------------------------------
+# ---- The README's additions ----------------------------------------------------------------------
 
 
 def run_with(block, runs, data, stop_at_step=None):
-    """The whole notebook with a block of the README before the check; interrupted at this step of the optimizer."""
+    """The whole notebook with a block of the README before the check of the config.
+
+    stop_at_step: the step of the optimizer at which the user interrupts.
+    """
     session, count, step = Session(runs, data, FEW_FRAMES), [0], torch.optim.AdamW.step
     cells = code_cells(FEW_FRAMES)
     place = next(i for i, source in enumerate(cells) if CHECK in source)
@@ -78,7 +80,7 @@ def run_with(block, runs, data, stop_at_step=None):
 
 @pytest.fixture(scope="module")
 def whole_run(small, tmp_path_factory):
-    """A function: the name of an addition -> a session with it that was never stopped, and what it printed."""
+    """A function of an addition's name: (a session with it that was never stopped, its output)."""
     runs = tmp_path_factory.mktemp("whole")
 
     @functools.cache
@@ -170,7 +172,7 @@ def test_a_typing_error_is_refused_before_anything_is_loaded(corpus, tmp_path):
         assert "train_data" not in session.namespace and "make_network" not in session.namespace
 
 
-# ---- Losses ------------------------------------------------------------------------------------------------
+# ---- Losses --------------------------------------------------------------------------------------
 
 
 def weighted(train_data, **options):
@@ -179,7 +181,7 @@ def weighted(train_data, **options):
 
 
 class Focal(nn.CrossEntropyLoss):
-    """Its mean is over the frames, though its class has weights (Lin et al., "Focal Loss", 2017)."""
+    """Its mean is over the frames, though its class has weights (Lin et al., 2017)."""
 
     def __init__(self):
         super().__init__(weight=torch.linspace(0.1, 5, 42))
@@ -245,11 +247,11 @@ def test_a_loss_that_is_no_mean_is_refused(session, reduction):
         session.call("make_run", session["config"], {"loss": "mine"})
 
 
-# ---- Schedules ---------------------------------------------------------------------------------------------
+# ---- Schedules -----------------------------------------------------------------------------------
 
 
 def fit_with(session, make, **changes):
-    """Train with a schedule of one's own; `changes` are of the entry, and "epochs" of the config."""
+    """Train with a schedule of one's own; `changes` are of its entry, or "epochs"."""
     epochs = changes.pop("epochs", 2)
     session["SCHEDULERS"]["mine"] = session["Schedule"](make, **changes)
     session["config"].update(scheduler="mine", epochs=epochs, dropout_scale=1)
@@ -321,7 +323,7 @@ def test_a_schedule_that_would_be_stepped_wrongly_is_refused_before_the_training
     ).exists()
 
 
-# ---- Networks ----------------------------------------------------------------------------------------------
+# ---- Networks ------------------------------------------------------------------------------------
 
 
 class Plain(nn.Module):
@@ -407,7 +409,7 @@ def test_a_subset_or_several_sets_are_refused_with_what_to_do(corpus):
             helpers.make_loader(other, 8)
 
 
-# ---- torch.compile -----------------------------------------------------------------------------------------
+# ---- torch.compile -------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
@@ -463,7 +465,7 @@ def test_a_compiled_run_opens_without_compile_and_the_other_way_round(session):
     plain.load_state_dict(best)  # strictly
 
 
-# ---- Seeds -------------------------------------------------------------------------------------------------
+# ---- Seeds ---------------------------------------------------------------------------------------
 
 
 def test_the_seed_decides_weights_and_order_and_is_the_runs_own(session):
@@ -493,7 +495,7 @@ def test_an_epoch_of_one_seed_is_none_of_another():
     assert len(set(orders.values())) == len(orders)
 
 
-# ---- Variants and sweeps -----------------------------------------------------------------------------------
+# ---- Variants and sweeps -------------------------------------------------------------------------
 
 
 def test_what_a_variant_sets_wins_over_recipe_and_shorten(tmp_path):

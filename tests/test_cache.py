@@ -62,7 +62,10 @@ def test_contexts_up_to_the_gap_share_one_cache(small, tmp_path, monkeypatch):
 
 
 def rewrite(function, *kinds, name="0001.npy", same_time=False):
-    """A change: the arrays of one utterance go through a function; the files get a later time, or keep theirs."""
+    """A change: the arrays of one utterance go through a function.
+
+    The files get a later time of modification, or keep theirs.
+    """
 
     def change(folder):
         for path in (folder / kind / name for kind in kinds):

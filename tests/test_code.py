@@ -200,7 +200,7 @@ def test_a_network_is_known_by_its_layers_compiled_or_not():
     assert code_differences(fewer, plain) == []
 
 
-# ---- In the notebook ---------------------------------------------------------------------------------------
+# ---- In the notebook -----------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -212,7 +212,10 @@ def trained(corpus, tmp_path_factory):
 
 
 def again(runs, corpus, *edits, **changes):
-    """The notebook's cells again as far as to the CSV; in the one that contains it, `old` of an edit is now `new`."""
+    """The notebook's cells again, as far as to the CSV.
+
+    edits: (old, new), each for the one cell that contains `old`.
+    """
     session = Session(runs, corpus, {**QUICK, **changes})
     cells = code_cells(session.changes)
     for old, new in edits:
@@ -343,7 +346,7 @@ def test_a_helper_that_train_uses_is_part_of_the_run(trained, corpus, monkeypatc
         again(trained, corpus)
 
 
-# ---- Keys of the config ------------------------------------------------------------------------------------
+# ---- Keys of the config --------------------------------------------------------------------------
 
 
 def test_a_refusal_names_the_switch_that_set_the_key(trained, corpus):

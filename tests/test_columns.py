@@ -1,4 +1,4 @@
-"""Whose MFCCs are these, and how many? HTK's columns (the course's) and torchaudio's; 28, 27, 15 or 13 of them."""
+"""Which MFCCs: HTK's columns (the course's) or torchaudio's; 28, 27, 15 or 13 of them."""
 
 import shutil
 
@@ -12,7 +12,8 @@ from support.notebook import Session, definitions, run_cells
 import helpers
 from helpers import AudioDataset, DataError
 
-# an utterance of the course's with 27 columns, as printed: means of c1 ... c4 and c0, all standard deviations
+# an utterance of the course's with 27 columns, as printed: the means of c1 ... c4 and c0, and all
+# standard deviations
 PRINTED_MEANS = [13.6, 6.7, 15.7, 1.3] + [0.0] * 22 + [118.2]
 PRINTED_STDS = [
     14.2,
@@ -71,7 +72,7 @@ def turned(corpus, tmp_path_factory):
     return copy(corpus, tmp_path_factory.mktemp("turned") / "corpus", to_torchaudios_order)
 
 
-# ---- The convention ----------------------------------------------------------------------------------------
+# ---- The convention ------------------------------------------------------------------------------
 
 
 def test_columns_of_htk():
@@ -175,7 +176,7 @@ def test_unknown_columns_are_trained_on_without_warps_and_it_is_said(corpus, tmp
     assert [*session["results"].accuracy] == ["frame alone", "Viterbi"]
 
 
-# ---- How many ----------------------------------------------------------------------------------------------
+# ---- How many ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("n", [13, 15, 27])

@@ -88,7 +88,7 @@ def test_transitions_are_counted_inside_utterances_with_add_one(lengths, seed):
 
 @pytest.fixture
 def noisy():
-    """Labels that stay for ten frames, and posteriors that are wrong at random: log posteriors, labels, offsets."""
+    """(log posteriors, labels, offsets): labels that stay for ten frames, posteriors with noise."""
     torch.manual_seed(2)
     labels = torch.randint(0, 40, (60,)).repeat_interleave(10)
     logits = 2.0 * torch.nn.functional.one_hot(labels, 42) + torch.randn(600, 42)

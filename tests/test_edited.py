@@ -1,4 +1,4 @@
-"""A notebook is edited and run again: cells twice, out of order, interrupted, with another config than those above."""
+"""A notebook is edited and run again: cells twice, out of order, interrupted, reconfigured."""
 
 import re
 import warnings
@@ -32,7 +32,7 @@ def weights(session, file="checkpoint.pt"):
     return kills.frozen(helpers.load_checkpoint(session["run"].folder / file)["model"])
 
 
-# ---- The config is edited ----------------------------------------------------------------------------------
+# ---- The config is edited ------------------------------------------------------------------------
 
 
 @pytest.mark.slow
@@ -204,7 +204,7 @@ def test_what_the_user_must_know_is_still_there_when_the_figure_is_drawn(
         assert text.endswith("Drive is full\n")
 
 
-# ---- Cells twice, and out of order -------------------------------------------------------------------------
+# ---- Cells twice, and out of order ---------------------------------------------------------------
 
 
 @pytest.mark.slow
@@ -304,7 +304,7 @@ def test_results_of_an_earlier_run_are_not_taken_for_this_ones(session):
     assert (session["run"].folder / "submission.csv").exists()
 
 
-# ---- Interrupts --------------------------------------------------------------------------------------------
+# ---- Interrupts ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("again", ["the cell", "fit alone"])
@@ -353,7 +353,7 @@ def test_the_chosen_precision_is_kept_in_the_checkpoint(session, monkeypatch):
     assert session["run"].precision == torch.bfloat16
 
 
-# ---- Precision and optimizers ------------------------------------------------------------------------------
+# ---- Precision and optimizers --------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("instructions", ["avx512_bf16", "amx_bf16"])

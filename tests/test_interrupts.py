@@ -1,6 +1,6 @@
-"""Ctrl-C at random moments: KeyboardInterrupt comes out, and the next start ends with the same bytes.
+"""Ctrl-C at random moments: KeyboardInterrupt is raised, and the next call gives the same bytes.
 
-The same process starts again, as after a notebook's stop button. (Training, and kills: test_resume.py.)
+The same process goes on, as after a notebook's stop button. Training and kills: test_resume.py.
 """
 
 import os

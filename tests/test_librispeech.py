@@ -1,4 +1,4 @@
-"""LibriSpeech with its phones' times as a corpus: from parquet of synthetic speech, by the dataset's schema."""
+"""LibriSpeech as a corpus, made from parquet of synthetic speech in the dataset's schema."""
 
 import io
 import json

@@ -1,4 +1,4 @@
-"""The notebook executed whole, in a kernel of its own, on a tiny practice corpus; and what wandb has of it."""
+"""The notebook executed whole, in a kernel of its own, on a tiny practice corpus."""
 
 import json
 import os
@@ -20,7 +20,7 @@ CHANGES = {**TINY, "epochs": 3, "learning_rate": 0.003}
 
 @pytest.fixture(scope="module")
 def runs(corpus, tmp_path_factory):
-    """A runs folder whose practice corpus is the tiny one, so that the notebook does not make the big one."""
+    """A runs folder that has the tiny corpus in the place of the practice corpus."""
     runs = tmp_path_factory.mktemp("runs")
     shutil.copytree(corpus, runs / "cache" / "practice-corpus")
     return runs

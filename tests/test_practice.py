@@ -1,4 +1,4 @@
-"""The practice corpus: layout, labels, the same bytes on every run (offline; needs espeakng-loader)."""
+"""The practice corpus: layout, labels, the same bytes on every run."""
 
 import itertools
 import os
@@ -37,7 +37,7 @@ def corpus(practice_corpus):
 
 
 def transcripts(root, partition):
-    """The labels of each utterance; those of test are cut out of answers.csv, in the order of the files."""
+    """The labels of each utterance; those of the test partition are in answers.csv."""
     if partition < 2:
         paths = sorted((root / PARTITIONS[partition] / "transcript").iterdir())
         return [np.load(path)[1:-1] for path in paths]
@@ -78,7 +78,7 @@ def test_every_partition_has_all_the_phones(corpus, partition):
 
 
 def check_labels(labels, partition, index):
-    """Synthesise the utterance again: its labels must fit, after a silence as long as the first phone says."""
+    """Synthesise the utterance again; after some silence, the labels must fit."""
     audio, phones = helpers.speak(*helpers.practice_utterance(partition, index))
     begins = next(start for phone, start, _ in phones if phone != "[SIL]")
     silent = next(t for t, label in enumerate(labels) if label != "[SIL]")
@@ -191,7 +191,8 @@ def test_labels_fit_the_sound(corpus):
             silence += [*mfcc[labels == "[SIL]", -1]]
             vowel += [*mfcc[np.isin(labels, ["AA", "AE", "AO", "IY", "EY", "OW"])]]
             hiss += [*mfcc[np.isin(labels, ["S", "Z", "SH"])]]
-        # c0, the last one, is the log energy; c1, the first, falls when the energy moves to the high frequencies
+        # c0, the last one, is the log energy; c1, the first, falls when the energy moves to the
+        # high frequencies
         scores[shift] = (
             np.mean(vowel, 0)[-1] - np.mean(silence),
             np.mean(vowel, 0)[0] - np.mean(hiss, 0)[0],

@@ -1,4 +1,4 @@
-"""Checkpoints: a killed run ends as one that was never killed, and what cannot be resumed is refused in plain words."""
+"""Checkpoints: a killed run ends like one that was never killed, or a resume is refused."""
 
 import contextlib
 import errno
@@ -28,7 +28,7 @@ CONFIG, OPTIONS = BOOK["config"], BOOK["options"]()
 ADAMW, SGD = kills.CONFIGS.values()
 QUICK = {**UNPLANNED, "epochs": 1}
 
-# ---- Killed runs -------------------------------------------------------------------------------------------
+# ---- Killed runs ---------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +83,7 @@ def test_the_comparison_notices_a_single_bit(whole):
     assert whole[0] != whole[1]
 
 
-# ---- What is resumed, and what is refused ------------------------------------------------------------------
+# ---- What is resumed, and what is refused --------------------------------------------------------
 
 
 def train_to_the_end(runs, data, **changes):
@@ -217,7 +217,7 @@ def test_other_data_under_the_same_name_is_refused(runs, corpus, tmp_path):
     assert before == train_to_the_end(runs, elsewhere)
 
 
-# ---- Damage ------------------------------------------------------------------------------------------------
+# ---- Damage --------------------------------------------------------------------------------------
 
 
 class Intruder:
@@ -275,7 +275,7 @@ def test_code_in_a_pickle_is_not_executed(tmp_path, zipped):
     assert not folder.exists()
 
 
-# ---- What can be read again --------------------------------------------------------------------------------
+# ---- What can be read again ----------------------------------------------------------------------
 
 
 def test_numpys_numbers_become_pythons_at_any_depth(tmp_path):
@@ -359,10 +359,13 @@ def test_a_schedule_with_numpys_numbers_is_resumed(corpus, tmp_path):
     assert train(tmp_path / "a", 3) == train(tmp_path / "b", 3)
 
 
-# ---- Full disks --------------------------------------------------------------------------------------------
+# ---- Full disks ----------------------------------------------------------------------------------
 
 STATE = {"config": {}, "model": {"weight": torch.arange(500_000.0)}}  # 2 MB
-FULL = r"(checkpoint|best)\.pt could not be written .*: {} MB are needed there, [\d.]+ MB are free.*unchanged"
+FULL = (
+    r"(checkpoint|best)\.pt could not be written .*: {} MB are needed there, "
+    r"[\d.]+ MB are free.*unchanged"
+)
 
 
 def stays_usable_when_full(path):
@@ -422,7 +425,7 @@ def test_a_run_on_a_full_disk_stops_and_resumes_later(runs, corpus, tmp_path):
     assert len(train_to_the_end(runs, corpus, epochs=2)["history"]) == 2
 
 
-# ---- Two runs in one folder --------------------------------------------------------------------------------
+# ---- Two runs in one folder ----------------------------------------------------------------------
 
 
 @pytest.mark.slow

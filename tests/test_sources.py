@@ -1,4 +1,4 @@
-"""Where the data come from: config["data"], the folders of every edition, Kaggle's mounts and download."""
+"""Where the data come from: config["data"], each edition's folders, Kaggle's mounts, downloads."""
 
 import contextlib
 import importlib
@@ -86,7 +86,7 @@ def test_auto_takes_the_environments_then_kaggles_then_the_practice_corpus(
     ]
 
 
-# ---- The folder that holds train-clean-100/mfcc ------------------------------------------------------------
+# ---- The folder that holds train-clean-100/mfcc --------------------------------------------------
 
 
 @each_edition
@@ -207,7 +207,7 @@ def test_own_corpora_of_another_copy_of_this_project_are_not_taken_for_the_cours
     )
 
 
-# ---- Kaggle ------------------------------------------------------------------------------------------------
+# ---- Kaggle --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -238,7 +238,10 @@ def test_where_something_else_is_attached_that_is_reported(made, capsys):
         folder.mkdir(parents=True)
     for _ in range(2):  # made, then there
         assert get_data("auto") == Path("cache/practice-corpus")
-        words = "taking the practice corpus. For the course's data, attach 11785-spring-25-hw-1-p-2 (Add Input)"
+        words = (
+            "taking the practice corpus. For the course's data, attach 11785-spring-25-hw-1-p-2 "
+            "(Add Input)"
+        )
         assert f"{', '.join(map(str, attached))}: {words}" in capsys.readouterr().out
 
 
@@ -286,7 +289,10 @@ def test_a_download_of_something_else_is_reported(tmp_path, monkeypatch):
 )
 def test_a_failed_download_says_what_to_do(monkeypatch, error):
     fake_kagglehub(monkeypatch, Mock(side_effect=error))
-    words = "(?s)could not be fetched.*press Join on kaggle.com/competitions/hw-1-p-2.*token.*9 GB.*run again"
+    words = (
+        "(?s)could not be fetched.*press Join on kaggle.com/competitions/hw-1-p-2.*token.*"
+        "9 GB.*run again"
+    )
     with pytest.raises(RunError, match=words) as caught:
         get_data("kaggle", "hw-1-p-2-spring-2026-student-competition")
     assert type(error).__name__ in str(caught.value)
@@ -294,7 +300,7 @@ def test_a_failed_download_says_what_to_do(monkeypatch, error):
 
 @pytest.fixture
 def helpers_elsewhere(monkeypatch):
-    """The notebook's functions in what is like a new kernel: no helpers.py beside the notebook, none imported."""
+    """The notebook's functions, as in a new kernel with no helpers.py beside the notebook."""
     namespace = definitions()
     monkeypatch.setattr(
         sys, "path", [folder for folder in sys.path if not (Path(folder) / "helpers.py").exists()]
@@ -345,7 +351,7 @@ def test_a_folder_of_the_packages_name_does_not_hide_that_it_is_missing(tmp_path
 def test_what_is_installed_can_be_imported_where_a_folder_of_that_name_was_before(
     tmp_path, monkeypatch
 ):
-    """wandb's own folder beside the notebook, `import wandb`, and only then the cell that installs it."""
+    """wandb's own folder beside the notebook, `import wandb`, and only then its installation."""
     (tmp_path / "beside" / "latepackage").mkdir(parents=True)
     (tmp_path / "site").mkdir()
     monkeypatch.syspath_prepend(tmp_path / "site")

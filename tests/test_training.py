@@ -1,4 +1,4 @@
-"""The notebook's network, optimizers, schedules and loops, option by option, against slow and plain references."""
+"""The notebook's network, optimizers, schedules and loops, against slow and plain references."""
 
 import copy
 import math
@@ -56,7 +56,7 @@ def settings(book, **changes):
 
 
 def built(book, config, loaders=(None, None, None), steps=10):
-    """A run with the parts that the notebook makes, from the same seed, and these loaders; on the CPU in float32."""
+    """A run with the notebook's parts, from one seed, and these loaders; on the CPU in float32."""
     torch.manual_seed(23)
     train_data = loaders[0] and loaders[0].dataset
     run = SimpleNamespace(
@@ -78,7 +78,7 @@ def layer_names(model):
     return [type(layer).__name__ for layer in model.model]
 
 
-# ---- The pencil --------------------------------------------------------------------------------------------
+# ---- The pencil ----------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -158,7 +158,7 @@ def test_forward_flattens_from_the_second_dimension(pencil):
         assert logits.equal(pencil.model(frames.reshape(3, 2828).float()))
 
 
-# ---- Every option ------------------------------------------------------------------------------------------
+# ---- Every option --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("layers", range(2, 9))
@@ -353,7 +353,7 @@ def test_train_masks_as_the_config_says(book, loaders, augmentations, rows, colu
     )
     inner = windows[(windows[:, 0] != 0).any(1) & (windows[:, -1] != 0).any(1)]
     assert bool((inner == 0).all(2).any()) == rows
-    # a column is zero by a mask only: the coefficients are normalised, a value of exactly zero is rare
+    # a column is zero by a mask only: of normalised coefficients hardly any is exactly zero
     assert bool((inner == 0).all(1).any()) == columns
 
 
@@ -543,7 +543,7 @@ def test_every_optimizer_learns_with_every_scheduler(book, data, tmp_path, optim
     assert history[0]["learning_rate"] == rate
 
 
-# ---- Metrics -----------------------------------------------------------------------------------------------
+# ---- Metrics -------------------------------------------------------------------------------------
 
 
 def one_by_one(model, dataset, indexes):
@@ -634,7 +634,7 @@ def test_test_gives_the_phonemes_of_infers_logits_in_order(book, data):
     ) > 1
 
 
-# ---- fit: what goes wrong in an epoch ----------------------------------------------------------------------
+# ---- fit: what goes wrong in an epoch ------------------------------------------------------------
 
 
 def fit(book, run, folder):

@@ -1,4 +1,4 @@
-"""Where a run is kept, keys, and wandb: its curves with the real library, offline; and wandb without a network."""
+"""Folders, keys and wandb: its curves with the real library, and what happens without a network."""
 
 import json
 import os
@@ -43,7 +43,7 @@ from helpers import (
 
 @pytest.fixture(autouse=True)
 def plain_environment(tmp_path, monkeypatch):
-    """Neither keys nor settings of whoever runs the tests, neither Colab nor Kaggle; no run that is still open."""
+    """No keys or settings of whoever runs the tests, no Colab or Kaggle, no run that is open."""
     for name in [
         name for name in os.environ if name.startswith(("WANDB", "HW1P2", "KAGGLE", "NETRC"))
     ]:
@@ -79,7 +79,7 @@ def start(*arguments, **changes):
     return run
 
 
-# ---- Folders -----------------------------------------------------------------------------------------------
+# ---- Folders -------------------------------------------------------------------------------------
 
 
 def test_runs_go_where_the_environment_says_else_where_kaggle_keeps_them_else_here(
@@ -124,7 +124,7 @@ def test_the_cache_is_neither_in_kaggles_saved_output_nor_on_drive(tmp_path, mon
     assert cache_folder("runs") == helpers.KAGGLE / "temp" / "hw1p2-cache"
 
 
-# ---- Keys --------------------------------------------------------------------------------------------------
+# ---- Keys ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("place", ["colab", "kaggle"])
@@ -158,7 +158,7 @@ def test_a_secret_that_never_comes_stops_neither_the_notebook_nor_the_others(mon
     never.set()
 
 
-# ---- Curves ------------------------------------------------------------------------------------------------
+# ---- Curves --------------------------------------------------------------------------------------
 
 
 def test_every_epoch_is_in_the_curves_once_whatever_is_logged_between(tmp_path, capfd):
@@ -347,7 +347,7 @@ def test_a_run_that_a_sweep_has_opened_gets_the_whole_config_and_the_network(tmp
     )
 
 
-# ---- Online or offline -------------------------------------------------------------------------------------
+# ---- Online or offline ---------------------------------------------------------------------------
 
 
 def mode_of(choice):
@@ -463,9 +463,10 @@ with socket.socket() as any_socket:  # it is up on any machine without a network
 
 
 def start_in_a_process(mode, first, *prefix, then="", during=lambda: None, **environment):
-    """A run with the real wandb in a process of its own, after the lines `first`; prefix: of the command.
+    """A run with the real wandb in a process of its own.
 
-    then: lines after its start. during: called when the process prints a line that begins with READY; it goes on after.
+    first: lines of code before its start. then: lines after it. prefix: of the command.
+    during: called when the process prints a line that begins with READY; after it, it goes on.
     """
     process = subprocess.Popen(
         [
@@ -529,7 +530,7 @@ def test_a_service_that_does_not_start_does_not_stop_the_training(mode):
     assert result.stdout.count("training goes on without it") == 1
 
 
-# ---- The connection is lost --------------------------------------------------------------------------------
+# ---- The connection is lost ----------------------------------------------------------------------
 
 LOSE = "print('READY', flush=True); sys.stdin.readline()"
 
@@ -717,7 +718,7 @@ def test_a_wandb_that_is_too_old_or_broken_does_not_stop_the_training(tmp_path, 
     assert len(pd.read_csv(tmp_path / "history.csv")) == 2
 
 
-# ---- Google Drive is there, or not -------------------------------------------------------------------------
+# ---- Google Drive is there, or not ---------------------------------------------------------------
 
 
 def test_drive_is_mounted_on_colab_and_ignored_elsewhere(tmp_path, monkeypatch):
