@@ -288,6 +288,7 @@ def test_a_finished_run_opens_after_edits_that_make_no_weights(trained, corpus):
     assert len(session["history"]) == 1 and (trained / "pencil" / "submission.csv").exists()
 
 
+@pytest.mark.slow
 def test_fit_alone_notices_an_edit_too(trained, corpus):
     session = again(trained, corpus)
     [source] = [source for source in code_cells() if "def train(" in source]
@@ -324,6 +325,7 @@ def test_an_edit_of_the_features_makes_the_cache_anew_and_is_another_run(
     assert times[0] == times[1]
 
 
+@pytest.mark.slow
 def test_a_run_on_features_of_other_code_is_refused(trained, corpus, monkeypatch):
     edited(monkeypatch, "_mfccs", "return array, first", "return array.clip(-1, 1), first")
     with pytest.raises(RunError, match="`_mfccs` has changed"):
@@ -349,6 +351,7 @@ def test_a_helper_that_train_uses_is_part_of_the_run(trained, corpus, monkeypatc
 # ---- Keys of the config --------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_refusal_names_the_switch_that_set_the_key(trained, corpus):
     with pytest.raises(RunError) as error:
         again(trained, corpus, recipe="original")
@@ -368,6 +371,7 @@ def test_what_shorten_has_set_is_named(tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_a_key_that_the_run_did_not_know_has_its_off_value(trained, corpus, tmp_path):
     path = tmp_path / "runs" / "pencil" / "checkpoint.pt"
     state = helpers.load_checkpoint(trained / "pencil" / "checkpoint.pt")

@@ -307,7 +307,7 @@ def test_results_of_an_earlier_run_are_not_taken_for_this_ones(session):
 # ---- Interrupts ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("again", ["the cell", "fit alone"])
+@pytest.mark.parametrize("again", ["the cell", pytest.param("fit alone", marks=pytest.mark.slow)])
 def test_an_interrupted_training_run_again_ends_with_the_same_weights(
     session, corpus, tmp_path, again
 ):

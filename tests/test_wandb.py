@@ -206,6 +206,7 @@ def test_a_users_own_rows_with_an_epoch_do_not_replace_ours(tmp_path, server, mo
     assert [row for row in rows if "gradient norm" in row] == theirs
 
 
+@pytest.mark.slow
 def test_a_second_session_has_the_earlier_ones_epochs_too(tmp_path):
     finish_wandb(start(tmp_path, ROWS[:2]))
     assert rows_in(tmp_path) == ROWS[:2]
@@ -228,6 +229,7 @@ def test_the_server_gets_what_it_has_not_got(tmp_path):
     assert logged == ROWS[1:3]
 
 
+@pytest.mark.slow
 def test_another_run_that_is_open_is_finished_first(tmp_path):
     first = start(tmp_path / "a", ROWS[:1])
     second = start(tmp_path / "b", ROWS[:2], "other")
@@ -238,6 +240,7 @@ def test_another_run_that_is_open_is_finished_first(tmp_path):
         first.wandb.log({"x": 1})
 
 
+@pytest.mark.slow
 def test_the_network_is_kept_with_the_run(tmp_path):
     finish_wandb(start(tmp_path / "run (1)", []))
     assert (tmp_path / "run (1)" / "model_arch.txt").read_text(
@@ -296,6 +299,7 @@ def test_disabled_it_does_nothing_and_everything_can_be_called(tmp_path, monkeyp
     assert run.message == "wandb is disabled\n"
 
 
+@pytest.mark.slow
 def test_disabled_a_users_own_call_of_wandb_does_nothing_either(tmp_path):
     start(tmp_path, [], wandb="disabled")
     wandb.log({"x": 1})
@@ -316,6 +320,7 @@ def test_the_command_that_uploads_a_run_can_be_pasted_and_uploads_it(tmp_path, s
     assert [*map(without_wandbs_own, server.rows)] == ROWS[:2]
 
 
+@pytest.mark.slow
 def test_project_and_name_are_the_environments_where_they_are_set(tmp_path, monkeypatch):
     run = start(tmp_path / "a", []).wandb
     assert (run.project, run.name) == ("hw1p2", CONFIG["Name"])
@@ -325,6 +330,7 @@ def test_project_and_name_are_the_environments_where_they_are_set(tmp_path, monk
     assert (run.project, run.name) == ("mine", "a name")
 
 
+@pytest.mark.slow
 def test_a_run_that_a_sweep_has_opened_gets_the_whole_config_and_the_network(tmp_path, capfd):
     given = wandb.init(mode="offline", dir=tmp_path)
     given.config.update_locked({"epochs": 3, "x": 1}, user="sweep")
@@ -386,6 +392,7 @@ def test_the_mode_is_the_configs_then_the_environments_then_what_wandb_finds(mon
     assert "(no answer in 25 s)" in mode_of("online")[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "text, mode",
     [
@@ -407,6 +414,7 @@ def test_the_environments_mode_may_be_written_in_any_way(tmp_path, monkeypatch, 
     assert rows_in(tmp_path / "offline") == ROWS[:1]
 
 
+@pytest.mark.slow
 def test_a_mode_that_wandb_does_not_know_is_ignored_with_a_word(tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "of")
     run = start(tmp_path, ROWS[:1], wandb="offline")
@@ -578,6 +586,7 @@ def test_a_run_that_the_server_does_not_create_is_kept_offline_under_its_own_id(
     assert rows_in(tmp_path) == ROWS[:2]
 
 
+@pytest.mark.slow
 def test_a_run_that_is_online_has_its_curves_and_its_results_on_the_server(tmp_path, server):
     run = start(tmp_path, ROWS[:2], wandb="online")
     log(run, ROWS[:3])
