@@ -1,4 +1,4 @@
-"""The order in which to read the tests, which is the order in which they run; and what many of them use."""
+"""The order in which to read the tests, and in which they run; and what many of them use."""
 
 import random
 import sys
@@ -71,25 +71,16 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(scope="session")
 def practice_corpus(tmp_path_factory):
+    """A practice corpus of 24, 4 and 3 utterances; read only."""
     root = tmp_path_factory.mktemp("practice") / "corpus"
     helpers.make_practice_corpus(root, (24, 4, 3))
     return root
 
 
 @pytest.fixture(scope="session")
-def corpus(practice_corpus):
-    """A tiny practice corpus, read only: 24, 4 and 3 utterances.
-
-    Files whose tests train many runs, and where it does not matter how much these learn, have a
-    fixture of this name that gives `short_corpus`.
-    """
-    return practice_corpus
-
-
-@pytest.fixture(scope="session")
-def short_corpus(practice_corpus, tmp_path_factory):
-    """The same, each utterance cut after two seconds."""
-    return cut_corpus(practice_corpus, tmp_path_factory.mktemp("short") / "corpus", frames=200)
+def corpus(practice_corpus, tmp_path_factory):
+    """The same, each utterance cut after two seconds: a network learns it in seconds. Read only."""
+    return cut_corpus(practice_corpus, tmp_path_factory.mktemp("tiny") / "corpus", frames=200)
 
 
 @pytest.fixture(autouse=True)

@@ -1,9 +1,8 @@
-"""Parts of one's own: the README's additions as they stand there, and what else people put into the tables."""
+"""Parts of one's own: the README's additions, and what else people put into the tables."""
 
 import contextlib
 import functools
 import io
-import json
 import re
 from functools import partial
 from unittest import mock
@@ -13,7 +12,7 @@ import pytest
 import torch
 from support import kills
 from support.configs import QUICK, TINY
-from support.notebook import NOTEBOOK, ROOT, Session, code_cells
+from support.notebook import ROOT, Session, code_cells, notebook_cells
 from support.reference import cut_corpus
 from support.wandb_runs import finished_records, wandb_values
 from torch import nn
@@ -31,8 +30,9 @@ BLOCKS = {
     re.search(r'config\.update\(Name="(.*?)"', block)[1]: block
     for block in re.findall(r"```python\n(.*?)```", SECTION, re.S)
 }
-CELLS = json.loads(NOTEBOOK.read_text("utf-8"))["cells"]
-TEXT = "\n".join("".join(cell["source"]) for cell in CELLS if cell["cell_type"] == "markdown")
+TEXT = "\n".join(
+    "".join(cell["source"]) for cell in notebook_cells() if cell["cell_type"] == "markdown"
+)
 EXAMPLES = re.findall(r"```python\n(.*?)```", TEXT, re.S)  # in the notebook's texts
 [FOLD] = [block for block in EXAMPLES if "fold-0" in block]
 [TRIAL] = [block for block in EXAMPLES if "def trial" in block]
@@ -46,11 +46,6 @@ def small(tmp_path_factory):
     return cut_corpus(root / "whole", root / "corpus", frames=300)
 
 
-@pytest.fixture(scope="module")
-def corpus(short_corpus):
-    return short_corpus
-
-
 @pytest.fixture
 def session(corpus, tmp_path):
     """All cells before the training cell have been run."""
@@ -60,11 +55,14 @@ def session(corpus, tmp_path):
     return session
 
 
-# ---- The README's additions --------------------------------------------------------------------------------
+# ---- The README's additions ----------------------------------------------------------------------
 
 
 def run_with(block, runs, data, stop_at_step=None):
-    """The notebook with a block of the README behind its table; interrupted at this step."""
+    """The whole notebook with a block of the README in a cell below its table.
+
+    stop_at_step: the step of the optimizer at which the user interrupts.
+    """
     session, count, step = Session(runs, data, FEW_FRAMES), [0], torch.optim.AdamW.step
     cells = code_cells(FEW_FRAMES)
     [table] = re.findall(r"^([A-Z]+)\[", block, re.M)
@@ -83,7 +81,7 @@ def run_with(block, runs, data, stop_at_step=None):
 
 @pytest.fixture(scope="module")
 def whole_run(small, tmp_path_factory):
-    """A function: the name of an addition -> a session with it that was never stopped, and what it printed."""
+    """A function of an addition's name: (a session with it that was never stopped, its output)."""
     runs = tmp_path_factory.mktemp("whole")
 
     @functools.cache
@@ -100,6 +98,7 @@ def test_there_are_four_additions():
     assert all(len(block.splitlines()) <= 14 for block in BLOCKS.values())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", BLOCKS)
 def test_an_addition_runs_to_the_csv_and_resumed_ends_with_the_same_bits(
     whole_run, small, tmp_path, name
@@ -126,6 +125,7 @@ def test_one_cycle_is_stepped_after_each_batch(whole_run):
     assert first == pytest.approx(peak / 25) and peak / 25 < second < peak
 
 
+@pytest.mark.slow
 def test_the_residual_networks_rates_are_scaled_by_its_width(whole_run):
     session, printed = whole_run("residual")
     run = session["run"]
@@ -135,6 +135,7 @@ def test_the_residual_networks_rates_are_scaled_by_its_width(whole_run):
     assert "6 dropout layers x 0.10 in the first epoch, x 2.00 in the last" in printed
 
 
+@pytest.mark.slow
 def test_an_addition_may_come_when_the_notebook_has_run(session):
     session.run(TRAINING)
     session.execute(BLOCKS["noise"], BLOCKS["weighted"])
@@ -148,6 +149,7 @@ def test_an_addition_may_come_when_the_notebook_has_run(session):
     )
 
 
+@pytest.mark.slow
 def test_a_fold_of_links_is_trained_on(session, corpus):
     for _ in range(2):  # the cell may be run twice
         session.execute(FOLD)
@@ -176,7 +178,7 @@ def test_a_typing_error_is_refused_before_the_training(corpus, tmp_path):
         assert "load_data" not in session.namespace
 
 
-# ---- Losses ------------------------------------------------------------------------------------------------
+# ---- Losses --------------------------------------------------------------------------------------
 
 
 def weighted(train_data, **options):
@@ -185,7 +187,7 @@ def weighted(train_data, **options):
 
 
 class Focal(nn.CrossEntropyLoss):
-    """Its mean is over the frames, though its class has weights (Lin et al., "Focal Loss", 2017)."""
+    """Its mean is over the frames, though its class has weights (Lin et al., 2017)."""
 
     def __init__(self):
         super().__init__(weight=torch.linspace(0.1, 5, 42))
@@ -251,11 +253,11 @@ def test_a_loss_that_is_no_mean_is_refused(session, reduction):
         session.call("make_run", session["config"], {"loss": "mine"})
 
 
-# ---- Schedules ---------------------------------------------------------------------------------------------
+# ---- Schedules -----------------------------------------------------------------------------------
 
 
 def fit_with(session, make, **changes):
-    """Train with a schedule of one's own; `changes` are of the entry, and "epochs" of the config."""
+    """Train with a schedule of one's own; `changes` are of its entry, or "epochs"."""
     epochs = changes.pop("epochs", 2)
     session["SCHEDULERS"]["mine"] = session["Schedule"](make, **changes)
     session["config"].update(scheduler="mine", epochs=epochs, dropout_scale=1)
@@ -275,6 +277,7 @@ def test_a_second_reducelronplateau_gets_the_loss(session):
     )
 
 
+@pytest.mark.slow
 def test_a_schedule_of_ones_own_is_planned_or_not_as_its_entry_says(session):
     def make(optimizer, *_):
         return lr_scheduler.StepLR(optimizer, 1)
@@ -326,7 +329,7 @@ def test_a_schedule_that_would_be_stepped_wrongly_is_refused_before_the_training
     ).exists()
 
 
-# ---- Networks ----------------------------------------------------------------------------------------------
+# ---- Networks ------------------------------------------------------------------------------------
 
 
 class Plain(nn.Module):
@@ -354,6 +357,7 @@ def without_linear(input_size, output_size, config):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "make, width, factor", [(Plain, 320, 2 * 5**0.5), (linear, 1600, 1), (without_linear, None, 1)]
 )
@@ -411,9 +415,10 @@ def test_a_subset_or_several_sets_are_refused_with_what_to_do(corpus):
             helpers.make_loader(other, 8)
 
 
-# ---- torch.compile -----------------------------------------------------------------------------------------
+# ---- torch.compile -------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_compiled_dropout_keeps_the_mean_as_its_rate_changes():
     model = nn.Sequential(nn.Identity(), helpers.Dropout(0.1))
     compiled, x = torch.compile(model, backend="aot_eager"), torch.ones(500, 1000)
@@ -450,6 +455,7 @@ COMPILED = {
 }
 
 
+@pytest.mark.slow
 def test_a_compiled_run_opens_without_compile_and_the_other_way_round(session):
     session["config"].update(scheduler="steplr", dropout_scale=1)
     for epochs, how in enumerate(("in place", "a part", "whole", "not", "whole"), start=1):
@@ -465,7 +471,7 @@ def test_a_compiled_run_opens_without_compile_and_the_other_way_round(session):
     plain.load_state_dict(best)  # strictly
 
 
-# ---- Seeds -------------------------------------------------------------------------------------------------
+# ---- Seeds ---------------------------------------------------------------------------------------
 
 
 def test_the_seed_decides_weights_and_order_and_is_the_runs_own(session):
@@ -495,7 +501,7 @@ def test_an_epoch_of_one_seed_is_none_of_another():
     assert len(set(orders.values())) == len(orders)
 
 
-# ---- The exercises of the last section ---------------------------------------------------------------------
+# ---- The exercises of the last section -----------------------------------------------------------
 
 
 def test_the_exercises_run(corpus, tmp_path, capsys):
@@ -515,7 +521,7 @@ def test_the_exercises_run(corpus, tmp_path, capsys):
     assert two > both > 10
 
 
-# ---- Variants and sweeps -----------------------------------------------------------------------------------
+# ---- Variants and sweeps -------------------------------------------------------------------------
 
 
 def test_what_a_variant_sets_wins_over_recipe_and_shorten(tmp_path):
@@ -537,6 +543,7 @@ def test_what_a_variant_sets_wins_over_recipe_and_shorten(tmp_path):
         )  # run_config again, it stays as it is
 
 
+@pytest.mark.slow
 def test_variants_of_recipe_original_are_different_runs(session):
     session.run("def run_variant")
     session["config"]["recipe"] = "original"
@@ -551,6 +558,7 @@ def test_variants_of_recipe_original_are_different_runs(session):
     ]
 
 
+@pytest.mark.slow
 def test_a_trial_of_a_sweep_has_the_whole_config_its_best_accuracy_and_its_files(
     corpus, tmp_path, monkeypatch
 ):

@@ -1,4 +1,4 @@
-"""Damaged and incomplete data: every fault ends in a DataError that names the file and says what is wrong."""
+"""Damaged and incomplete data: every fault is a DataError that names the file and the fault."""
 
 import collections
 import os
@@ -388,8 +388,8 @@ def test_strays_are_ignored_with_a_note(root, capsys):
     note = capsys.readouterr().out
     assert "dev-clean: ignored 12 file(s) in mfcc that are not utterances: " in note
     assert (
-        "dev-clean: ignored 2 file(s) in transcript that are not utterances: .ipynb_checkpoints, desktop.ini"
-        in note
+        "dev-clean: ignored 2 file(s) in transcript that are not utterances: "
+        ".ipynb_checkpoints, desktop.ini" in note
     )
     assert all(name in note for name in sorted(strays)[:5])
     assert dataset.frames.equal(expected.frames) and dataset.labels.equal(expected.labels)
@@ -483,6 +483,7 @@ def test_what_python_2_wrote_is_read_without_a_warning(root):
     assert AudioDataset(root, "dev-clean").frames.equal(expected)
 
 
+@pytest.mark.slow
 def test_random_damage_is_refused_or_harmless(corpus, tmp_path):
     source, outcomes = take_source(corpus, tmp_path / "source"), collections.Counter()
 

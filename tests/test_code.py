@@ -200,12 +200,7 @@ def test_a_network_is_known_by_its_layers_compiled_or_not():
     assert code_differences(fewer, plain) == []
 
 
-# ---- In the notebook ---------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def corpus(short_corpus):
-    return short_corpus
+# ---- In the notebook -----------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -216,16 +211,18 @@ def trained(corpus, tmp_path_factory):
     return runs
 
 
-def again(runs, corpus, old=None, new=None, **changes):
-    """The notebook's cells again, one of them edited, as far as to the CSV."""
+def again(runs, corpus, *edits, **changes):
+    """The notebook's cells again, as far as to the CSV.
+
+    edits: (old, new), each for the one cell that contains `old`.
+    """
     session = Session(runs, corpus, {**QUICK, **changes})
     cells = code_cells(session.changes)
-    if old is not None:
-        [source] = [source for source in cells if source.count(old) == 1]
-        cells[cells.index(source)] = source.replace(old, new)
-    session.execute(
-        *cells[: next(i for i, source in enumerate(cells) if "finish_wandb(run, results" in source)]
-    )
+    for old, new in edits:
+        [index] = [i for i, source in enumerate(cells) if source.count(old) == 1]
+        cells[index] = cells[index].replace(old, new)
+    [end] = [i for i, source in enumerate(cells) if "finish_wandb(run, results" in source]
+    session.execute(*cells[:end])
     return session
 
 
@@ -266,7 +263,7 @@ def again(runs, corpus, old=None, new=None, **changes):
 def test_a_run_of_other_code_is_refused_and_the_difference_named(trained, corpus, old, new, named):
     before = (trained / "pencil" / "checkpoint.pt").read_bytes()
     with pytest.raises(RunError) as error:
-        again(trained, corpus, old, new)
+        again(trained, corpus, (old, new))
     assert (
         named in str(error.value)
         and "Undo the edit" in str(error.value)
@@ -275,9 +272,10 @@ def test_a_run_of_other_code_is_refused_and_the_difference_named(trained, corpus
     assert (trained / "pencil" / "checkpoint.pt").read_bytes() == before
 
 
-@pytest.mark.parametrize(
-    "old, new",
-    [
+def test_a_finished_run_opens_after_edits_that_make_no_weights(trained, corpus):
+    session = again(
+        trained,
+        corpus,
         ('    """One epoch.', '    """An epoch.'),
         ("tqdm(loader,", "tqdm(loader,  # a bar\n                               "),
         (
@@ -290,14 +288,11 @@ def test_a_run_of_other_code_is_refused_and_the_difference_named(trained, corpus
             '"another": Schedule(lambda *_: None), "exponential": Schedule(',
         ),
         ("lr {row['learning_rate']:.7f}", "rate {row['learning_rate']:.7f}"),
-    ],
-    ids=lambda text: text[:30],
-)
-def test_a_finished_run_opens_after_edits_that_make_no_weights(trained, corpus, old, new):
-    session = again(trained, corpus, old, new)
+    )
     assert len(session["history"]) == 1 and (trained / "pencil" / "submission.csv").exists()
 
 
+@pytest.mark.slow
 def test_fit_alone_notices_an_edit_too(trained, corpus):
     session = again(trained, corpus)
     [source] = [source for source in code_cells() if "def train(" in source]
@@ -334,6 +329,7 @@ def test_an_edit_of_the_features_makes_the_cache_anew_and_is_another_run(
     assert times[0] == times[1]
 
 
+@pytest.mark.slow
 def test_a_run_on_features_of_other_code_is_refused(trained, corpus, monkeypatch):
     edited(monkeypatch, "_mfccs", "return array, first", "return array.clip(-1, 1), first")
     with pytest.raises(RunError, match="`_mfccs` has changed"):
@@ -356,9 +352,10 @@ def test_a_helper_that_train_uses_is_part_of_the_run(trained, corpus, monkeypatc
         again(trained, corpus)
 
 
-# ---- Keys of the config ------------------------------------------------------------------------------------
+# ---- Keys of the config --------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_refusal_names_the_switch_that_set_the_key(trained, corpus):
     with pytest.raises(RunError) as error:
         again(trained, corpus, recipe="original")
@@ -382,6 +379,7 @@ def test_what_shorten_has_set_is_named(tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_a_key_that_the_run_did_not_know_has_its_off_value(trained, corpus, tmp_path):
     path = tmp_path / "runs" / "pencil" / "checkpoint.pt"
     state = helpers.load_checkpoint(trained / "pencil" / "checkpoint.pt")

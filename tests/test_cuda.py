@@ -1,12 +1,17 @@
-"""The code for CUDA, rehearsed without a GPU: fake tensors know their device and shape, and refuse to mix devices."""
+"""Training on CUDA: on a real GPU where there is one, and rehearsed on fake tensors everywhere.
+
+Fake tensors know their device and shape, and refuse to mix devices.
+"""
 
 from contextlib import contextmanager
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
+from support import kills
 from support.configs import TINY
-from support.notebook import definitions
+from support.notebook import Session, definitions
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
     FakeTensor,
@@ -28,9 +33,7 @@ def can_rehearse():
     return True
 
 
-pytestmark = pytest.mark.skipif(
-    not can_rehearse(), reason="this torch needs a driver for fake tensors"
-)
+CAN_REHEARSE = can_rehearse()
 OPTIONS = definitions()["options"]()
 
 
@@ -49,38 +52,41 @@ class NoWay(TorchDispatchMode):
         return result
 
 
+class Generator:
+    """In place of torch's, which needs a real GPU."""
+
+    def __init__(self, device):
+        assert torch.device(device).type == "cuda"
+
+    def manual_seed(self, seed):
+        pass
+
+
+def truth(tensor):
+    """In place of `bool(tensor)`, as a fake tensor has no value."""
+    assert tensor.device.type == "cpu", "an if on the GPU's result waits for the GPU"
+    return True
+
+
 @contextmanager
 def rehearsal():
-    with FakeTensorMode(allow_non_fake_inputs=True), NoWay():
+    if not CAN_REHEARSE:
+        pytest.skip("this torch needs a driver for fake tensors")
+    with (
+        FakeTensorMode(allow_non_fake_inputs=True),
+        NoWay(),
+        mock.patch.object(torch, "Generator", Generator),
+        mock.patch.object(torch.Tensor, "__bool__", truth),
+    ):
         yield
 
 
-@pytest.fixture(autouse=True)
-def no_gpu(monkeypatch):
-    """What needs a real GPU: generators; and reading a number, which a fake tensor does not have."""
-
-    class Generator:
-        def __init__(self, device):
-            assert torch.device(device).type == "cuda"
-
-        def manual_seed(self, seed):
-            pass
-
-    monkeypatch.setattr(torch, "Generator", Generator)
-
-    def truth(tensor):
-        assert tensor.device.type == "cpu", "an if on the GPU's result waits for the GPU"
-        return True
-
-    monkeypatch.setattr(torch.Tensor, "__bool__", truth)
-
-
 @pytest.fixture
-def dataset(short_corpus):
+def dataset(corpus):
     """Of a dataset on the CPU, what `device="cuda"` would make."""
 
     def on_cuda(partition):
-        data = helpers.AudioDataset(short_corpus, partition, TINY["context"])
+        data = helpers.AudioDataset(corpus, partition, TINY["context"])
         with FakeTensorMode(allow_non_fake_inputs=True):
             for name in ("frames", "offsets", "labels", "stds"):
                 if getattr(data, name) is not None:
@@ -91,6 +97,41 @@ def dataset(short_corpus):
         return data
 
     return on_cuda
+
+
+# ---- On a real GPU -------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+def test_on_a_gpu_a_run_learns_and_resumed_ends_with_the_same_bits(corpus, tmp_path):
+    whole = Session(tmp_path / "whole", corpus, TINY)
+    whole.run_all()
+    assert next(whole["model"].parameters()).device.type == "cuda"
+    first, second = (row["train_loss"] for row in whole["history"])
+    assert second < first
+    submission = whole["run"].folder / "submission.csv"
+    labels = helpers.read_submission(submission, len(whole["test_data"]))
+    assert list(labels) == list(whole["predictions"])
+
+    stopped = Session(tmp_path / "stopped", corpus, TINY)
+    stopped.run_all(until=kills.TRAINING)
+    run_epoch = stopped["run_epoch"]
+
+    def stop_at_the_second(run, epoch):
+        if epoch == 2:
+            raise KeyboardInterrupt
+        return run_epoch(run, epoch)
+
+    stopped.namespace["run_epoch"] = stop_at_the_second
+    with pytest.raises(KeyboardInterrupt):
+        stopped.run(kills.TRAINING)
+    resumed = Session(tmp_path / "stopped", corpus, TINY)
+    resumed.run_all()
+    assert "1 of 2 epochs are there, resuming" in resumed["run"].message
+    assert kills.outcome(tmp_path / "stopped") == kills.outcome(tmp_path / "whole")
+
+
+# ---- Rehearsed -----------------------------------------------------------------------------------
 
 
 def check(tensor, *shape, dtype):

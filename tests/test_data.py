@@ -20,7 +20,7 @@ PARTITIONS = helpers.PARTITIONS
 repeatable = settings(derandomize=True, deadline=None, database=None, max_examples=40)
 
 
-# ---- Windows -----------------------------------------------------------------------------------------------
+# ---- Windows -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("context", [0, 1, 7, 50, 60])
@@ -70,7 +70,7 @@ def test_what_float16_costs(corpus):
     assert largest < 32 and largest_error < 2**-7  # of values with a standard deviation of 1
 
 
-# ---- Reading -----------------------------------------------------------------------------------------------
+# ---- Reading -------------------------------------------------------------------------------------
 
 
 def test_utterances_come_in_sorted_order(tmp_path, monkeypatch):
@@ -183,7 +183,7 @@ def test_other_ways_to_store_the_same(tmp_path, kind, dtype, order, version):
     )
 
 
-# ---- Batches -----------------------------------------------------------------------------------------------
+# ---- Batches -------------------------------------------------------------------------------------
 
 
 def order_of(loader):

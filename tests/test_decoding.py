@@ -58,6 +58,7 @@ def test_no_transition_crosses_the_end_of_an_utterance():
     assert len(set(viterbi(scores, stay, torch.tensor([0, 6])).tolist())) == 1
 
 
+@pytest.mark.slow
 def test_long_utterances_are_decoded_exactly():
     torch.manual_seed(1)
     scores, transitions = torch.randn(20_000, 5) - 50, torch.randn(5, 5)
@@ -87,7 +88,7 @@ def test_transitions_are_counted_inside_utterances_with_add_one(lengths, seed):
 
 @pytest.fixture
 def noisy():
-    """Labels that stay for ten frames, and posteriors that are wrong at random: log posteriors, labels, offsets."""
+    """(log posteriors, labels, offsets): labels that stay for ten frames, posteriors with noise."""
     torch.manual_seed(2)
     labels = torch.randint(0, 40, (60,)).repeat_interleave(10)
     logits = 2.0 * torch.nn.functional.one_hot(labels, 42) + torch.randn(600, 42)

@@ -1,4 +1,7 @@
-"""A run's copy on Google Drive: a plain folder stands for it. Nothing goes to its trash, and a kill loses little."""
+"""A run's copy on Google Drive: nothing goes to the trash, and a kill loses little.
+
+A plain folder stands for Drive.
+"""
 
 import contextlib
 import itertools
@@ -44,7 +47,10 @@ def epochs_of(folder):
 
 
 def files(drive):
-    """Name -> inode of each file: a file that is replaced gets another one, and the old one would go to the trash."""
+    """{name: inode} of the files there.
+
+    A file that is replaced gets another inode, and the old one would go to Drive's trash.
+    """
     return {path.name: path.stat().st_ino for path in drive.iterdir()}
 
 
@@ -189,6 +195,7 @@ def train_and_copy(report, run, drive, epochs):
         report.send(epoch)
 
 
+@pytest.mark.slow
 def test_killed_at_any_moment_a_whole_copy_is_there(places, draw):
     run, drive, _ = places
     epochs, seen = 0, {}

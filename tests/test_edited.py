@@ -1,4 +1,4 @@
-"""A notebook is edited and run again: cells twice, out of order, interrupted, with another config than those above."""
+"""A notebook is edited and run again: cells twice, out of order, interrupted, reconfigured."""
 
 import re
 import warnings
@@ -19,11 +19,6 @@ SUBMISSION = "predictions = test(run, "
 LAST = "helpers.finish_wandb(run, results, submission)"
 
 
-@pytest.fixture(scope="module")
-def corpus(short_corpus):
-    return short_corpus
-
-
 @pytest.fixture
 def session(corpus, tmp_path):
     """All cells before the training cell have been run."""
@@ -37,9 +32,10 @@ def weights(session, file="checkpoint.pt"):
     return kills.frozen(helpers.load_checkpoint(session["run"].folder / file)["model"])
 
 
-# ---- The config is edited ----------------------------------------------------------------------------------
+# ---- The config is edited ------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_training_cell_alone_trains_what_the_config_says_now(session, corpus, tmp_path):
     session.run(TRAINING)
     changes = {"Name": "b", "learning_rate": 0.02, "archetype": "diamond", "context": 9}
@@ -105,6 +101,7 @@ def test_a_practice_run_is_shortened_only_where_the_config_has_the_defaults(tmp_
         assert session.call("make_run_config", config)[0] == {**config, **expected}
 
 
+@pytest.mark.slow
 def test_the_old_runs_folder_is_free_when_another_one_has_begun(session):
     session.run(TRAINING)
     old = session["run"].folder
@@ -114,6 +111,7 @@ def test_the_old_runs_folder_is_free_when_another_one_has_begun(session):
     assert kills.in_child(helpers.lock_run, session["run"].folder) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["exp 1 (lr=0.001), Jürgen's " + "x" * 130, "ü" * 100])
 def test_a_name_that_passes_the_check_works_to_the_end(corpus, tmp_path, name):
     session = Session(
@@ -125,6 +123,7 @@ def test_a_name_that_passes_the_check_works_to_the_end(corpus, tmp_path, name):
     )
 
 
+@pytest.mark.slow
 def test_a_trial_of_a_sweep_with_many_keys_gets_a_name(session):
     session.run("variants = [", "def run_variant")
     keys = (
@@ -153,6 +152,7 @@ def test_a_trial_of_a_sweep_with_many_keys_gets_a_name(session):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("epochs", [1, 3])
 def test_epochs_may_be_lowered_and_raised_after_the_end(session, capsys, epochs):
     session.run(TRAINING, RESULTS, SUBMISSION, LAST)
@@ -169,6 +169,7 @@ def test_epochs_may_be_lowered_and_raised_after_the_end(session, capsys, epochs)
     assert "finished" in printed and ("nothing left to train" in printed) == (epochs == 1)
 
 
+@pytest.mark.slow
 def test_what_the_user_must_know_is_still_there_when_the_figure_is_drawn(
     session, monkeypatch, capsys
 ):
@@ -203,9 +204,10 @@ def test_what_the_user_must_know_is_still_there_when_the_figure_is_drawn(
         assert text.endswith("Drive is full\n")
 
 
-# ---- Cells twice, and out of order -------------------------------------------------------------------------
+# ---- Cells twice, and out of order ---------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_every_cell_may_be_run_twice(corpus, tmp_path):
     twice, once = (
         Session(tmp_path / name, corpus, UNPLANNED, "offline") for name in ("twice", "once")
@@ -266,6 +268,7 @@ def test_results_before_the_first_epoch_has_ended(session):
         session.run(RESULTS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "recipe, ways",
     [
@@ -282,6 +285,7 @@ def test_results_speak_of_a_mean_over_warps_only_where_there_is_one(session, rec
     )
 
 
+@pytest.mark.slow
 def test_results_of_an_earlier_run_are_not_taken_for_this_ones(session):
     session.run(TRAINING, RESULTS)
     session["config"]["Name"] = "b"
@@ -300,10 +304,10 @@ def test_results_of_an_earlier_run_are_not_taken_for_this_ones(session):
     assert (session["run"].folder / "submission.csv").exists()
 
 
-# ---- Interrupts --------------------------------------------------------------------------------------------
+# ---- Interrupts ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("again", ["the cell", "fit alone"])
+@pytest.mark.parametrize("again", ["the cell", pytest.param("fit alone", marks=pytest.mark.slow)])
 def test_an_interrupted_training_run_again_ends_with_the_same_weights(
     session, corpus, tmp_path, again
 ):
@@ -336,6 +340,7 @@ def test_an_interrupted_training_run_again_ends_with_the_same_weights(
     )
 
 
+@pytest.mark.slow
 def test_the_chosen_precision_is_kept_in_the_checkpoint(session, monkeypatch):
     for epochs, fastest in ((1, "bfloat16"), (2, "float32")):
         monkeypatch.setattr(
@@ -348,7 +353,7 @@ def test_the_chosen_precision_is_kept_in_the_checkpoint(session, monkeypatch):
     assert session["run"].precision == torch.bfloat16
 
 
-# ---- Precision and optimizers ------------------------------------------------------------------------------
+# ---- Precision and optimizers --------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("instructions", ["avx512_bf16", "amx_bf16"])
@@ -393,6 +398,7 @@ SMALL = {
 }  # a CPU that emulates float16 is slow
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("optimizer", ["sgd", "nesterov", "adam", "adamw", "rmsprop"])
 def test_a_first_step_that_overflows_in_float16_is_skipped_and_the_run_learns(session, optimizer):
     """torch's fused SGD would go on from a momentum that was never written."""

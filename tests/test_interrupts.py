@@ -1,6 +1,6 @@
-"""Ctrl-C at random moments: KeyboardInterrupt comes out, and the next start ends with the same bytes.
+"""Ctrl-C at random moments: KeyboardInterrupt is raised, and the next call gives the same bytes.
 
-The same process starts again, as after a notebook's stop button. (Training, and kills: test_resume.py.)
+The same process goes on, as after a notebook's stop button. Training and kills: test_resume.py.
 """
 
 import os
@@ -46,6 +46,7 @@ MAKERS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("maker", MAKERS.values(), ids=MAKERS)
 def test_interrupted_at_random_moments_it_ends_with_the_same_bytes(tmp_path, maker, draw):
     make = maker(tmp_path)
@@ -83,6 +84,7 @@ def test_threads_end_with_the_interrupt():
     assert len(done) == count
 
 
+@pytest.mark.slow
 def test_what_is_said_after_an_interrupt_is_the_same(draw):
     expected = helpers.speak("They sang both songs.", "f1")[0]
     interrupted = []

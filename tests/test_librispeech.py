@@ -1,4 +1,4 @@
-"""LibriSpeech with its phones' times as a corpus: from parquet of synthetic speech, by the dataset's schema."""
+"""LibriSpeech as a corpus, made from parquet of synthetic speech in the dataset's schema."""
 
 import io
 import json
@@ -401,6 +401,7 @@ def convert(report, root, source):
     make_librispeech_corpus(root, source)
 
 
+@pytest.mark.slow
 def test_killed_at_random_moments_it_ends_with_the_same_bytes(speech, corpus, tmp_path, draw):
     killed = 0
     while not (tmp_path / "librispeech").exists():

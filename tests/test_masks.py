@@ -1,4 +1,4 @@
-"""What training does to a batch: masks beside torchaudio's, warps against a slow reference, dropout."""
+"""What training does to a batch: masks, warps of the frequency axis, dropout."""
 
 import math
 from types import SimpleNamespace
@@ -15,7 +15,10 @@ WINDOWS, FRAMES, COEFFICIENTS = 20_000, 21, 28
 
 
 def stretches(masked, dim):
-    """(first zero, number of zeros) along `dim` of each window of masked ones; a mask must be one whole stretch."""
+    """(first zero, number of zeros) along `dim` of each window of masked ones.
+
+    The mask of a window must be one whole stretch.
+    """
     zeros = masked == 0
     rows = zeros.any(3 - dim)  # (B, size)
     assert torch.equal(zeros, rows.unsqueeze(3 - dim).expand_as(zeros))
@@ -165,7 +168,7 @@ def test_beside_torchaudios_masks(augmentations, dim, param):
     assert our_rows[0].item() == pytest.approx(our_rows[-1].item(), rel=0.15)
 
 
-# ---- Warps -------------------------------------------------------------------------------------------------
+# ---- Warps ---------------------------------------------------------------------------------------
 
 
 def data_of(stds, convention):
@@ -187,7 +190,7 @@ def mel(hertz):
 
 
 def slowly_warped(features, factor, convention):
-    """One frame (k,): back to the log energies of the bands, read at factor x their frequencies, and back again."""
+    """One frame (k,), by way of the bands' log energies, read at `factor` x their frequencies."""
     n = len(features)
     bands = max({"HTK": 28, "torchaudio": 40}[convention], n)
 
@@ -215,7 +218,7 @@ def test_warp_maps_are_the_way_through_the_mel_bands_and_back(convention, n):
     assert maps.shape == (5, n, n) and maps.dtype == torch.float32
     mfcc = torch.randn(n) * stds
     for factor, each in zip((0.8, 0.9, 1.0, 1.1, 1.2), maps):
-        # of uncorrelated coefficients with standard deviation 1, each warped one has this one; it is made 1 again
+        # the standard deviations after the warp, of uncorrelated coefficients: made 1 again
         units = [slowly_warped((unit * stds).tolist(), factor, convention) for unit in torch.eye(n)]
         shrunk = np.sqrt((np.array(units) ** 2).sum(0)) / stds.numpy()
         expected = (
@@ -259,7 +262,8 @@ def test_each_window_goes_through_one_of_the_maps(dtype):
     assert set(errors.argmin(0).tolist()) == set(range(7))
 
 
-# Speech played faster has all its frequencies higher by the same factor. That is physics, and no formula of ours.
+# Speech played faster has all its frequencies higher by the same factor. That is physics, and no
+# formula of ours.
 
 RATE = 16000
 
@@ -294,7 +298,7 @@ def htk_features(audio, n):
 
 
 def torchaudio_features(audio, n):
-    """The features that this project made until November 2026; their window is the middle 400 samples of 512."""
+    """torchaudio's MFCCs, unliftered; their window is the middle 400 samples of 512."""
     mfcc = torchaudio.transforms.MFCC(
         RATE,
         n_mfcc=n,
@@ -311,13 +315,16 @@ def torchaudio_features(audio, n):
 
 
 def at_times(features, times, centre):
-    """Features (T, k) between their frames, at these times in seconds; the first window has its centre there."""
+    """Features (T, k), interpolated at these times in seconds.
+
+    centre: of the first window, in samples.
+    """
     own = (np.arange(len(features)) * 160 + centre) / RATE
     return np.stack([np.interp(times, own, column) for column in features.T.numpy()], axis=1)
 
 
 def correlations(make_features, convention, n, speed, utterances):
-    """Column by column: how well a map predicts the features of these utterances played at `speed`, (n,)."""
+    """How well a map predicts each column (n,) of these utterances played at `speed`."""
     rows = []
     for audio in utterances:
         audio = audio + 0.01 * audio.std() * torch.randn(
@@ -355,7 +362,7 @@ def test_a_warp_does_what_playing_it_faster_does(convention, make_features, n, u
     assert right[n - 1 if convention == "HTK" else 0] > 0.97  # c0
     assert right[low].min() > 0.75 and right[low].mean() > 0.9
     assert right.mean() > 0.75
-    # the other convention's map takes another column for the loudness, and may turn this one upside down
+    # the other convention's map takes another column for the loudness
     wrong = correlations(
         make_features, {"HTK": "torchaudio", "torchaudio": "HTK"}[convention], n, speed, audio
     )
@@ -363,7 +370,7 @@ def test_a_warp_does_what_playing_it_faster_does(convention, make_features, n, u
     assert wrong.mean() < right.mean() - (0.1 if n > 22 else 0.02)
 
 
-# ---- Dropout -----------------------------------------------------------------------------------------------
+# ---- Dropout -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("p", [0.0, 0.05, 0.2, 0.5, 0.99])

@@ -1,4 +1,4 @@
-"""The notebook executed whole, in a kernel of its own, on a tiny practice corpus; and what wandb has of it."""
+"""The notebook executed whole, in a kernel of its own, on a tiny practice corpus."""
 
 import json
 import os
@@ -20,7 +20,7 @@ CHANGES = {**TINY, "epochs": 3, "learning_rate": 0.003}
 
 @pytest.fixture(scope="module")
 def runs(corpus, tmp_path_factory):
-    """A runs folder whose practice corpus is the tiny one, so that the notebook does not make the big one."""
+    """A runs folder that has the tiny corpus in the place of the practice corpus."""
     runs = tmp_path_factory.mktemp("runs")
     shutil.copytree(corpus, runs / "cache" / "practice-corpus")
     return runs
@@ -45,6 +45,7 @@ def text(notebook):
     return "".join(output.text for output in outputs(notebook, "stream"))
 
 
+@pytest.mark.slow
 def test_it_runs_to_a_checked_and_scored_csv(executed, runs, corpus):
     assert "PRACTICE CORPUS" in text(executed)
     rows = pd.read_csv(runs / "pencil" / "submission.csv")
@@ -57,6 +58,7 @@ def test_it_runs_to_a_checked_and_scored_csv(executed, runs, corpus):
     )  # it has learned something
 
 
+@pytest.mark.slow
 def test_it_leaves_one_line_an_epoch_one_figure_and_no_trail_of_a_bar(executed):
     assert [int(n) for n in re.findall(r"^epoch +(\d+)/3 \| train", text(executed), re.M)] == [
         1,
@@ -72,6 +74,7 @@ def test_it_leaves_one_line_an_epoch_one_figure_and_no_trail_of_a_bar(executed):
     assert len(nbformat.writes(executed)) < 1e6
 
 
+@pytest.mark.slow
 def test_the_checkpoint_has_the_code_of_the_cells_and_of_helpers(executed, runs):
     for file in ("checkpoint.pt", "best.pt"):
         code = helpers.load_checkpoint(runs / "pencil" / file)["code"]
@@ -81,6 +84,7 @@ def test_the_checkpoint_has_the_code_of_the_cells_and_of_helpers(executed, runs)
         assert code["_mfccs"].startswith("def _mfccs(") and "LeakyReLU" in code["layer model.2"]
 
 
+@pytest.mark.slow
 def test_offline_wandb_has_every_metric_of_every_epoch(executed, runs):
     rows, summary, config = [], {}, {}
     for record in wandb_records(runs / "pencil"):
@@ -108,6 +112,7 @@ def test_offline_wandb_has_every_metric_of_every_epoch(executed, runs):
     assert {key: config[key] for key in CHANGES} == CHANGES and config["device"] and config["torch"]
 
 
+@pytest.mark.slow
 def test_again_it_trains_nothing_and_gives_the_same(executed, runs):
     before = (runs / "pencil" / "submission.csv").read_bytes()
     again = execute(CHANGES, runs)
@@ -125,6 +130,7 @@ def test_the_committed_notebook_is_one_honest_run():
     assert max(len(cell.source.splitlines()) for cell in cells) <= 30
 
 
+@pytest.mark.slow
 def test_figures_appear_and_nothing_is_red_whatever_the_environment_says():
     """matplotlib's backend in the environment, as on many servers; ipywidgets missing."""
     notebook = nbformat.read(NOTEBOOK, as_version=4)
@@ -145,6 +151,7 @@ def test_figures_appear_and_nothing_is_red_whatever_the_environment_says():
     assert not [output for output in outputs(notebook, "stream") if output.name == "stderr"]
 
 
+@pytest.mark.slow
 def test_variants_are_trained_once_compared_and_a_failed_one_is_noted(corpus, tmp_path, capsys):
     session = Session(tmp_path, corpus, {**TINY, "ablations": True})
     session.run_all(until="trained, failures, ")

@@ -1,4 +1,4 @@
-"""The practice corpus: layout, labels, the same bytes on every run (offline; needs espeakng-loader)."""
+"""The practice corpus: layout, labels, the same bytes on every run."""
 
 import itertools
 import os
@@ -28,11 +28,16 @@ from helpers import (
 )
 
 PHONES = set(PHONEMES[1:40])
-UTTERANCES = (24, 4, 3)  # of the fixture `corpus`
+UTTERANCES = (24, 4, 3)  # of the fixture `practice_corpus`
+
+
+@pytest.fixture
+def corpus(practice_corpus):
+    return practice_corpus
 
 
 def transcripts(root, partition):
-    """The labels of each utterance; those of test are cut out of answers.csv, in the order of the files."""
+    """The labels of each utterance; those of the test partition are in answers.csv."""
     if partition < 2:
         paths = sorted((root / PARTITIONS[partition] / "transcript").iterdir())
         return [np.load(path)[1:-1] for path in paths]
@@ -73,7 +78,7 @@ def test_every_partition_has_all_the_phones(corpus, partition):
 
 
 def check_labels(labels, partition, index):
-    """Synthesise the utterance again: its labels must fit, after a silence as long as the first phone says."""
+    """Synthesise the utterance again; after some silence, the labels must fit."""
     audio, phones = helpers.speak(*helpers.practice_utterance(partition, index))
     begins = next(start for phone, start, _ in phones if phone != "[SIL]")
     silent = next(t for t, label in enumerate(labels) if label != "[SIL]")
@@ -125,6 +130,7 @@ def test_the_same_seed_gives_the_same_bytes(corpus, tmp_path):
     assert contents(tmp_path / "again") == files
 
 
+@pytest.mark.slow
 def test_speech_does_not_depend_on_what_was_said_before():
     first, again = {}, {}
     for heard, order in (first, range(60)), (again, random.Random(1).sample(range(60), 60)):
@@ -134,6 +140,7 @@ def test_speech_does_not_depend_on_what_was_said_before():
     assert first == again
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("voice", ["", "klatt4", "f1", "pedro"])
 def test_the_whole_vocabulary_is_mapped(voice):
     # the sentences themselves too: a word may sound different beside others or at the end
@@ -184,7 +191,8 @@ def test_labels_fit_the_sound(corpus):
             silence += [*mfcc[labels == "[SIL]", -1]]
             vowel += [*mfcc[np.isin(labels, ["AA", "AE", "AO", "IY", "EY", "OW"])]]
             hiss += [*mfcc[np.isin(labels, ["S", "Z", "SH"])]]
-        # c0, the last one, is the log energy; c1, the first, falls when the energy moves to the high frequencies
+        # c0, the last one, is the log energy; c1, the first, falls when the energy moves to the
+        # high frequencies
         scores[shift] = (
             np.mean(vowel, 0)[-1] - np.mean(silence),
             np.mean(vowel, 0)[0] - np.mean(hiss, 0)[0],
@@ -293,6 +301,7 @@ def test_which_torchaudio_fits_is_said_where_it_cannot_be_imported(
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_training_on_data_that_are_there_does_without_torchaudio(corpus):
     code = (
         "import sys; sys.modules['torchaudio'] = None; import helpers; "

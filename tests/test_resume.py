@@ -1,4 +1,4 @@
-"""Checkpoints: a killed run ends as one that was never killed, and what cannot be resumed is refused in plain words."""
+"""Checkpoints: a killed run ends like one that was never killed, or a resume is refused."""
 
 import contextlib
 import errno
@@ -28,12 +28,7 @@ CONFIG, OPTIONS = BOOK["config"], BOOK["options"]()
 ADAMW, SGD = kills.CONFIGS.values()
 QUICK = {**UNPLANNED, "epochs": 1}
 
-# ---- Killed runs -------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def corpus(short_corpus):
-    return short_corpus
+# ---- Killed runs ---------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -47,6 +42,7 @@ def whole(corpus, tmp_path_factory):
     return outcomes
 
 
+@pytest.mark.slow
 def test_a_run_killed_at_every_step_of_writing_ends_like_one_never_killed(whole, corpus, tmp_path):
     steps = [
         f"writing {name}, {step}"
@@ -61,6 +57,7 @@ def test_a_run_killed_at_every_step_of_writing_ends_like_one_never_killed(whole,
     assert kills.outcome(tmp_path) == whole[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("changes, expected", [(ADAMW, 0), (SGD, 1)], ids=["adamw", "sgd"])
 def test_a_run_killed_at_random_moments_ends_like_one_never_killed(
     whole, corpus, tmp_path, changes, expected, draw
@@ -73,6 +70,7 @@ def test_a_run_killed_at_random_moments_ends_like_one_never_killed(
     assert kills.outcome(tmp_path) == whole[expected], f"killed at {places}"
 
 
+@pytest.mark.slow
 def test_the_comparison_notices_a_single_bit(whole):
     state = {"model": {"weight": torch.zeros(3)}, "history": [{"epoch": 1, "seconds": 1.0}]}
     other = {
@@ -85,7 +83,7 @@ def test_the_comparison_notices_a_single_bit(whole):
     assert whole[0] != whole[1]
 
 
-# ---- What is resumed, and what is refused ------------------------------------------------------------------
+# ---- What is resumed, and what is refused --------------------------------------------------------
 
 
 def train_to_the_end(runs, data, **changes):
@@ -167,6 +165,7 @@ def test_free_keys_may_differ(trained, key):
     assert helpers.load_checkpoint(path, {**config, key: other_value(key)})["config"] == config
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scheduler", ["steplr", "exponential", "reducelronplateau"])
 def test_epochs_may_be_raised_and_the_run_resumes(corpus, tmp_path, scheduler):
     train_to_the_end(tmp_path / "raised", corpus, scheduler=scheduler)
@@ -175,6 +174,7 @@ def test_epochs_may_be_raised_and_the_run_resumes(corpus, tmp_path, scheduler):
     assert raised == train_to_the_end(tmp_path / "at once", corpus, scheduler=scheduler, epochs=3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "changes", [{"scheduler": "cosineanneal"}, {"dropout_scale": "auto"}], ids=str
 )
@@ -217,7 +217,7 @@ def test_other_data_under_the_same_name_is_refused(runs, corpus, tmp_path):
     assert before == train_to_the_end(runs, elsewhere)
 
 
-# ---- Damage ------------------------------------------------------------------------------------------------
+# ---- Damage --------------------------------------------------------------------------------------
 
 
 class Intruder:
@@ -275,7 +275,7 @@ def test_code_in_a_pickle_is_not_executed(tmp_path, zipped):
     assert not folder.exists()
 
 
-# ---- What can be read again --------------------------------------------------------------------------------
+# ---- What can be read again ----------------------------------------------------------------------
 
 
 def test_numpys_numbers_become_pythons_at_any_depth(tmp_path):
@@ -333,6 +333,7 @@ def test_what_was_written_is_read_back_before_it_replaces_the_old_checkpoint(tmp
     assert path.read_bytes() == before
 
 
+@pytest.mark.slow
 def test_a_schedule_with_numpys_numbers_is_resumed(corpus, tmp_path):
     def train(runs, epochs):
         session = Session(runs, corpus, {**QUICK, "epochs": 3})
@@ -358,10 +359,13 @@ def test_a_schedule_with_numpys_numbers_is_resumed(corpus, tmp_path):
     assert train(tmp_path / "a", 3) == train(tmp_path / "b", 3)
 
 
-# ---- Full disks --------------------------------------------------------------------------------------------
+# ---- Full disks ----------------------------------------------------------------------------------
 
 STATE = {"config": {}, "model": {"weight": torch.arange(500_000.0)}}  # 2 MB
-FULL = r"(checkpoint|best)\.pt could not be written .*: {} MB are needed there, [\d.]+ MB are free.*unchanged"
+FULL = (
+    r"(checkpoint|best)\.pt could not be written .*: {} MB are needed there, "
+    r"[\d.]+ MB are free.*unchanged"
+)
 
 
 def stays_usable_when_full(path):
@@ -381,6 +385,7 @@ def save_beyond_the_limit(path):
     helpers.save_checkpoint(path, STATE)
 
 
+@pytest.mark.slow
 def test_where_files_cannot_grow_the_previous_checkpoint_stays(tmp_path):
     pytest.importorskip("resource")
     helpers.save_checkpoint(tmp_path / "checkpoint.pt", {"config": {"epoch": 1}})
@@ -410,6 +415,7 @@ def run_on_a_full_disk(runs, data):
         train_to_the_end(runs, data, epochs=2)
 
 
+@pytest.mark.slow
 def test_a_run_on_a_full_disk_stops_and_resumes_later(runs, corpus, tmp_path):
     pytest.importorskip("resource")
     before = (runs / "pencil" / "checkpoint.pt").read_bytes()
@@ -419,9 +425,10 @@ def test_a_run_on_a_full_disk_stops_and_resumes_later(runs, corpus, tmp_path):
     assert len(train_to_the_end(runs, corpus, epochs=2)["history"]) == 2
 
 
-# ---- Two runs in one folder --------------------------------------------------------------------------------
+# ---- Two runs in one folder ----------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_two_runs_in_one_folder_are_refused_until_the_first_is_gone(corpus, tmp_path):
     first = kills.start(tmp_path, corpus, QUICK, stop="writing checkpoint.pt, part 1")
     kills.wait_until_stopped(first, tmp_path)
@@ -433,6 +440,7 @@ def test_two_runs_in_one_folder_are_refused_until_the_first_is_gone(corpus, tmp_
     train_to_the_end(tmp_path, corpus)
 
 
+@pytest.mark.slow
 def test_a_run_that_is_forgotten_lets_its_folder_go_without_a_warning(tmp_path, monkeypatch):
     told = []
     monkeypatch.setattr(
@@ -451,6 +459,7 @@ def test_a_run_that_is_forgotten_lets_its_folder_go_without_a_warning(tmp_path, 
     assert kills.in_child(helpers.lock_run, tmp_path / "run") == 0
 
 
+@pytest.mark.slow
 def test_one_process_may_take_its_folder_again(tmp_path):
     locks = [helpers.lock_run(tmp_path / "run") for _ in range(3)]
     assert kills.in_child(helpers.lock_run, tmp_path / "run") == 1  # another process may not

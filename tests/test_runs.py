@@ -1,6 +1,5 @@
 """Finished runs: loaded by their name, put together, started from, and compared."""
 
-import json
 import re
 import shutil
 
@@ -10,7 +9,7 @@ import pytest
 import torch
 from support import kills
 from support.configs import QUICK
-from support.notebook import NOTEBOOK, Session, code_cells
+from support.notebook import Session, code_cells, notebook_cells
 
 import helpers
 from helpers import RunError
@@ -21,13 +20,11 @@ PHONEMES = np.array(helpers.PHONEMES)
 
 
 @pytest.fixture(scope="module")
-def corpus(short_corpus):
-    return short_corpus
-
-
-@pytest.fixture(scope="module")
 def trained(corpus, tmp_path_factory):
-    """(Runs folder, session) with two finished runs, of the seeds 23 and 24; the first one's second epoch is worse."""
+    """(Runs folder, session) with two finished runs, of the seeds 23 and 24.
+
+    The second epoch of the first run is worse than its first.
+    """
     runs = tmp_path_factory.mktemp("trained")
     session = Session(runs, corpus, QUICK)
     session.run_all(until=TRAINING)
@@ -46,12 +43,8 @@ def trained(corpus, tmp_path_factory):
     return runs, session
 
 
-def notebook_cells():
-    return json.loads(NOTEBOOK.read_text("utf-8"))["cells"]
-
-
 def new_session(runs):
-    """A session in which no more than what the notebook asks for was run, and there are no training data."""
+    """A session without training data, in which only what the notebook asks for was run."""
     session = Session(runs, "nowhere", QUICK)
     sources = {}
     for cell in notebook_cells():
@@ -71,7 +64,7 @@ def weights(model):
     return kills.frozen(helpers.weights_of(model))
 
 
-# ---- Which weights are in the model ------------------------------------------------------------------------
+# ---- Which weights are in the model --------------------------------------------------------------
 
 
 def test_after_training_and_for_a_finished_run_the_model_has_the_best_weights(
@@ -111,7 +104,7 @@ def test_an_unfinished_run_has_the_weights_of_its_last_epoch(corpus, tmp_path):
     assert "2 of 3 epochs are done, resuming" in run.message
 
 
-# ---- A finished run by its name ----------------------------------------------------------------------------
+# ---- A finished run by its name ------------------------------------------------------------------
 
 
 def test_a_run_is_loaded_and_predicts_without_the_training_data(trained, corpus, tmp_path):
@@ -193,9 +186,10 @@ def test_a_run_without_results_has_no_decoder(trained, tmp_path):
     assert new_session(runs).call("load_run", "pencil").decoder is None
 
 
-# ---- What is thrown away -----------------------------------------------------------------------------------
+# ---- What is thrown away -------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_learning_rate_or_weights_set_by_hand_are_not_used_and_that_is_said(
     corpus, tmp_path, capsys
 ):
@@ -241,7 +235,7 @@ def test_what_an_interrupted_epoch_has_changed_is_not_by_hand(corpus, tmp_path):
     assert "by hand" not in run.message
 
 
-# ---- Started from another run ------------------------------------------------------------------------------
+# ---- Started from another run --------------------------------------------------------------------
 
 
 def test_a_run_starts_from_the_best_weights_of_another(trained, corpus, tmp_path):
@@ -300,7 +294,7 @@ def test_the_run_to_start_from_is_a_name_or_none(value, good):
             helpers.check_config({"start_from": value}, options)
 
 
-# ---- Runs side by side -------------------------------------------------------------------------------------
+# ---- Runs side by side ---------------------------------------------------------------------------
 
 
 def history_of(*accuracies):
@@ -350,9 +344,10 @@ def test_the_notebook_shows_all_runs(trained, capsys):
     assert [*shown[0]] == ["24", "pencil"]
 
 
-# ---- What may be switched on after the training ------------------------------------------------------------
+# ---- What may be switched on after the training --------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_submission_does_as_the_config_says_now(trained, corpus, tmp_path, capsys, monkeypatch):
     runs = shutil.copytree(trained[0], tmp_path / "runs")
     session = Session(runs, corpus, QUICK)

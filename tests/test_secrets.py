@@ -13,7 +13,8 @@ from support.notebook import ROOT
 HASH = (
     r"(?i:commit|sha-?1?|rev|revision|hash|digest|checksum|blob|tree|@|/raw|/archive)[\"'\s:=/]*$"
 )
-# A longer run of letters and digits, such as an image in base64, only contains 40 hexadecimal digits by chance.
+# A longer run of letters and digits, such as an image in base64, only contains 40 hexadecimal
+# digits by chance.
 ALONE = r"(?<![0-9A-Za-z+/]){}(?![0-9A-Za-z+/=])"
 PATTERNS = {
     "wandb key": re.compile(
@@ -40,7 +41,7 @@ def findings(text):
 
 
 def texts(path):
-    """The texts of a file; of a notebook its cells and outputs without their JSON quoting, images left out."""
+    """The texts of a file; of a notebook, those of its cells and outputs, without images."""
     content = path.read_text("utf-8", errors="replace")
     if path.suffix != ".ipynb":
         return [content]

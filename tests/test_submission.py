@@ -27,7 +27,7 @@ PYTHON, FIND_SPEC = sys.executable, helpers.importlib.util.find_spec
 NAMES = np.array(PHONEMES)[[0, 1, 5, 39, 0, 0, 22]]
 
 
-# ---- The file ----------------------------------------------------------------------------------------------
+# ---- The file ------------------------------------------------------------------------------------
 
 
 def test_the_bytes_that_kaggle_takes(tmp_path):
@@ -272,12 +272,12 @@ def test_a_failure_leaves_the_old_file(tmp_path, step, error, raised):
     assert len(read_submission(path)) == 3
 
 
-# ---- The kaggle command ------------------------------------------------------------------------------------
+# ---- The kaggle command --------------------------------------------------------------------------
 
 
 @pytest.fixture
 def account(tmp_path, monkeypatch):
-    """A home, a folder of commands that is all there is on the PATH, and an environment without the command."""
+    """A folder with a home, a `bin` that is the whole PATH, and an environment without kaggle."""
     for name in ("KAGGLE_API_TOKEN", "KAGGLE_USERNAME", "KAGGLE_KEY", "KAGGLE_CONFIG_DIR"):
         monkeypatch.delenv(name, raising=False)
     (tmp_path / "home").mkdir()

@@ -1,4 +1,4 @@
-"""Where a run is kept, keys, and wandb: its curves with the real library, offline; and wandb without a network."""
+"""Folders, keys and wandb: its curves with the real library, and what happens without a network."""
 
 import json
 import os
@@ -43,7 +43,7 @@ from helpers import (
 
 @pytest.fixture(autouse=True)
 def plain_environment(tmp_path, monkeypatch):
-    """Neither keys nor settings of whoever runs the tests, neither Colab nor Kaggle; no run that is still open."""
+    """No keys or settings of whoever runs the tests, no Colab or Kaggle, no run that is open."""
     for name in [
         name for name in os.environ if name.startswith(("WANDB", "HW1P2", "KAGGLE", "NETRC"))
     ]:
@@ -79,7 +79,7 @@ def start(*arguments, **changes):
     return run
 
 
-# ---- Folders -----------------------------------------------------------------------------------------------
+# ---- Folders -------------------------------------------------------------------------------------
 
 
 def test_runs_go_where_the_environment_says_else_where_kaggle_keeps_them_else_here(
@@ -124,7 +124,7 @@ def test_the_cache_is_neither_in_kaggles_saved_output_nor_on_drive(tmp_path, mon
     assert cache_folder("runs") == helpers.KAGGLE / "temp" / "hw1p2-cache"
 
 
-# ---- Keys --------------------------------------------------------------------------------------------------
+# ---- Keys ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("place", ["colab", "kaggle"])
@@ -158,7 +158,7 @@ def test_a_secret_that_never_comes_stops_neither_the_notebook_nor_those_before_i
     never.set()
 
 
-# ---- Curves ------------------------------------------------------------------------------------------------
+# ---- Curves --------------------------------------------------------------------------------------
 
 
 def test_every_epoch_is_in_the_curves_once_whatever_is_logged_between(tmp_path, capfd):
@@ -188,6 +188,7 @@ def test_every_epoch_is_in_the_curves_once_whatever_is_logged_between(tmp_path, 
     assert output.out.count("wandb is offline") == 2 and output.err == ""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["offline", "online"])
 def test_a_users_own_rows_with_an_epoch_do_not_replace_ours(tmp_path, server, mode):
     run, theirs = start(tmp_path, [], wandb=mode), []
@@ -205,6 +206,7 @@ def test_a_users_own_rows_with_an_epoch_do_not_replace_ours(tmp_path, server, mo
     assert [row for row in rows if "gradient norm" in row] == theirs
 
 
+@pytest.mark.slow
 def test_a_second_session_has_the_earlier_ones_epochs_too(tmp_path):
     finish_wandb(start(tmp_path, ROWS[:2]))
     assert rows_in(tmp_path) == ROWS[:2]
@@ -227,6 +229,7 @@ def test_the_server_gets_what_it_has_not_got(tmp_path):
     assert logged == ROWS[1:3]
 
 
+@pytest.mark.slow
 def test_another_run_that_is_open_is_finished_first(tmp_path):
     first = start(tmp_path / "a", ROWS[:1])
     second = start(tmp_path / "b", ROWS[:2], "other")
@@ -237,6 +240,7 @@ def test_another_run_that_is_open_is_finished_first(tmp_path):
         first.wandb.log({"x": 1})
 
 
+@pytest.mark.slow
 def test_the_network_is_kept_with_the_run(tmp_path):
     finish_wandb(start(tmp_path / "run (1)", []))
     assert (tmp_path / "run (1)" / "model_arch.txt").read_text(
@@ -295,6 +299,7 @@ def test_disabled_it_does_nothing_and_everything_can_be_called(tmp_path, monkeyp
     assert run.message == "wandb is disabled\n"
 
 
+@pytest.mark.slow
 def test_disabled_a_users_own_call_of_wandb_does_nothing_either(tmp_path):
     start(tmp_path, [], wandb="disabled")
     wandb.log({"x": 1})
@@ -304,6 +309,7 @@ def test_disabled_a_users_own_call_of_wandb_does_nothing_either(tmp_path):
     assert rows_in(tmp_path) == [ROWS[0], {"x": 1}]
 
 
+@pytest.mark.slow
 def test_the_command_that_uploads_a_run_can_be_pasted_and_uploads_it(tmp_path, server):
     run = start(tmp_path / "exp 1 (lr=0.01)", ROWS[:2])
     finish_wandb(run)
@@ -314,6 +320,7 @@ def test_the_command_that_uploads_a_run_can_be_pasted_and_uploads_it(tmp_path, s
     assert [*map(without_wandbs_own, server.rows)] == ROWS[:2]
 
 
+@pytest.mark.slow
 def test_project_and_name_are_the_environments_where_they_are_set(tmp_path, monkeypatch):
     run = start(tmp_path / "a", []).wandb
     assert (run.project, run.name) == ("hw1p2", CONFIG["Name"])
@@ -323,6 +330,7 @@ def test_project_and_name_are_the_environments_where_they_are_set(tmp_path, monk
     assert (run.project, run.name) == ("mine", "a name")
 
 
+@pytest.mark.slow
 def test_a_run_that_a_sweep_has_opened_gets_the_whole_config_and_the_network(tmp_path, capfd):
     given = wandb.init(mode="offline", dir=tmp_path)
     given.config.update_locked({"epochs": 3, "x": 1}, user="sweep")
@@ -345,7 +353,7 @@ def test_a_run_that_a_sweep_has_opened_gets_the_whole_config_and_the_network(tmp
     )
 
 
-# ---- Online or offline -------------------------------------------------------------------------------------
+# ---- Online or offline ---------------------------------------------------------------------------
 
 
 def mode_of(choice):
@@ -384,6 +392,7 @@ def test_the_mode_is_the_configs_then_the_environments_then_what_wandb_finds(mon
     assert "(no answer in 25 s)" in mode_of("online")[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "text, mode",
     [
@@ -405,6 +414,7 @@ def test_the_environments_mode_may_be_written_in_any_way(tmp_path, monkeypatch, 
     assert rows_in(tmp_path / "offline") == ROWS[:1]
 
 
+@pytest.mark.slow
 def test_a_mode_that_wandb_does_not_know_is_ignored_with_a_word(tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "of")
     run = start(tmp_path, ROWS[:1], wandb="offline")
@@ -413,6 +423,7 @@ def test_a_mode_that_wandb_does_not_know_is_ignored_with_a_word(tmp_path, monkey
     assert rows_in(tmp_path) == ROWS[:1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "key, words", [("short", "API key must"), ("a" * 40, "API key|authenticate|credentials")]
 )
@@ -426,6 +437,7 @@ def test_why_a_login_failed_is_wandbs_own_sentence(monkeypatch, server, key, wor
     )
 
 
+@pytest.mark.slow
 def test_a_login_without_an_answer_has_an_end(monkeypatch, server):
     monkeypatch.setattr(helpers, "LOGIN_SECONDS", 2)  # counted from when wandb is loaded
     server.hangs_at = lambda request: True
@@ -459,9 +471,10 @@ with socket.socket() as any_socket:  # it is up on any machine without a network
 
 
 def start_in_a_process(mode, first, *prefix, then="", during=lambda: None, **environment):
-    """A run with the real wandb in a process of its own, after the lines `first`; prefix: of the command.
+    """A run with the real wandb in a process of its own.
 
-    then: lines after its start. during: called when the process prints a line that begins with READY; it goes on after.
+    first: lines of code before its start. then: lines after it. prefix: of the command.
+    during: called when the process prints a line that begins with READY; after it, it goes on.
     """
     process = subprocess.Popen(
         [
@@ -492,6 +505,7 @@ def start_in_a_process(mode, first, *prefix, then="", during=lambda: None, **env
     return SimpleNamespace(returncode=process.returncode, stdout="".join(lines), stderr=error)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="unshare is Linux's")
 @pytest.mark.parametrize("place", ["environment", "netrc", "none"])
 def test_a_key_and_no_connection_is_offline_and_no_key_is_too(tmp_path, place):
@@ -511,6 +525,7 @@ def test_a_key_and_no_connection_is_offline_and_no_key_is_too(tmp_path, place):
     assert key not in result.stdout + result.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["offline", "online"])
 def test_a_service_that_does_not_start_does_not_stop_the_training(mode):
     result = start_in_a_process(
@@ -523,11 +538,12 @@ def test_a_service_that_does_not_start_does_not_stop_the_training(mode):
     assert result.stdout.count("training goes on without it") == 1
 
 
-# ---- The connection is lost --------------------------------------------------------------------------------
+# ---- The connection is lost ----------------------------------------------------------------------
 
 LOSE = "print('READY', flush=True); sys.stdin.readline()"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", ["ends", "hangs"])
 def test_a_connection_that_is_lost_in_training_costs_some_time_and_no_result(tmp_path, server, way):
     """Of a run in a process of its own, which comes to its end."""
@@ -553,6 +569,7 @@ def test_a_connection_that_is_lost_in_training_costs_some_time_and_no_result(tmp
     assert any("confusion_matrix_table" in row for row in rows_in(tmp_path / "run"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", ["hangs", "refuses"])
 def test_a_run_that_the_server_does_not_create_is_kept_offline_under_its_own_id(
     tmp_path, server, monkeypatch, way
@@ -569,6 +586,7 @@ def test_a_run_that_the_server_does_not_create_is_kept_offline_under_its_own_id(
     assert rows_in(tmp_path) == ROWS[:2]
 
 
+@pytest.mark.slow
 def test_a_run_that_is_online_has_its_curves_and_its_results_on_the_server(tmp_path, server):
     run = start(tmp_path, ROWS[:2], wandb="online")
     log(run, ROWS[:3])
@@ -579,6 +597,7 @@ def test_a_run_that_is_online_has_its_curves_and_its_results_on_the_server(tmp_p
     assert run.message == f"wandb is online: {server.url}/student/hw1p2/runs/abcd\n"
 
 
+@pytest.mark.slow
 def test_a_server_that_refuses_the_results_has_the_curves(tmp_path, server, monkeypatch):
     monkeypatch.setattr(
         helpers, "_send_results", Mock(side_effect=[RuntimeError("no artifacts here"), None])
@@ -708,7 +727,7 @@ def test_a_wandb_that_is_too_old_or_broken_does_not_stop_the_training(tmp_path, 
     assert len(pd.read_csv(tmp_path / "history.csv")) == 2
 
 
-# ---- Google Drive is there, or not -------------------------------------------------------------------------
+# ---- Google Drive is there, or not ---------------------------------------------------------------
 
 
 def test_drive_is_mounted_on_colab_and_ignored_elsewhere(tmp_path, monkeypatch):

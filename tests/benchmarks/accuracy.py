@@ -1,17 +1,23 @@
-"""How many more frames does each change to the training get right? Recipes side by side, by the notebook's functions.
+"""How many more frames does each change to the training get right?
 
-    python tests/benchmarks/accuracy.py DATA                     the original's recipe and ours: 3 epochs, one seed
-    python tests/benchmarks/accuracy.py DATA --epochs 3 10 --seeds 23 24 25 --recipes original warp=0.2 best
+Recipes are compared side by side; the notebook's own functions train them.
+
+    python tests/benchmarks/accuracy.py DATA
+    python tests/benchmarks/accuracy.py DATA --epochs 3 10 --seeds 23 24 25 \\
+        --recipes original warp=0.2 best
     python tests/benchmarks/accuracy.py DATA --width 128 --match-noise --epochs 3 12
 
-DATA is a folder in the course's layout. A recipe is "best" (the notebook's config as it stands), "original" (that with
-`recipe` "original"), or changes to the original's: key=value,key=value. What is trained is kept in --folder and not
-trained again; killed, the next call resumes at that epoch. `subset` is of the training data; the validation set stays
+DATA is a folder in the course's layout. Without options: the original's recipe and ours, three
+epochs, one seed. A recipe is "best" (the notebook's config as it stands), "original" (the same
+with `recipe` "original"), or changes to the original's: key=value,key=value. What is trained is
+kept in --folder and not trained again; if the program is killed, the next call resumes at that
+epoch. `subset` is of the training data; the validation set stays
 whole. Viterbi's weights are chosen on each half of the utterances for the other half.
 
---width narrows the pencil, so that a small set has as many frames per parameter as the course's has for the whole
-network (1.8). The same dropout is more noise in a narrow layer: --match-noise lowers every rate p to the one with
-p / (1 - p) in proportion to the width, the same noise in a sum over the layer's units as at 1600; "auto" does so on its
+--width narrows the pencil, so that a small set has as many frames per parameter as the course's
+has for the whole network (1.8). The same dropout is more noise in a narrow layer: --match-noise
+lowers every rate p to the one with p / (1 - p) in proportion to the width, which is the same noise
+in a sum over the layer's units as at 1600; a `dropout_scale` of "auto" does so on its
 own. accuracy.md keeps what was found.
 """
 
@@ -59,7 +65,7 @@ def config_of(recipe, epochs):
 
 
 def narrow(width, match_noise):
-    """Make the notebook's pencil `width` units wide; its dropout the same, or the same noise (see above)."""
+    """Make the notebook's pencil `width` units wide; match_noise: adapt its dropout rates."""
     set_dropout = NOTEBOOK["set_dropout"]
 
     def matched(model, config, *arguments):
@@ -76,8 +82,11 @@ def narrow(width, match_noise):
 
 
 def train(config, seed, arguments):
-    """What is kept of a run: right or not, bool (n,), for each frame of the validation set by the network alone, by the
-    mean over warps and by Viterbi; the history; frames per parameter.
+    """Train, unless it was trained before. Returns what is kept of a run.
+
+    alone, mean, viterbi: whether each validation frame is right, bool (n,), by the network alone,
+    by the mean over warps, and by Viterbi. Then the columns of the history, and
+    frames_a_parameter: training frames per parameter of the network.
     """
     changes = [
         f"{key}={config[key]}"
@@ -85,15 +94,14 @@ def train(config, seed, arguments):
         if key not in (*helpers.KEYS_FREE_ON_RESUME, "seed")
         and (key == "epochs" or config[key] != {**NOTEBOOK["config"], **helpers.ORIGINAL}[key])
     ]
-    network = [f"width={arguments.width}"] * (arguments.width != WIDTH) + [
-        "match-noise"
-    ] * arguments.match_noise
+    network = []
+    if arguments.width != WIDTH:
+        network.append(f"width={arguments.width}")
+    if arguments.match_noise:
+        network.append("match-noise")
     name = "-".join([arguments.data.name, *network, *changes, f"seed={seed}"])
-    name = (
-        name
-        if len(name) < 200
-        else f"{name[:150]}-{hashlib.sha256(name.encode()).hexdigest()[:12]}"
-    )
+    if len(name) >= 200:
+        name = f"{name[:150]}-{hashlib.sha256(name.encode()).hexdigest()[:12]}"
     path = arguments.folder / name / "right.npz"
     if not path.exists():
         print(f"# {name}", flush=True)
@@ -128,7 +136,7 @@ def interval(difference, frames, samples=2000):
 
 
 def draw(rows, path):
-    """What an epoch is worth: each recipe's accuracy at the end by the number of epochs, and on the way there."""
+    """Draw each recipe's accuracy by the number of epochs, at the end and on the way there."""
     figure, axis = plt.subplots(figsize=(8, 4.5), layout="constrained")
     for i, recipe in enumerate(dict.fromkeys(recipe for _, recipe in rows)):
         ends = {
@@ -183,20 +191,22 @@ def main():
     frames = np.diff(offsets)
     best = {key: value for key, value in config_of("best", 1).items() if key in helpers.ORIGINAL}
     ratios = sorted({f"{result['frames_a_parameter']:.2g}" for result in sum(rows.values(), [])})
+    noise = ", noise-matched" if arguments.match_noise else ""
     common.report(
         "Accuracy",
         data=f"{arguments.data.name}; {offsets[-1]:,} dev-clean frames, {len(frames)} utterances",
-        network=f"pencil, {arguments.width} wide{', noise-matched' * arguments.match_noise}, context "
+        network=f"pencil, {arguments.width} wide{noise}, context "
         f"{NOTEBOOK['config']['context']}, batch {NOTEBOOK['config']['batch_size']}, "
         f"{helpers.pick_precision(common.DEVICE)}; frames per parameter {', '.join(ratios)}",
         seeds=", ".join(map(str, arguments.seeds)),
         best=re.sub(r'["{}]', "", json.dumps(best)),
     )
     print(
-        "validation accuracy, %, mean over the seeds [lowest - highest]: the network alone, frame by frame; points\n"
-        "more than the original's, with a 95% interval over the utterances; the mean over warps; Viterbi; seconds\n"
-        "of a training epoch; the first epoch in which the network alone is as good as the original's best. Below,\n"
-        "the network alone after every epoch, and its accuracy while training\n"
+        "validation accuracy, %, mean over the seeds [lowest - highest]: the network alone, frame\n"
+        "by frame; points more than the original's, with a 95% interval over the utterances; the\n"
+        "mean over warps; Viterbi; seconds of a training epoch; the first epoch in which the\n"
+        "network alone is as good as the original's best. Below, the network alone after every\n"
+        "epoch, and its accuracy while training\n"
     )
     for (epochs, recipe), results in rows.items():
         alone, mean, viterbi = (
@@ -215,9 +225,10 @@ def main():
         goal = np.mean([result["val_acc"].max() for result in rows[epochs, "original"]])
         reached = f"epoch {1 + (dev >= goal).argmax()}" if dev.max() >= goal else "never"
         print(
-            f"{epochs:3d} epochs  {recipe:32} {np.mean(alone):6.2f} [{min(alone):.2f} - {max(alone):.2f}]  "
-            f"{100 * gain.sum() / frames.sum():+5.2f} [{low:+.2f} - {high:+.2f}]  {np.mean(mean):6.2f}  "
-            f"{np.mean(viterbi):6.2f}  {seconds.mean():6.1f} s  {reached}"
+            f"{epochs:3d} epochs  {recipe:32} "
+            f"{np.mean(alone):6.2f} [{min(alone):.2f} - {max(alone):.2f}]  "
+            f"{100 * gain.sum() / frames.sum():+5.2f} [{low:+.2f} - {high:+.2f}]  "
+            f"{np.mean(mean):6.2f}  {np.mean(viterbi):6.2f}  {seconds.mean():6.1f} s  {reached}"
         )
         for name, values in (("val", dev), ("training", training)):
             print(f"{'':12}{name:9}", *(f"{100 * value:.1f}" for value in values))

@@ -1,10 +1,11 @@
 """How fast do batches come? The usual way, and whole epochs of helpers.make_loader.
 
-    python tests/benchmarks/batches.py                                  about a minute on two cores
-    python tests/benchmarks/batches.py --full                           over an epoch of the real data's size
+    python tests/benchmarks/batches.py                     about a minute on two cores
+    python tests/benchmarks/batches.py --full              over an epoch of the real data's size
 
-Batches of 2048 frames with 50 on either side, on the device that training would use. Without masks, with FreqMask on
-70% of the batches (as in training) and on all, with Both on 70%. The usual way has as many workers as suit it best.
+Batches of 2048 frames with 50 on either side, on the device that training would use. Without masks,
+with FreqMask on 70% of the batches (as in training) and on all, with Both on 70%. The usual way has
+as many workers as suit it best.
 Each side has a process of its own, so that neither works in memory that the other has left.
 The data are random numbers; --data takes a folder of others.
 Target: at least 5 times as fast with masks.
@@ -26,7 +27,10 @@ MASKS = {
 
 
 def ours(loader, masks, share):
-    """Frames a second over one epoch, as the notebook's `train` takes them, from the first batch on as with `usual`."""
+    """Frames a second over one epoch, as the notebook's `train` takes them.
+
+    As with `usual`, the first batch is not counted.
+    """
     count = 0
     for i, (frames, phonemes) in enumerate(loader):
         if masks and torch.rand(()) < share:
@@ -41,7 +45,10 @@ def ours(loader, masks, share):
 
 
 def usual(dataset, batch, workers, batches):
-    """Frames a second over so many batches of an epoch; the first, for which the order is drawn, is not counted."""
+    """Frames a second over so many batches of an epoch.
+
+    The first batch, for which the order is drawn, is not counted.
+    """
     count = 0
     for i, (frames, labels) in enumerate(common.usual_loader(dataset, batch, workers)):
         frames, labels = frames.to(common.DEVICE), labels.to(common.DEVICE)
@@ -55,7 +62,7 @@ def usual(dataset, batch, workers, batches):
 
 
 def measure_side(arguments):
-    """In the process that is measured: print the frames/s with each of the masks, and more to report, as JSON."""
+    """In the process that is measured: print the frames/s with each of the masks as JSON."""
     batch, speeds, workers = arguments.batch, {}, ""
     if arguments.side == "ours":
         dataset = helpers.AudioDataset(
@@ -115,8 +122,8 @@ def main():
         f"{first['usual']['frames']:,} for the usual way",
         batch=f"{arguments.batch} frames, context {arguments.context}",
         workers=first["usual"]["workers"],
-        runs=f"{arguments.runs} of each side, alternating, each in a fresh process: a whole epoch of ours, "
-        f"{arguments.usual_batches} batches of the usual way's",
+        runs=f"{arguments.runs} of each side, alternating, each in a fresh process: "
+        f"a whole epoch of ours, {arguments.usual_batches} batches of the usual way's",
     )
     for name in MASKS:
         print(name)

@@ -1,7 +1,8 @@
-"""What the benchmarks share: the report, a corpus, and the usual way of loading and training, written plainly.
+"""What the benchmarks share: the report, a corpus, and the usual way of loading and training.
 
-"The usual way" is what the public notebooks of this homework do, in our own words: a list of utterances concatenated
-and padded, one frame per `__getitem__`, stacked by `collate_fn`, `.item()` in every step.
+"The usual way" is what the public notebooks of this homework do, in our own words: a list of
+utterances concatenated and padded, one frame per `__getitem__`, stacked by `collate_fn`, `.item()`
+in every step.
 """
 
 import argparse
@@ -35,7 +36,7 @@ FULL = (28539, 2703, 2620)  # utterances of the real data in train, dev, test
 FULL_FRAMES = (36_091_157, 1_928_204, 1_934_138)
 
 
-# ---- Report ------------------------------------------------------------------------------------------------
+# ---- Report --------------------------------------------------------------------------------------
 
 
 def cpu_name():
@@ -54,7 +55,8 @@ def report(title, **facts):
     ).stdout
     print(f"# {title}\n")
     rows = {
-        "CPU": f"{cpu_name()}, {os.cpu_count()} cores, {memory:.0f} GiB, {torch.get_num_threads()} threads",
+        "CPU": f"{cpu_name()}, {os.cpu_count()} cores, {memory:.0f} GiB, "
+        f"{torch.get_num_threads()} threads",
         "device": torch.cuda.get_device_name() if DEVICE == "cuda" else "cpu",
         "versions": f"Python {platform.python_version()}, torch {torch.__version__}, torchaudio "
         f"{torchaudio.__version__}, numpy {np.__version__}",
@@ -75,7 +77,10 @@ def fresh_process(script, *arguments):
 
 
 def alternate(sides, runs):
-    """Call each of the sides (name -> function that gives a number) in turn, `runs` times: name -> its numbers."""
+    """Call each of the sides, {name: function that gives a number}, in turn, `runs` times.
+
+    Returns {name: its numbers}.
+    """
     results = {name: [] for name in sides}
     for _ in range(runs):
         for name, measure in sides.items():
@@ -92,13 +97,12 @@ def spread(values, digits=0):
 
 
 def print_table(results, unit, digits=0, faster="high"):
-    """A row for each side: median [min - max], and how many times as good as the first side's it is."""
+    """A row for each side: median [min - max], and how many times as good as the first it is."""
     base = statistics.median(next(iter(results.values())))
     for name, values in results.items():
         ratio = statistics.median(values) / base
-        print(
-            f"{name:36} {spread(values, digits):>38} {unit}   x {ratio if faster == 'high' else 1 / ratio:.2f}"
-        )
+        times = ratio if faster == "high" else 1 / ratio
+        print(f"{name:36} {spread(values, digits):>38} {unit}   x {times:.2f}")
     print(flush=True)
 
 
@@ -117,7 +121,7 @@ def peak_memory():
     return 1024 * int(status.split("VmHWM:")[1].split()[0])
 
 
-# ---- Corpus ------------------------------------------------------------------------------------------------
+# ---- Corpus --------------------------------------------------------------------------------------
 
 
 def parser(description, utterances):
@@ -158,7 +162,7 @@ def parser(description, utterances):
 
 @contextlib.contextmanager
 def corpus(arguments):
-    """The data folder that the arguments ask for, made if need be: (folder, what it is in words)."""
+    """The data folder that the arguments ask for, made if need be: (folder, description)."""
     if arguments.data:
         yield arguments.data, f"{arguments.data}"
         return
@@ -179,10 +183,10 @@ def corpus(arguments):
 
 
 def random_corpus(root, utterances, seed=23):
-    """Random MFCC files in the course's layout, with labels in runs; as long as the real utterances on average.
+    """Random MFCC files in the course's layout, on average as long as the real utterances.
 
-    An utterance is a phoneme's mean plus noise in every frame, so that there is something to learn. The columns are
-    HTK's: liftered, c0 last and large.
+    The labels stay for a few frames. A frame is its phoneme's mean plus noise, so that there is
+    something to learn. The columns are HTK's: liftered, c0 last and large.
     """
     partial = root.with_name(root.name + ".partial")
     names = np.array(helpers.PHONEMES[:-2], "<U5")
@@ -216,7 +220,7 @@ def random_corpus(root, utterances, seed=23):
     partial.rename(root)
 
 
-# ---- The usual way -----------------------------------------------------------------------------------------
+# ---- The usual way -------------------------------------------------------------------------------
 
 
 class UsualDataset(Dataset):
@@ -306,7 +310,7 @@ def usual_train(model, batches, criterion, optimizer, scaler, dtype):
 
 
 def best_workers(measure):
-    """The number of DataLoader workers for which measure(number) is highest, and what to report of the others."""
+    """The number of workers for which measure(number) is highest, and a report of the others."""
     speeds = {n: measure(n) for n in sorted({0, 2, min(8, os.cpu_count() or 1)})}
     return max(speeds, key=speeds.get), "the usual way has its best of " + ", ".join(
         f"{n}: {speed:,.0f} frames/s" for n, speed in speeds.items()

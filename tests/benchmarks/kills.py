@@ -1,4 +1,4 @@
-"""Kill a training run N times at random moments and tell whether it ends as if nothing had happened.
+"""Kill training runs at N random moments, resume them, and compare what they leave at the end.
 
 python tests/benchmarks/kills.py [N, default 100]
 """
@@ -51,7 +51,8 @@ def main(wanted):
         label = "while writing a checkpoint" if where == "writing" else where
         print(f"{tally[where]:5d} {label}")
     print(
-        f"all ended identical to a run that was never killed: {'yes' if identical == runs else 'NO'} "
+        f"all ended identical to a run that was never killed: "
+        f"{'yes' if identical == runs else 'NO'} "
         f"({identical} of {runs})"
     )
     return identical == runs

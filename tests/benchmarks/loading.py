@@ -1,13 +1,15 @@
-"""How long does it take to load the data, and in how much memory? The usual way and helpers.AudioDataset.
+"""How long does it take to load the data, and in how much memory?
 
-    python tests/benchmarks/loading.py                                  a small practice corpus, about a minute
-    python tests/benchmarks/loading.py --full --random --runs 1         the size of the real data, on random numbers
-    python tests/benchmarks/loading.py --data 11785-s25-hw1p2           the real data
+The usual way and helpers.AudioDataset:
 
-Every measurement has a process of its own. Time: all three partitions, without imports. Peak memory: the process's
-maximum less that of a process that only imports, relative to the packed arrays (float16 frames and uint8 labels).
-Targets: first load at least twice as fast as the usual way; for the full set peak memory at most 1.3 x the packed
-arrays, and the second load within 3 s.
+    python tests/benchmarks/loading.py                             a small corpus, about a minute
+    python tests/benchmarks/loading.py --full --random --runs 1    random, of the real data's size
+    python tests/benchmarks/loading.py --data 11785-s25-hw1p2      the real data
+
+Every measurement has a process of its own. Time: all three partitions, without imports. Peak
+memory: the process's maximum less that of a process that only imports, relative to the packed
+arrays (float16 frames and uint8 labels). Targets: first load at least twice as fast as the usual
+way; for the full set peak memory at most 1.3 x the packed arrays, and the second load within 3 s.
 """
 
 import json
@@ -32,7 +34,7 @@ SIDES = (
 
 
 def load(side, data, cache):
-    """In the process that is measured: print the seconds, the peak memory and the packed size as JSON."""
+    """In the process that is measured: print seconds, peak memory and packed size as JSON."""
     packed, start = 0, time.perf_counter()
     if side == "usual":
         datasets = [common.UsualDataset(data, partition) for partition in helpers.PARTITIONS]
@@ -88,14 +90,16 @@ def main():
             "Loading",
             data=f"{description}; {size['frames']:,} frames",
             packed=f"{size['packed'] / 1e6:,.1f} MB",
-            runs=f"{arguments.runs} of each side, alternating, each in a fresh process; page cache warm",
+            runs=f"{arguments.runs} of each side, alternating, each in a fresh process; "
+            "page cache warm",
         )
         print("Time to load all three partitions; how many times as fast as the first row")
         common.print_table(
             {side: [result["seconds"] for result in results[side]] for side in SIDES}, "s", 3, "low"
         )
         print(
-            f"Peak memory above that of the imports ({imports / 1e6:.0f} MB); relative to the packed arrays"
+            f"Peak memory above that of the imports ({imports / 1e6:.0f} MB); "
+            "relative to the packed arrays"
         )
         for side in SIDES:
             peaks = [(result["peak"] - imports) / 1e6 for result in results[side]]

@@ -1,4 +1,4 @@
-"""Count what random damage to a small corpus leads to: is it refused by name, or loaded as the files say?
+"""Damage a small corpus at random: is it refused by name, or loaded as the files say?
 
 python tests/benchmarks/mutations.py [NUMBER, default 2000] [SEED]
 """
@@ -28,7 +28,8 @@ def main(number=2000, seed=23):
     loaded = sum(count for (_, outcome), count in counts.items() if outcome == "loaded")
     print(f"{'all':20}{loaded:8,}{number - loaded:9,}")
     print(
-        "loaded: exactly what the files hold; refused: a DataError that names a damaged file; nothing else happened"
+        "loaded: exactly what the files hold; refused: a DataError that names a damaged file; "
+        "nothing else happened"
     )
 
 

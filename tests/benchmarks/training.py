@@ -3,8 +3,9 @@
     python tests/benchmarks/training.py                         about a minute on two CPU cores
     python tests/benchmarks/training.py --batch 8192 --steps 200        a GPU
 
-The limit is the matrix products of a step alone, in the same precision, measured in the same run: forward, gradient
-of the weights, and of the input except in the first layer. They are 110.7 million operations a frame.
+The limit is the matrix products of a step alone, in the same precision, measured in the same run:
+forward, gradient of the weights, and of the input except in the first layer. They are 110.7 million
+operations a frame.
 """
 
 import statistics
@@ -47,7 +48,7 @@ class Steps:
 
 
 class Trainer:
-    """A new network, and how it is trained: `usual` by the usual loop, else by the notebook's, as one of its runs."""
+    """A new network, and how it is trained: by the usual loop, or as one of the notebook's runs."""
 
     def __init__(self, config, data, usual=False):
         torch.manual_seed(23)
@@ -149,7 +150,8 @@ def main():
     common.report(
         "Training",
         data=f"{description}; {len(dataset):,} training frames",
-        network=f"pencil, context {config['context']}, batch {batch}, masks {config['augmentations']}",
+        network=f"pencil, context {config['context']}, batch {batch}, "
+        f"masks {config['augmentations']}",
         precision=f"ours and the limit {DTYPE}, usual {usual.precision}",
         workers=speeds,
         runs=f"{arguments.runs} of each side, alternating, {steps} steps each, after a warm-up",
@@ -161,7 +163,8 @@ def main():
         # each run against the limit measured right after it, so that a busy machine slows both
         shares = [value / high for value, high in zip(values, top)]
         print(
-            f"{name}: {statistics.median(shares):.1%} of the limit [{min(shares):.1%} - {max(shares):.1%}]"
+            f"{name}: {statistics.median(shares):.1%} of the limit "
+            f"[{min(shares):.1%} - {max(shares):.1%}]"
         )
     if common.DEVICE == "cuda":
         print(f"peak GPU memory: {torch.cuda.max_memory_allocated() / 2**30:.2f} GiB")

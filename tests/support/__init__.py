@@ -1,1 +1,4 @@
-"""What several test files and the benchmarks share. `tests` is on the path: `from support.notebook import Session`."""
+"""What several test files and the benchmarks share.
+
+The folder `tests` is on the path: `from support.notebook import Session`.
+"""

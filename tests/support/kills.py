@@ -1,4 +1,4 @@
-"""Training runs in child processes that are killed, interrupted, or out of disk space; and what they leave."""
+"""Training runs in child processes: killed, interrupted, out of disk space; and what they leave."""
 
 import contextlib
 import multiprocessing
@@ -22,12 +22,13 @@ CONFIGS = {
     "sgd, reducelronplateau": {**RANDOM, "optimizers": "sgd", "scheduler": "reducelronplateau"},
 }
 TRAINING = "run = make_run(config)\n"  # in the cell that trains
-PAUSE = 0.1  # seconds at each of the five steps of writing a checkpoint: so that random kills land there too
+# seconds at each of the five steps of writing a checkpoint, so that random kills land there too
+PAUSE = 0.1
 # of what a run writes, the clock's readings and a random name: the only things that may differ
 NOT_COMPARED = ("seconds", "frames_per_second", "wandb_id")
 
-# A server imports the packages once and forks a child for each run, which then starts at once. (It knows no changed
-# sys.path, so it cannot import the project's own files.)
+# A server imports the packages once and forks a child for each run, which then starts at once. It
+# does not know the changed sys.path, so it cannot import the project's own files.
 server = multiprocessing.get_context("forkserver")
 server.set_forkserver_preload(
     [
@@ -47,7 +48,7 @@ server.set_forkserver_preload(
 
 
 def _run(runs, data, changes, stop, pause):
-    """The child: execute the cells and note in `runs`/places where the run is, a line for each step."""
+    """The child: execute the cells, and note each step in the file `places`, a line each."""
     torch.set_num_threads(1)
     tqdm.set_lock(
         threading.RLock()
@@ -131,7 +132,10 @@ def wait_until_stopped(child, runs):
 
 
 def kill(child, runs, delay=None):
-    """SIGKILL after a delay, or where the child stopped. Returns the place; None if it had ended by itself."""
+    """SIGKILL after a delay (seconds), or where the child stopped.
+
+    Returns the place, or None if the child had ended by itself.
+    """
     if delay is None:
         wait_until_stopped(child, runs)
     else:
@@ -155,7 +159,10 @@ def finish(runs, data, changes=RANDOM):
 
 
 def start_reporting(function, *arguments):
-    """Start function(report, *arguments) in a child: (child, what `report.send` was given is received here)."""
+    """Start function(report, *arguments) in a child.
+
+    Returns (child, connection); what the child gives to `report.send` is received there.
+    """
     received, report = server.Pipe(duplex=False)
     child = server.Process(target=function, args=(report, *arguments))
     child.start()
@@ -172,7 +179,10 @@ def in_child(function, *arguments):
 
 
 def interrupted(function, delay):
-    """Call a function and press Ctrl-C after so many seconds; whether it ended in KeyboardInterrupt, not by itself."""
+    """Call a function and press Ctrl-C after `delay` seconds.
+
+    Returns True if the call ended in KeyboardInterrupt, False if it had ended by itself.
+    """
     sent = threading.Event()
     # a job in the background, or of nohup, is started with Ctrl-C ignored
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -196,7 +206,7 @@ def interrupted(function, delay):
 
 
 def frozen(value):
-    """A value that can be compared with ==, tensors bit by bit; without what may differ between two equal runs."""
+    """The value in a form that == compares, tensors bit by bit, without the NOT_COMPARED."""
     if isinstance(value, torch.Tensor):
         return str(value.dtype), tuple(value.shape), value.cpu().numpy().tobytes()
     if isinstance(value, dict):
@@ -205,7 +215,7 @@ def frozen(value):
 
 
 def outcome(runs, name="pencil"):
-    """All that a finished run leaves: checkpoint, best weights and submission, comparable with ==."""
+    """What a finished run leaves (checkpoint, best weights, submission), comparable with ==."""
     folder = runs / name
     left_over = [path.name for path in folder.glob(".*") if path.name != ".lock"]
     assert not left_over, left_over

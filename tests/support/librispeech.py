@@ -1,4 +1,7 @@
-"""Parquet files like those of LibriSpeech's alignments on the hub; what imports this is skipped without `datasets`."""
+"""Parquet files like those of LibriSpeech's alignments on the hub.
+
+Without the package `datasets`, the tests that import this are skipped.
+"""
 
 import io
 

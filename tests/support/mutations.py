@@ -1,4 +1,4 @@
-"""Random damage to a small corpus: each mutation is either loaded as the files say, or refused by name."""
+"""Random damage to a small corpus: it is either loaded as the files say, or refused by name."""
 
 import contextlib
 import io
@@ -75,8 +75,8 @@ def read(path):
         return np.zeros((4, 28), np.float32)
 
 
-# Each mutation changes the file `path`, or others of its partition, and returns those that a refusal must name one of;
-# without a return value that is `path`.
+# Each mutation changes the file `path`, or others of its partition. It returns the files of which a
+# refusal must name one; without a return value that is `path`.
 
 
 def truncate(rng, path):
@@ -229,7 +229,7 @@ MUTATIONS = [
 
 
 def take_source(root, folder):
-    """Copy the shortest utterances of a corpus to `folder`, from which `attempt` copies them again and again."""
+    """Copy the shortest utterances of a corpus to `folder`, the source for `attempt`."""
     mfccs = sorted((root / PARTITION / "mfcc").iterdir(), key=lambda path: path.stat().st_size)[
         :UTTERANCES
     ]
@@ -241,9 +241,10 @@ def take_source(root, folder):
 
 
 def attempt(source, rng):
-    """Copy, mutate (once, or a few times), load, compare. Returns (name of the last mutation, "loaded" or "refused").
+    """Copy, mutate (once, or a few times), load, compare.
 
-    Raises AssertionError where what is loaded is not what the files hold, or a refusal names no file; any exception
+    Returns (name of the last mutation, "loaded" or "refused"). Raises AssertionError where what is
+    loaded is not what the files hold, or a refusal names no file; any exception
     other than DataError passes through.
     """
     with tempfile.TemporaryDirectory() as temporary:

@@ -1,7 +1,8 @@
-"""The notebook's own code for the tests: its cells in a namespace, or the whole of it executed in a kernel."""
+"""The notebook's own code for the tests: its cells in a namespace, or all of it in a kernel."""
 
 import ast
 import contextlib
+import functools
 import itertools
 import json
 import linecache
@@ -15,10 +16,19 @@ NOTEBOOK = ROOT / "hw1p2_starter.ipynb"
 CELLS = itertools.count()  # that were executed
 
 
+@functools.cache
+def notebook_cells():
+    """The cells of the notebook, as its file has them; not to be changed."""
+    return json.loads(NOTEBOOK.read_text("utf-8"))["cells"]
+
+
 def code_cells(changes=None):
-    """The sources of the code cells, with `config.update(changes)` in a cell after the one tagged `parameters`."""
+    """The sources of the code cells.
+
+    With changes, a cell `config.update(changes)` follows the one that is tagged `parameters`.
+    """
     sources = []
-    for cell in json.loads(NOTEBOOK.read_text("utf-8"))["cells"]:
+    for cell in notebook_cells():
         if cell["cell_type"] == "code":
             sources.append("".join(cell["source"]))
             if "parameters" in cell["metadata"].get("tags", []) and changes:
@@ -27,7 +37,7 @@ def code_cells(changes=None):
 
 
 def run_cells(changes=None, until=None, runs="runs", data=None, before_cell=None):
-    """Execute the code cells in this process, up to the one that contains `until`. Returns the namespace.
+    """Execute the code cells up to the one that contains `until`. Returns the namespace.
 
     before_cell: called with the source of each cell before it is executed.
     """
@@ -37,7 +47,9 @@ def run_cells(changes=None, until=None, runs="runs", data=None, before_cell=None
 
 
 class Session:
-    """The notebook's code cells in one namespace of this process: run in any order, edited, interrupted, run again.
+    """The notebook's code cells in one namespace of this process.
+
+    They may be run in any order, edited, interrupted, and run again.
 
     Example:
         session = Session(tmp_path, corpus, TINY)
@@ -76,7 +88,8 @@ class Session:
             for source in sources:
                 if before_cell is not None:
                     before_cell(source)
-                name = f"<cell {next(CELLS)}>"  # as in Jupyter, the source of what is defined can be had by this name
+                # as in Jupyter, the source of what is defined can be had by the cell's name
+                name = f"<cell {next(CELLS)}>"
                 linecache.cache[name] = (len(source), None, source.splitlines(keepends=True), name)
                 exec(compile(source, name, "exec"), self.namespace)
 
@@ -86,7 +99,7 @@ class Session:
             return self.namespace[name](*arguments)
 
     def run_all(self, until=None, before_cell=None):
-        """All cells in their order, up to the one that contains `until`, with the changes to the config."""
+        """All cells up to the one that contains `until`, with the changes to the config."""
         cells = code_cells(self.changes)
         stop = (
             len(cells)
@@ -102,11 +115,9 @@ class Session:
             self.execute(source)
 
 
-def definitions():
-    """A namespace with the notebook's imports, `config`, and its functions and classes; nothing is run.
-
-    What is not installed is left out.
-    """
+@functools.cache
+def _compiled_definitions():
+    """[(code, whether it is an import), ...] of what `definitions` executes."""
     wanted = {
         "device",
         "device_name",
@@ -124,7 +135,6 @@ def definitions():
         "PARTS",
         "MADE_IN",
     }
-    namespace = {"__name__": "notebook"}
 
     def sets(node):
         targets = {
@@ -134,15 +144,29 @@ def definitions():
         }
         return isinstance(node, (ast.Assign, ast.If)) and bool(targets & wanted)
 
+    compiled = []
+    for source in code_cells():
+        for node in ast.parse(source).body:
+            imports = isinstance(node, (ast.Import, ast.ImportFrom))
+            if imports or isinstance(node, (ast.FunctionDef, ast.ClassDef)) or sets(node):
+                code = compile(ast.Module([node], []), "<notebook>", "exec")
+                compiled.append((code, imports))
+    return compiled
+
+
+def definitions():
+    """A namespace with the notebook's imports, config, tables, functions and classes.
+
+    Nothing else is run. What is not installed is left out.
+    """
+    namespace = {"__name__": "notebook"}
     with (
         mock.patch.dict(os.environ, {"MPLBACKEND": "Agg"}),
         mock.patch.object(sys, "path", [str(ROOT), *sys.path]),
     ):
-        for node in (node for source in code_cells() for node in ast.parse(source).body):
-            imports = isinstance(node, (ast.Import, ast.ImportFrom))
-            if imports or isinstance(node, (ast.FunctionDef, ast.ClassDef)) or sets(node):
-                with contextlib.suppress(ImportError if imports else ()):
-                    exec(compile(ast.Module([node], []), "<notebook>", "exec"), namespace)
+        for code, imports in _compiled_definitions():
+            with contextlib.suppress(ImportError if imports else ()):
+                exec(code, namespace)
     return namespace
 
 

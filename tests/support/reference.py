@@ -1,4 +1,4 @@
-"""A tiny random corpus, and the slow, obvious ways of reading and labelling that ours are compared with."""
+"""A tiny random corpus, and slow, obvious ways of reading and labelling to compare ours with."""
 
 import os
 import shutil
@@ -34,8 +34,9 @@ def write_partition(root, partition, lengths, seed=0):
 
 
 def read_partition(root, partition, subset=1):
-    """[(mfcc, labels), ...]: float64 (T, 28), normalised over time, and list of T indexes, None for test.
+    """[(mfcc, labels), ...]: float64 (T, 28), normalised over time, and a list of T indexes.
 
+    The labels of the test partition are None.
     Raises ValueError where the files are not what they should be.
     """
     names = sorted(
@@ -79,7 +80,7 @@ def read_partition(root, partition, subset=1):
 
 
 def cut_corpus(root, new_root, frames):
-    """A copy of a corpus of ours, with at most so many frames of each utterance. Returns its folder."""
+    """Copy a corpus of ours, with at most `frames` frames of each utterance. Returns its folder."""
     shutil.copytree(root, new_root)
     for path in new_root.rglob("transcript/*.npy"):
         transcript = np.load(path)
@@ -123,7 +124,7 @@ def packed_equal(first, second):
 
 
 def check_windows(dataset, utterances, inside=5):
-    """Compare the windows at the ends of the utterances, and some inside, one by one and in one batch."""
+    """Compare the windows at the ends of the utterances, and some inside, singly and as a batch."""
     context = dataset.context
     assert len(dataset) == sum(len(mfcc) for mfcc, _ in utterances)
     indexes, windows, labels, first = [], [], [], 0
@@ -154,7 +155,10 @@ def check_windows(dataset, utterances, inside=5):
 
 
 def labels_at_centres(phones, frames):
-    """Frame by frame: the last of the phones (name, start, end) that holds the centre of its window, else silence."""
+    """The label of each frame: the phone that holds the centre of its window, else silence.
+
+    phones: [(name, start, end), ...] in seconds; of several that overlap, the last one counts.
+    """
     centres = [(160 * t + 200) / 16000 for t in range(frames)]
     return [
         [phone for phone, start, end in [("[SIL]", 0, 999), *phones] if start <= centre < end][-1]

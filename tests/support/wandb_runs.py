@@ -1,4 +1,4 @@
-"""Runs as the notebook hands them to wandb, made by hand; and what wandb keeps of a run offline, read back."""
+"""Runs like those that the notebook hands to wandb, and what wandb keeps of a run offline."""
 
 import json
 import struct
@@ -46,7 +46,10 @@ def results_of(folder):
 
 
 def wandb_records(folder):
-    """The records of the newest offline run: LevelDB's log format (32 KiB blocks, 7-byte headers) after 7 bytes."""
+    """The records of the newest offline run.
+
+    The file is LevelDB's log format (blocks of 32 KiB, headers of 7 bytes) after 7 bytes.
+    """
     from wandb.proto import wandb_internal_pb2
 
     [*_, path] = sorted(folder.glob("wandb/offline-run-*/*.wandb"))
@@ -69,7 +72,10 @@ def wandb_values(items):
 
 
 def finished_records(folder):
-    """The records of the newest offline run, once its last one is there: `finish` does not wait for the file."""
+    """The records of the newest offline run, once its last one is there.
+
+    wandb's `finish` does not wait for the file.
+    """
     for _ in range(600):
         records = [*wandb_records(folder)]
         if any(record.WhichOneof("record_type") == "exit" for record in records):

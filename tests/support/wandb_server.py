@@ -1,4 +1,4 @@
-"""A stand-in for wandb's server on 127.0.0.1: takes logins, runs and rows, until it is told to hang or to end."""
+"""A stand-in for wandb's server on 127.0.0.1, which can be told to hang, to refuse, and to end."""
 
 import json
 import threading
