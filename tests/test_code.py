@@ -226,6 +226,7 @@ def again(runs, corpus, *edits, **changes):
     return session
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "old, new, named",
     [
