@@ -205,7 +205,10 @@ LOSSES = {
 }
 
 
-@pytest.mark.parametrize("name", LOSSES)
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in [*LOSSES][1:-1]]
+
+
+@pytest.mark.parametrize("name", ["weighted", *SLOW, "a function"])
 def test_the_loss_of_a_data_set_does_not_depend_on_the_batch_size(session, name):
     session["LOSSES"]["mine"] = LOSSES[name]
     run = session.call(

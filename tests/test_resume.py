@@ -145,6 +145,7 @@ def test_another_config_is_refused_with_both_values(trained, key):
     assert "for a fresh run" in str(error.value)
 
 
+@pytest.mark.slow
 def test_all_differences_are_listed_by_the_notebook(runs, corpus):
     with pytest.raises(RunError, match="another config") as error:
         run_cells(
