@@ -54,7 +54,7 @@ READING_ORDER = {
 
 def pytest_configure(config):
     config.addinivalue_line(
-        "markers", 'slow: takes several seconds; pytest -m "not slow" leaves it out'
+        "markers", 'slow: left out by pytest -m "not slow", which covers the core of each subject'
     )
 
 

@@ -116,6 +116,7 @@ def test_an_addition_runs_to_the_csv_and_resumed_ends_with_the_same_bits(
     assert kills.outcome(tmp_path, name) == kills.outcome(runs, name)
 
 
+@pytest.mark.slow
 def test_one_cycle_is_stepped_after_each_batch(whole_run):
     session, _ = whole_run("one cycle")
     run = session["run"]
@@ -210,7 +211,10 @@ LOSSES = {
 }
 
 
-@pytest.mark.parametrize("name", LOSSES)
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in [*LOSSES][1:-1]]
+
+
+@pytest.mark.parametrize("name", ["weighted", *SLOW, "a function"])
 def test_the_loss_of_a_data_set_does_not_depend_on_the_batch_size(session, name):
     session["LOSSES"]["mine"] = LOSSES[name]
     run = session.call(
@@ -236,6 +240,7 @@ def test_the_loss_of_a_data_set_does_not_depend_on_the_batch_size(session, name)
         assert session.call("train", run)[0] == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_labelsmoothing_is_torchs(session):
     run = session.call("make_run", session["config"], {"loss": "labelsmoothing"})
     logits, phonemes = torch.randn(50, 42), torch.randint(40, (50,))
@@ -265,6 +270,7 @@ def fit_with(session, make, **changes):
     return session["run"]
 
 
+@pytest.mark.slow
 def test_a_second_reducelronplateau_gets_the_loss(session):
     run = fit_with(
         session,
@@ -294,6 +300,7 @@ def one_cycle(optimizer, epochs, steps):
     return lr_scheduler.OneCycleLR(optimizer, max_lr=0.01, epochs=epochs, steps_per_epoch=steps)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "make, step, text",
     [
@@ -378,6 +385,7 @@ def test_rates_of_a_network_of_ones_own(session, make, width, factor):
     assert run.history[1]["train_loss"] < run.history[0]["train_loss"]
 
 
+@pytest.mark.slow
 def test_a_network_of_ones_own_computes_in_the_runs_precision(session):
     session["NETWORKS"]["mine"] = Plain
     run = session.call("make_run", session["config"], {"archetype": "mine"})
@@ -391,6 +399,7 @@ def test_a_network_of_ones_own_computes_in_the_runs_precision(session):
     assert seen == [(torch.float32, torch.float32), (torch.float32, torch.bfloat16)]
 
 
+@pytest.mark.slow
 def test_what_a_run_cannot_be_trained_with_is_refused_in_a_sentence(session):
     run = session.call("make_run", session["config"])
     whole = run.model
@@ -474,6 +483,7 @@ def test_a_compiled_run_opens_without_compile_and_the_other_way_round(session):
 # ---- Seeds ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_seed_decides_weights_and_order_and_is_the_runs_own(session):
     def first_weight(changes):
         run = session.call("make_run", session["config"], changes)

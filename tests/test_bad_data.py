@@ -332,6 +332,7 @@ def test_faults_of_the_test_partition_are_reported_too(root, what):
     assert str(root / "test-clean" / name) in message and re.search(words, message)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["mfcc", "transcript"])
 def test_a_file_cut_after_any_byte(root, kind):
     path = root / "dev-clean" / kind / "0001.npy"

@@ -139,6 +139,7 @@ ANOTHER = {
 }
 
 
+@pytest.mark.slow
 @damaged_by(CUT, FOREIGN, ANOTHER)
 def test_partial_and_foreign_caches_are_rebuilt(small, tmp_path, damage):
     cache = tmp_path / "cache"

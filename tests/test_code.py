@@ -103,7 +103,7 @@ def test_an_edit_is_named(old, new, named):
         ("fused=True", "fused=False"),
         ("\n    def make", "\n    def unused():\n        pass\n\n\n    def make"),
         ("return torch.relu(x)", "return torch.compile(torch.relu)(x)"),
-        ("def twice", "@torch.compile\n    def twice"),
+        pytest.param("def twice", "@torch.compile\n    def twice", marks=pytest.mark.slow),
     ],
     ids=str,
 )
@@ -226,6 +226,7 @@ def again(runs, corpus, *edits, **changes):
     return session
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "old, new, named",
     [
@@ -272,6 +273,7 @@ def test_a_run_of_other_code_is_refused_and_the_difference_named(trained, corpus
     assert (trained / "pencil" / "checkpoint.pt").read_bytes() == before
 
 
+@pytest.mark.slow
 def test_a_finished_run_opens_after_edits_that_make_no_weights(trained, corpus):
     session = again(
         trained,

@@ -186,7 +186,11 @@ def test_warps():
 
 
 @pytest.mark.parametrize(
-    "archetype, weighted", [*((each, False) for each in OPTIONS["archetype"]), ("pyramid", True)]
+    "archetype, weighted",
+    [
+        ("pyramid", True),
+        *(pytest.param(each, False, marks=pytest.mark.slow) for each in OPTIONS["archetype"]),
+    ],
 )
 def test_the_loops_without_backward(dataset, monkeypatch, archetype, weighted):
     book = definitions()

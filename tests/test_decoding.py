@@ -157,6 +157,7 @@ def test_each_half_is_decoded_by_what_is_best_on_the_other():
         )
 
 
+@pytest.mark.slow
 def test_the_labels_of_a_half_have_no_say_in_how_it_is_decoded(noisy):
     log_posteriors, labels, offsets = noisy
     odd = torch.zeros(600, dtype=torch.bool)
@@ -184,6 +185,7 @@ def test_of_many_frames_some_are_enough_for_the_choice_from_all_over_the_set():
     assert [frames for frames, _ in seen[40:]] == [200, 200] and len(path) == 400
 
 
+@pytest.mark.slow
 def test_a_single_utterance_is_chosen_and_judged_on(noisy):
     log_posteriors, labels, _ = noisy
     offsets = torch.tensor([0, 600])

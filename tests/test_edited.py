@@ -260,6 +260,7 @@ def test_a_cell_that_needs_what_is_not_there_says_what_to_run_first(corpus, tmp_
     assert len(told) > 8 and not missing, missing
 
 
+@pytest.mark.slow
 def test_results_before_the_first_epoch_has_ended(session):
     session.namespace["run_epoch"] = mock.Mock(side_effect=KeyboardInterrupt)
     with pytest.raises(KeyboardInterrupt):
@@ -419,6 +420,7 @@ def test_a_first_step_that_overflows_in_float16_is_skipped_and_the_run_learns(se
     assert np.isfinite(row["train_loss"]) and run.scaler.get_scale() < 2.0**40
 
 
+@pytest.mark.slow
 def test_an_epoch_whose_steps_were_all_skipped_warns_of_nothing(session):
     session["config"].update(SMALL, optimizers="rmsprop")
     run = session.call("make_run", session["config"])

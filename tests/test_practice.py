@@ -97,7 +97,7 @@ def check_labels(labels, partition, index):
     assert 1 / 8 - 0.02 < after < 1 / 2 + 0.01
 
 
-@pytest.mark.parametrize("partition", [0, 1, 2])
+@pytest.mark.parametrize("partition", [pytest.param(0, marks=pytest.mark.slow), 1, 2])
 def test_labels_are_what_is_said_between_two_silences(corpus, partition):
     for index, labels in enumerate(transcripts(corpus, partition)):
         check_labels(labels, partition, index)

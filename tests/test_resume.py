@@ -145,6 +145,7 @@ def test_another_config_is_refused_with_both_values(trained, key):
     assert "for a fresh run" in str(error.value)
 
 
+@pytest.mark.slow
 def test_all_differences_are_listed_by_the_notebook(runs, corpus):
     with pytest.raises(RunError, match="another config") as error:
         run_cells(
@@ -194,6 +195,7 @@ def test_an_added_schedule_counts_as_planned_for_its_number_of_epochs(tmp_path):
         helpers.load_checkpoint(tmp_path / "checkpoint.pt", {**config, "epochs": 6})
 
 
+@pytest.mark.slow
 def test_without_the_checkpoint_the_old_best_weights_are_not_taken_for_the_new_runs(runs, corpus):
     (runs / "pencil" / "checkpoint.pt").unlink()
     session = Session(runs, corpus, QUICK)
@@ -204,6 +206,7 @@ def test_without_the_checkpoint_the_old_best_weights_are_not_taken_for_the_new_r
     )
 
 
+@pytest.mark.slow
 def test_other_data_under_the_same_name_is_refused(runs, corpus, tmp_path):
     smaller = shutil.copytree(corpus, tmp_path / "corpus")
     for path in sorted(smaller.glob("train-clean-100/*/*.npy"))[::24]:  # the first of each folder
@@ -254,6 +257,7 @@ def test_a_torch_file_of_something_else_is_refused(tmp_path, state):
     refused(tmp_path / "checkpoint.pt")
 
 
+@pytest.mark.slow
 def test_best_weights_in_the_place_of_the_checkpoint_are_refused(runs, corpus):
     shutil.copy(runs / "pencil" / "best.pt", runs / "pencil" / "checkpoint.pt")
     with pytest.raises(

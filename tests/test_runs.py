@@ -84,6 +84,7 @@ def test_after_training_and_for_a_finished_run_the_model_has_the_best_weights(
     assert "finished: `model` has the weights of epoch 1, the best one" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_an_unfinished_run_has_the_weights_of_its_last_epoch(corpus, tmp_path):
     session = Session(tmp_path, corpus, {**QUICK, "epochs": 3})
     session.run_all(until=TRAINING)
@@ -218,6 +219,7 @@ def test_a_learning_rate_or_weights_set_by_hand_are_not_used_and_that_is_said(
     assert len(fresh.history) == 2 and "by hand" not in fresh.message
 
 
+@pytest.mark.slow
 def test_what_an_interrupted_epoch_has_changed_is_not_by_hand(corpus, tmp_path):
     session = Session(tmp_path, corpus, {**QUICK, "epochs": 1})
     session.run_all(until=TRAINING)
@@ -238,6 +240,7 @@ def test_what_an_interrupted_epoch_has_changed_is_not_by_hand(corpus, tmp_path):
 # ---- Started from another run --------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_run_starts_from_the_best_weights_of_another(trained, corpus, tmp_path):
     runs = shutil.copytree(trained[0], tmp_path / "runs")
     session = Session(runs, corpus, {**QUICK, "Name": "further", "start_from": "pencil"})
@@ -255,6 +258,7 @@ def test_a_run_starts_from_the_best_weights_of_another(trained, corpus, tmp_path
         session.run(TRAINING)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "changes, told",
     [
