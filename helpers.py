@@ -564,6 +564,10 @@ def edited_hint():
     )
 
 
+# its folders; not asked for each time, because that takes long
+_STANDARD_LIBRARY = [sysconfig.get_path(name) for name in ("stdlib", "platstdlib")]
+
+
 def _is_ours(thing):
     """Is this function or class from the notebook, this file or another one of the user's?"""
     if inspect.isclass(thing):
@@ -576,9 +580,7 @@ def _is_ours(thing):
     path = Path(path)
     if "site-packages" in path.parts or "dist-packages" in path.parts:
         return False
-    return not any(
-        path.is_relative_to(sysconfig.get_path(name)) for name in ("stdlib", "platstdlib")
-    )
+    return not any(path.is_relative_to(folder) for folder in _STANDARD_LIBRARY)
 
 
 @functools.lru_cache(100)
