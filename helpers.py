@@ -2085,18 +2085,16 @@ def plot_calibration(confidences, correct):
     plt.show()
 
 
-def pick_utterance(results):
-    """The utterance to look at: of middling accuracy, and changed most by Viterbi.
+def pick_utterance(results, frames=200):
+    """The number of the utterance in whose first frames Viterbi corrects most.
 
-    results: of the notebook's `evaluate_best`. Of the fifth of the utterances around the median
-    accuracy, it is the one where the largest share of frames differs. Returns its number.
+    results: of the notebook's `evaluate_best`.
     """
-    starts, lengths = results.offsets[:-1], np.diff(results.offsets)
-    accuracy = np.add.reduceat(results.correct.astype(int), starts) / lengths
-    changed = np.add.reduceat((results.predicted != results.decoded).astype(int), starts) / lengths
-    ranks = accuracy.argsort().argsort()
-    middling = abs(ranks - len(ranks) // 2) <= len(ranks) // 10
-    return int(np.where(middling, changed, -1).argmax())
+    is_better = (results.decoded == results.truth).astype(int) - results.correct
+    gains = []
+    for first, end in zip(results.offsets, results.offsets[1:]):
+        gains.append(is_better[first : min(end, first + frames)].sum())
+    return int(np.argmax(gains))
 
 
 def plot_prediction(results, data, i, frames=200):

@@ -514,6 +514,7 @@ def test_an_epoch_of_one_seed_is_none_of_another():
 # ---- The exercises of the last section -----------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_exercises_run(corpus, tmp_path, capsys):
     section = TEXT.split("## 13. What next?")[1]
     variants, *others = re.findall(r"```python\n(.*?)```", section, re.S)
