@@ -79,8 +79,6 @@ class Session:
             mock.patch.object(sys, "path", [str(ROOT), *sys.path]),
         ):
             yield
-            if "plt" in self.namespace:
-                self.namespace["plt"].close("all")
 
     def execute(self, *sources, before_cell=None):
         """Execute sources of cells; `before_cell` is called with each one before."""
@@ -92,6 +90,8 @@ class Session:
                 name = f"<cell {next(CELLS)}>"
                 linecache.cache[name] = (len(source), None, source.splitlines(keepends=True), name)
                 exec(compile(source, name, "exec"), self.namespace)
+                if "plt" in self.namespace:  # Jupyter closes a cell's figures, too
+                    self.namespace["plt"].close("all")
 
     def call(self, name, *arguments):
         """Call a function of the notebook."""
