@@ -183,6 +183,7 @@ def test_a_loss_is_known_by_what_it_holds():
     assert code_differences(loss(weight=torch.ones(3)), loss(weight=torch.ones(3))) == []
 
 
+@pytest.mark.slow
 def test_a_network_is_known_by_its_layers_compiled_or_not():
     def network(slope=0.01, bias=True):
         return torch.nn.Sequential(torch.nn.Linear(3, 2, bias=bias), torch.nn.LeakyReLU(slope))

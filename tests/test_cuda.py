@@ -185,6 +185,7 @@ def test_warps():
             check(helpers.warp_frames(frames, maps), 64, 11, 28, dtype=torch.float16)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "archetype, weighted",
     [

@@ -421,6 +421,7 @@ def test_killed_at_random_moments_it_ends_with_the_same_bytes(speech, corpus, tm
     assert len(json.loads(contents(corpus)["000-000.json"])) == 2
 
 
+@pytest.mark.slow
 def test_the_notebook_trains_on_it_and_scores_itself(corpus, tmp_path, capsys):
     run_cells({**TINY, "epochs": 1}, "helpers.finish_wandb(run, results", tmp_path, corpus)
     printed = capsys.readouterr().out

@@ -8,7 +8,6 @@ import shutil
 import nbformat
 import pandas as pd
 import pytest
-from nbclient import NotebookClient
 from support.configs import TINY
 from support.notebook import NOTEBOOK, ROOT, Session, execute
 from support.wandb_runs import wandb_records, wandb_values
@@ -143,6 +142,8 @@ def test_figures_appear_and_nothing_is_red_whatever_the_environment_says():
     sources = ["import sys\nsys.modules['ipywidgets'] = None", "plt.plot([1, 2])\nplt.show()"]
     first, last = map(nbformat.v4.new_code_cell, sources)
     notebook.cells = [first, *notebook.cells[:stop], last]
+    from nbclient import NotebookClient  # here, because it takes seconds
+
     client = NotebookClient(
         notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": str(ROOT)}}
     )

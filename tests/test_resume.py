@@ -106,6 +106,7 @@ def runs(trained, tmp_path):
     return shutil.copytree(trained, tmp_path / "runs")
 
 
+@pytest.mark.slow
 def test_a_finished_run_goes_straight_to_figures_and_csv(runs, corpus):
     checkpoint = runs / "pencil" / "checkpoint.pt"
     before = checkpoint.stat().st_mtime_ns, checkpoint.read_bytes()

@@ -67,6 +67,7 @@ def weights(model):
 # ---- Which weights are in the model --------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_after_training_and_for_a_finished_run_the_model_has_the_best_weights(
     trained, corpus, tmp_path, capsys
 ):

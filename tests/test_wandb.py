@@ -161,6 +161,7 @@ def test_a_secret_that_never_comes_stops_neither_the_notebook_nor_those_before_i
 # ---- Curves --------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_every_epoch_is_in_the_curves_once_whatever_is_logged_between(tmp_path, capfd):
     run = start(tmp_path, [])
     for done in (1, 2, 3):
@@ -259,6 +260,7 @@ def test_the_network_is_kept_with_the_run(tmp_path):
     assert "model_arch.txt" in saved
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["offline", "disabled"])
 def test_what_a_run_gave_is_in_its_own_folder_with_wandb_or_without(tmp_path, mode):
     run = start(tmp_path, ROWS[:2], wandb=mode)
