@@ -109,6 +109,7 @@ def test_an_unfinished_run_has_the_weights_of_its_last_epoch(corpus, tmp_path):
 # ---- A finished run by its name ------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_run_is_loaded_and_predicts_without_the_training_data(trained, corpus, tmp_path):
     runs, _ = trained
     shutil.copytree(corpus / "test-clean", tmp_path / "new" / "test-clean")
@@ -120,6 +121,7 @@ def test_a_run_is_loaded_and_predicts_without_the_training_data(trained, corpus,
     assert np.array_equal(session.call("test", run, loader), submitted)
 
 
+@pytest.mark.slow
 def test_its_decoder_is_that_of_the_results(trained, corpus):
     runs, trainer = trained
     session = new_session(runs)
@@ -137,6 +139,7 @@ def test_its_decoder_is_that_of_the_results(trained, corpus):
     )
 
 
+@pytest.mark.slow
 def test_an_ensemble_as_the_notebook_shows_it(trained, corpus):
     runs, _ = trained
     session = new_session(runs)
@@ -161,12 +164,14 @@ def test_an_ensemble_as_the_notebook_shows_it(trained, corpus):
     assert "parameters count those of all its networks together" in " ".join(text.split())
 
 
+@pytest.mark.slow
 def test_a_run_that_is_not_there_is_named_with_those_that_are(trained):
     session = new_session(trained[0])
     with pytest.raises(RunError, match="no best weights are there; the runs are: 24, pencil"):
         session.call("load_run", "pencil-25")
 
 
+@pytest.mark.slow
 def test_a_run_of_another_network_is_not_loaded(trained):
     session = new_session(trained[0])
     [source] = [source for source in code_cells() if "class Network" in source]
@@ -175,6 +180,7 @@ def test_a_run_of_another_network_is_not_loaded(trained):
         session.call("load_run", "pencil")
 
 
+@pytest.mark.slow
 def test_a_run_is_loaded_whose_training_has_changed(trained, corpus):
     session = new_session(trained[0])
     [source] = [source for source in code_cells() if "def train(" in source]
@@ -182,6 +188,7 @@ def test_a_run_is_loaded_whose_training_has_changed(trained, corpus):
     session.call("load_run", "pencil")
 
 
+@pytest.mark.slow
 def test_a_run_without_results_has_no_decoder(trained, tmp_path):
     runs = shutil.copytree(trained[0], tmp_path / "runs")
     (runs / "pencil" / "decoder.pt").unlink()
@@ -340,6 +347,7 @@ def test_no_runs_no_table(tmp_path):
     assert helpers.read_runs(tmp_path) == {} and len(helpers.compare_runs({})) == 0
 
 
+@pytest.mark.slow
 def test_the_notebook_shows_all_runs(trained, capsys):
     session = Session(trained[0])
     session.namespace |= {name: value for name, value in new_session(trained[0]).namespace.items()}
@@ -373,6 +381,7 @@ def test_the_submission_does_as_the_config_says_now(trained, corpus, tmp_path, c
     assert submitted == [(runs / "pencil" / "submission.csv", "pencil", "another")]
 
 
+@pytest.mark.slow
 def test_the_accuracies_are_those_of_all_frames(trained):
     _, session = trained
     results = session["results"]
