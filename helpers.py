@@ -399,6 +399,8 @@ ORIGINAL = {"warp": 0, "dropout_scale": 1, "lr_scale": 1, "test_warps": 1}
 SHORTER = {"epochs": 3, "batch_size": 512}
 # How runs were trained before these keys existed. (For a key of your own: 0, False or None.)
 BEFORE = {**ORIGINAL, "loss": "crossentropy", "seed": 23, "start_from": None}
+# (key, value): the values of other keys that this value sets.
+SWITCHES = {("recipe", "original"): ORIGINAL, ("shorten", True): SHORTER}
 
 
 def _is_name(value):
@@ -2392,41 +2394,38 @@ def save_checkpoint(path, state):
             ) from error
 
 
-def _set_by(config, key, switches):
-    """A remark on the switch that may have set the value of a key in a config; "" if there is none.
-
-    switches: see `load_checkpoint`.
-    """
-    for (switch, value), changes in switches.items():
+def _set_by(config, key):
+    """A remark on which of the SWITCHES may have set a key's value in a config; "" if none."""
+    for (switch, value), changes in SWITCHES.items():
         is_on = config.get(switch) == value
         if is_on and key in changes and changes[key] == config.get(key):
             return f" (config[{switch!r}] = {value!r} may have set it)"
     return ""
 
 
-def _config_differences(saved, config, free, off, switches):
+def _config_differences(saved, config, free):
     """A line for each key whose value differs between two configs, except for the keys in `free`.
 
-    off, switches: see `load_checkpoint`.
+    A key that one of them does not have counts as in BEFORE.
     """
     lines = []
     for key in dict.fromkeys([*config, *saved]):  # each key once
-        there = saved.get(key, off.get(key))
-        now = config.get(key, off.get(key))
+        there = saved.get(key, BEFORE.get(key))
+        now = config.get(key, BEFORE.get(key))
         if key in free or there == now:
             continue
         in_both = key in saved and key in config
         if not in_both and not there and not now:  # 0, False, None: off in either case
             continue
-        line = f"{key}: {there!r} there{_set_by(saved, key, switches)}, "
-        line += f"{now!r} now{_set_by(config, key, switches)}"
+        line = f"{key}: {there!r} there{_set_by(saved, key)}, "
+        line += f"{now!r} now{_set_by(config, key)}"
         if key not in saved:
             line += " (a key that was added since)"
         lines.append(line)
     return lines
 
 
-def _check_same_config(path, saved, config, planned, off, switches):
+def _check_same_config(path, saved, config, planned):
     """Raise a RunError that lists the differences if a run may not be resumed with this config.
 
     saved: the config in the checkpoint. The other arguments: see `load_checkpoint`.
@@ -2434,7 +2433,7 @@ def _check_same_config(path, saved, config, planned, off, switches):
     free = KEYS_FREE_ON_RESUME
     if not planned and config["dropout_scale"] != "auto":
         free = (*free, "epochs")
-    differences = _config_differences(saved, config, free, off, switches)
+    differences = _config_differences(saved, config, free)
     if not differences:
         return
     lines = [f"{path}: this run was started with another config:"]
@@ -2447,16 +2446,13 @@ def _check_same_config(path, saved, config, planned, off, switches):
     raise RunError("\n".join(lines))
 
 
-def load_checkpoint(path, config=None, planned=True, off=None, switches=None):
+def load_checkpoint(path, config=None, planned=True):
     """The dict that `save_checkpoint` has written, read onto the CPU; None if there is no file.
 
     config: that of the run to be resumed. It must agree with the config in the checkpoint, except
     for KEYS_FREE_ON_RESUME, and for "epochs" unless the training is planned for their number.
     planned: is the schedule planned for the number of epochs? With dropout_scale "auto" the
     training always is.
-    off: {key: its value in runs from before it existed}; for other keys that is 0, False or None.
-    switches: {(key, value): {key: value}}: if the first key has the first value, it sets the
-    others. Only the message mentions them.
     Raises a RunError if the file is damaged or no checkpoint, or if the configs do not agree.
     """
     path = Path(path)
@@ -2476,7 +2472,7 @@ def load_checkpoint(path, config=None, planned=True, off=None, switches=None):
             "Restore a copy of it, or choose another config['Name'] for a fresh run."
         ) from None
     if config is not None:
-        _check_same_config(path, saved, config, planned, off or {}, switches or {})
+        _check_same_config(path, saved, config, planned)
     return state
 
 

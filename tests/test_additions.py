@@ -12,7 +12,7 @@ import pytest
 import torch
 from support import kills
 from support.configs import QUICK, TINY
-from support.notebook import ROOT, Session, code_cells, notebook_cells
+from support.notebook import ROOT, Session, code_cells, notebook_text, python_blocks
 from support.reference import cut_corpus
 from support.wandb_runs import finished_records, wandb_values
 from torch import nn
@@ -27,15 +27,10 @@ LAST = "helpers.finish_wandb(run, results, submission)"
 FEW_FRAMES = {**TINY, "batch_size": 128}  # of the corpus `small`
 SECTION = (ROOT / "README.md").read_text("utf-8").split("## Change something")[1].split("\n## ")[0]
 BLOCKS = {
-    re.search(r'config\.update\(Name="(.*?)"', block)[1]: block
-    for block in re.findall(r"```python\n(.*?)```", SECTION, re.S)
+    re.search(r'config\.update\(Name="(.*?)"', block)[1]: block for block in python_blocks(SECTION)
 }
-TEXT = "\n".join(
-    "".join(cell["source"]) for cell in notebook_cells() if cell["cell_type"] == "markdown"
-)
-EXAMPLES = re.findall(r"```python\n(.*?)```", TEXT, re.S)  # in the notebook's texts
-[FOLD] = [block for block in EXAMPLES if "fold-0" in block]
-[TRIAL] = [block for block in EXAMPLES if "def trial" in block]
+[FOLD] = [block for block in python_blocks(notebook_text()) if "fold-0" in block]
+[TRIAL] = [block for block in python_blocks(notebook_text()) if "def trial" in block]
 
 
 @pytest.fixture(scope="module")
@@ -516,8 +511,8 @@ def test_an_epoch_of_one_seed_is_none_of_another():
 
 @pytest.mark.slow
 def test_the_exercises_run(corpus, tmp_path, capsys):
-    section = TEXT.split("## 13. What next?")[1]
-    variants, *others = re.findall(r"```python\n(.*?)```", section, re.S)
+    section = notebook_text().split("## 13. What next?")[1]
+    variants, *others = python_blocks(section)
     session = Session(tmp_path, corpus, QUICK)
     session.run_all()
     session.execute(variants)

@@ -368,13 +368,12 @@ def test_a_refusal_names_the_switch_that_set_the_key(trained, corpus):
 
 
 def test_what_shorten_has_set_is_named(tmp_path):
-    saved = {"epochs": 2, "batch_size": 512, "shorten": True, "recipe": "best", "dropout_scale": 1}
+    saved = {"epochs": 3, "batch_size": 512, "shorten": True, "recipe": "best", "dropout_scale": 1}
     now = {**saved, "epochs": 150, "batch_size": 2048, "shorten": False}
     helpers.save_checkpoint(tmp_path / "checkpoint.pt", {"config": saved, "history": []})
-    switches = {("shorten", True): {"epochs": 2, "batch_size": 512}}
     with pytest.raises(RunError) as error:
-        helpers.load_checkpoint(tmp_path / "checkpoint.pt", now, switches=switches)
-    assert "epochs: 2 there (config['shorten'] = True may have set it), 150 now\n" in str(
+        helpers.load_checkpoint(tmp_path / "checkpoint.pt", now)
+    assert "epochs: 3 there (config['shorten'] = True may have set it), 150 now\n" in str(
         error.value
     )
     assert "batch_size: 512 there (config['shorten'] = True may have set it), 2048 now\n" in str(
@@ -397,13 +396,9 @@ def test_a_key_that_the_run_did_not_know_has_its_off_value(trained, corpus, tmp_
         again(tmp_path / "runs", corpus, seed=24)
     config = {**state["config"], "seed": 23, "loss": "crossentropy", "noise": 0}
     for off in (0, False, None):
-        helpers.load_checkpoint(
-            path, {**config, "noise": off}, off={"seed": 23, "loss": "crossentropy"}
-        )
+        helpers.load_checkpoint(path, {**config, "noise": off})
     with pytest.raises(RunError, match="noise: None there, 0.5 now"):
-        helpers.load_checkpoint(
-            path, {**config, "noise": 0.5}, off={"seed": 23, "loss": "crossentropy"}
-        )
+        helpers.load_checkpoint(path, {**config, "noise": 0.5})
     with pytest.raises(RunError, match="dropout: 0.225 there, None now"):  # a key that is gone
         helpers.load_checkpoint(
             path, {key: value for key, value in state["config"].items() if key != "dropout"}

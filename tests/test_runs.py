@@ -9,7 +9,13 @@ import pytest
 import torch
 from support import kills
 from support.configs import QUICK
-from support.notebook import Session, code_cells, notebook_cells
+from support.notebook import (
+    Session,
+    code_cells,
+    notebook_cells,
+    notebook_text,
+    python_blocks,
+)
 
 import helpers
 from helpers import RunError
@@ -143,18 +149,10 @@ def test_its_decoder_is_that_of_the_results(trained, corpus):
 def test_an_ensemble_as_the_notebook_shows_it(trained, corpus):
     runs, _ = trained
     session = new_session(runs)
-    [text] = [
-        "".join(cell["source"])
-        for cell in notebook_cells()
-        if "members = [" in "".join(cell["source"])
-    ]
-    [code] = [block for block in text.split("```") if "members = [" in block]
+    text = notebook_text()
+    [code] = [block for block in python_blocks(text) if "members = [" in block]
     session.namespace["data_folder"] = corpus
-    session.execute(
-        code.removeprefix("python").replace(
-            '("pencil", "pencil-24", "pencil-25")', '("pencil", "24")'
-        )
-    )
+    session.execute(code.replace('("pencil", "pencil-24", "pencil-25")', '("pencil", "24")'))
     single = [
         session.call("log_probabilities", run, session.call("open_folder", run, corpus))
         for run in session["members"]

@@ -7,6 +7,7 @@ import itertools
 import json
 import linecache
 import os
+import re
 import sys
 from pathlib import Path
 from unittest import mock
@@ -34,6 +35,17 @@ def code_cells(changes=None):
             if "parameters" in cell["metadata"].get("tags", []) and changes:
                 sources.append(f"config.update({changes!r})")
     return sources
+
+
+def python_blocks(text):
+    """The Python code in the fences of a Markdown text."""
+    return re.findall(r"```python\n(.*?)```", text, re.S)
+
+
+def notebook_text():
+    """All texts of the notebook."""
+    cells = [cell for cell in notebook_cells() if cell["cell_type"] == "markdown"]
+    return "\n".join("".join(cell["source"]) for cell in cells)
 
 
 def run_cells(changes=None, until=None, runs="runs", data=None, before_cell=None):
