@@ -12,7 +12,16 @@ import pytest
 import torch
 from support import kills
 from support.configs import QUICK, TINY
-from support.notebook import ROOT, Session, code_cells, notebook_text, python_blocks
+from support.notebook import (
+    RESULTS,
+    ROOT,
+    SUBMISSION,
+    TRAINING,
+    Session,
+    code_cells,
+    notebook_text,
+    python_blocks,
+)
 from support.reference import cut_corpus
 from support.wandb_runs import finished_records, wandb_values
 from torch import nn
@@ -22,8 +31,6 @@ from torch.utils.data import ConcatDataset, DataLoader, Subset, WeightedRandomSa
 import helpers
 from helpers import DataError, RunError
 
-TRAINING, RESULTS = "run = make_run(config)\n", "results = evaluate_best(run)"
-LAST = "helpers.finish_wandb(run, results, submission)"
 FEW_FRAMES = {**TINY, "batch_size": 128}  # of the corpus `small`
 SECTION = (ROOT / "README.md").read_text("utf-8").split("## Change something")[1].split("\n## ")[0]
 BLOCKS = {
@@ -150,7 +157,7 @@ def test_a_fold_of_links_is_trained_on(session, corpus):
     for _ in range(2):  # the cell may be run twice
         session.execute(FOLD)
     session.environment["HW1P2_DATA"] = str(session["fold"])  # what the cell has set
-    session.run(TRAINING, RESULTS, "predictions = test(run")
+    session.run(TRAINING, RESULTS, SUBMISSION)
     names = {
         name: sorted(path.name for path in (session["fold"] / name / "mfcc").iterdir())
         for name in helpers.PARTITIONS

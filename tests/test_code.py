@@ -10,14 +10,13 @@ import textwrap
 import pytest
 import torch
 from support import configs
-from support.notebook import Session, code_cells
+from support.notebook import LAST, RESULTS, Session, code_cells
 from support.reference import packed_equal, write_partition
 
 import helpers
 from helpers import RunError, code_differences, code_of, code_of_network
 
 QUICK = {**configs.QUICK, "epochs": 1}
-TRAINING = "run = make_run(config)\n"
 NUMBERS = itertools.count()
 
 
@@ -208,7 +207,7 @@ def test_a_network_is_known_by_its_layers_compiled_or_not():
 def trained(corpus, tmp_path_factory):
     """A runs folder with a finished run."""
     runs = tmp_path_factory.mktemp("trained")
-    Session(runs, corpus, QUICK).run_all(until="results = evaluate_best(run)")
+    Session(runs, corpus, QUICK).run_all(until=RESULTS)
     return runs
 
 
@@ -222,7 +221,7 @@ def again(runs, corpus, *edits, **changes):
     for old, new in edits:
         [index] = [i for i, source in enumerate(cells) if source.count(old) == 1]
         cells[index] = cells[index].replace(old, new)
-    [end] = [i for i, source in enumerate(cells) if "finish_wandb(run, results" in source]
+    [end] = [i for i, source in enumerate(cells) if LAST in source]
     session.execute(*cells[:end])
     return session
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from support import kills
 from support.configs import TINY
-from support.notebook import Session, definitions
+from support.notebook import TRAINING, Session, definitions
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
     FakeTensor,
@@ -114,7 +114,7 @@ def test_on_a_gpu_a_run_learns_and_resumed_ends_with_the_same_bits(corpus, tmp_p
     assert list(labels) == list(whole["predictions"])
 
     stopped = Session(tmp_path / "stopped", corpus, TINY)
-    stopped.run_all(until=kills.TRAINING)
+    stopped.run_all(until=TRAINING)
     run_epoch = stopped["run_epoch"]
 
     def stop_at_the_second(run, epoch):
@@ -124,7 +124,7 @@ def test_on_a_gpu_a_run_learns_and_resumed_ends_with_the_same_bits(corpus, tmp_p
 
     stopped.namespace["run_epoch"] = stop_at_the_second
     with pytest.raises(KeyboardInterrupt):
-        stopped.run(kills.TRAINING)
+        stopped.run(TRAINING)
     resumed = Session(tmp_path / "stopped", corpus, TINY)
     resumed.run_all()
     assert "1 of 2 epochs are there, resuming" in resumed["run"].message

@@ -9,14 +9,10 @@ import pytest
 import torch
 from support import kills
 from support.configs import TINY, UNPLANNED
-from support.notebook import Session, code_cells, definitions
+from support.notebook import LAST, RESULTS, SUBMISSION, TRAINING, Session, code_cells, definitions
 
 import helpers
 from helpers import RunError
-
-TRAINING, RESULTS = "run = make_run(config)\n", "results = evaluate_best(run)"
-SUBMISSION = "predictions = test(run, "
-LAST = "helpers.finish_wandb(run, results, submission)"
 
 
 @pytest.fixture

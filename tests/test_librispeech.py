@@ -22,7 +22,7 @@ from support.librispeech import (
     spoken,
     write,
 )
-from support.notebook import run_cells
+from support.notebook import LAST, run_cells
 from support.reference import contents, labels_at_centres
 
 import helpers
@@ -423,7 +423,7 @@ def test_killed_at_random_moments_it_ends_with_the_same_bytes(speech, corpus, tm
 
 @pytest.mark.slow
 def test_the_notebook_trains_on_it_and_scores_itself(corpus, tmp_path, capsys):
-    run_cells({**TINY, "epochs": 1}, "helpers.finish_wandb(run, results", tmp_path, corpus)
+    run_cells({**TINY, "epochs": 1}, LAST, tmp_path, corpus)
     printed = capsys.readouterr().out
     predictions = helpers.read_submission(tmp_path / "pencil" / "submission.csv")
     accuracy = (predictions == helpers.read_submission(corpus / "answers.csv")).mean()

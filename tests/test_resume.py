@@ -18,7 +18,7 @@ import torch
 from support import kills
 from support.configs import UNPLANNED
 from support.damage import CUT, FLIPPED, FOREIGN, damaged_by
-from support.notebook import Session, definitions, run_cells
+from support.notebook import LAST, TRAINING, Session, definitions, run_cells
 
 import helpers
 from helpers import RunError
@@ -110,7 +110,7 @@ def runs(trained, tmp_path):
 def test_a_finished_run_goes_straight_to_figures_and_csv(runs, corpus):
     checkpoint = runs / "pencil" / "checkpoint.pt"
     before = checkpoint.stat().st_mtime_ns, checkpoint.read_bytes()
-    namespace = run_cells(QUICK, "helpers.finish_wandb(run, results", runs, corpus)
+    namespace = run_cells(QUICK, LAST, runs, corpus)
     assert (
         checkpoint.stat().st_mtime_ns,
         checkpoint.read_bytes(),
@@ -342,7 +342,7 @@ def test_what_was_written_is_read_back_before_it_replaces_the_old_checkpoint(tmp
 def test_a_schedule_with_numpys_numbers_is_resumed(corpus, tmp_path):
     def train(runs, epochs):
         session = Session(runs, corpus, {**QUICK, "epochs": 3})
-        session.run_all(until=kills.TRAINING)
+        session.run_all(until=TRAINING)
         session.namespace["SCHEDULERS"]["steplr"] = session["Schedule"](
             lambda optimizer, epochs, steps: torch.optim.lr_scheduler.LambdaLR(
                 optimizer, lambda epoch: np.cos(epoch / 3)
@@ -357,7 +357,7 @@ def test_a_schedule_with_numpys_numbers_is_resumed(corpus, tmp_path):
 
         session.namespace["run_epoch"] = stop_later
         with contextlib.suppress(KeyboardInterrupt):
-            session.run(kills.TRAINING)
+            session.run(TRAINING)
         return kills.frozen(helpers.load_checkpoint(runs / "pencil" / "checkpoint.pt"))
 
     train(tmp_path / "a", 1)

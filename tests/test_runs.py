@@ -10,6 +10,9 @@ import torch
 from support import kills
 from support.configs import QUICK
 from support.notebook import (
+    RESULTS,
+    SUBMISSION,
+    TRAINING,
     Session,
     code_cells,
     notebook_cells,
@@ -20,8 +23,6 @@ from support.notebook import (
 import helpers
 from helpers import RunError
 
-TRAINING, RESULTS = "run = make_run(config)\n", "results = evaluate_best(run)"
-SUBMISSION = "predictions = test(run, "
 PHONEMES = np.array(helpers.PHONEMES)
 
 

@@ -15,13 +15,12 @@ from tqdm import tqdm
 
 import helpers
 from support.configs import RANDOM
-from support.notebook import run_cells
+from support.notebook import LAST, TRAINING, run_cells
 
 CONFIGS = {
     "adamw, cosineanneal": RANDOM,
     "sgd, reducelronplateau": {**RANDOM, "optimizers": "sgd", "scheduler": "reducelronplateau"},
 }
-TRAINING = "run = make_run(config)\n"  # in the cell that trains
 # seconds at each of the five steps of writing a checkpoint, so that random kills land there too
 PAUSE = 0.1
 # of what a run writes, the clock's readings and a random name: the only things that may differ
@@ -101,7 +100,7 @@ def _run(runs, data, changes, stop, pause):
     helpers.save_checkpoint = save_checkpoint_with_marks
     at(phase)
     try:
-        run_cells(changes, "helpers.finish_wandb(run, results", runs, data, before_cell)
+        run_cells(changes, LAST, runs, data, before_cell)
     except BaseException:
         traceback.print_exc()
         raise
